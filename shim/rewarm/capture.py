@@ -1,0 +1,257 @@
+"""The story of a capture, top to bottom.
+
+The source is never killed before its snapshot is published: CRIU leaves it running (runc's
+`--leave-running`), frozen by its cgroup for as long as memory and files are copied, so that both are of
+one moment. `stop` kills it afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewarm_hooks.layer import LayerError, write_layer
+
+import rewarm
+from rewarm import compat, losses, netlock, node, overlay, processes
+from rewarm.criu import log, options, remaps
+from rewarm.errors import CaptureError, OciError
+from rewarm.frozen import Frozen
+from rewarm.oci import runc, spec
+from rewarm.oci.runc import Container, Runc
+from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
+from rewarm.settings import Settings
+from rewarm.store.directory import DirectoryStore, SnapshotRef
+from rewarm.store.manifest import Manifest, timestamp
+from rewarm.store.names import check_name, check_namespace
+from rewarm.trace import Trace
+
+_KILL_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a capture made: `paused` is how long the source was held still, in seconds, `stored` bytes in the store."""
+
+    ref: SnapshotRef
+    manifest: Manifest
+    paused: float
+    total: float
+    stored: int
+    notes: tuple[str, ...]
+
+
+def capture(
+    container: Container,
+    namespace: str,
+    name: str,
+    settings: Settings,
+    *,
+    stop: bool = False,
+    systemd_cgroup: bool = False,
+    step: Callable[[str], None] = lambda text: None,
+) -> Captured:
+    """Make one snapshot of a running container and publish it.
+
+    `step` is told what is being done, for a progress display. Raises CaptureError, StoreError or OciError;
+    the source runs on then, and the store is as it was.
+    """
+    began = time.monotonic()
+    check_name(name)
+    check_namespace(namespace)
+    low_level = Runc(runc.find(settings), container.root, systemd_cgroup)
+    criu = node.criu_binary(settings)
+    _check_source(container, low_level)
+    _check_criu(criu, settings)
+    bundle_spec = spec.load(container.bundle)
+    upper = overlay.upper_directory(container.pid, bool((bundle_spec.get("root") or {}).get("readonly")))
+    _check_streams(container)
+    store = DirectoryStore(settings.store)
+    trace = Trace()
+    with ExitStack() as stack:
+        writer = stack.enter_context(store.writer(namespace, name))
+        scratch = _scratch(settings)
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        frozen = stack.enter_context(Frozen(low_level, container))
+        step("dumping memory")
+        with trace.phase("capture.criu"):
+            _dump(container, low_level, criu, scratch, settings, frozen)
+            netlock.remove(container.pid)
+        step("recording files")
+        with trace.phase("capture.files"):
+            pids = processes.tree(container.pid)
+            recorded = losses.record(pids)
+            _write_layers(scratch, bundle_spec, upper, pids)
+        if not stop:
+            frozen.resume()
+        step("writing the snapshot")
+        with trace.phase("capture.store"):
+            for path in sorted(p for p in scratch.rglob("*") if p.is_file()):
+                writer.add_file(path.relative_to(scratch).as_posix(), path)
+        manifest = Manifest(
+            name=name,
+            namespace=namespace,
+            created=timestamp(),
+            rewarm=rewarm.__version__,
+            source={"container": container.id, "runtime_root": container.root, "node": os.uname().nodename},
+            requires=compat.describe(
+                bundle_spec, node.version_of(low_level.binary, settings), node.version_of(criu, settings), settings
+            ),
+            processes=recorded,
+            memory_bytes=sum(path.stat().st_size for path in (scratch / CHECKPOINT).glob("pages-*.img")),
+        )
+        with trace.phase("capture.publish"):
+            ref, published = writer.publish(manifest)
+        if stop:
+            step("stopping the container")
+            _stop(container, low_level, frozen)
+    packs = {entry.pack for entry in published.files}
+    stored = sum(store.pack_path(pack).stat().st_size for pack in packs)
+    return Captured(ref, published, frozen.seconds, time.monotonic() - began, stored, ())
+
+
+def _check_source(container: Container, low_level: Runc) -> None:
+    status = low_level.status(container.id)
+    if status == "created":
+        raise CaptureError("capture container", container.id, "it is created but not started", "start it first")
+    if status not in ("running", "paused"):
+        raise CaptureError(
+            "capture container",
+            container.id,
+            f"it is {status or 'gone'}, so it has no memory to capture",
+            "capture it while it runs",
+        )
+    if status == "paused":
+        raise CaptureError("capture container", container.id, "it is paused", "resume it first")
+    if container.labels.get("org.criu.config"):
+        raise CaptureError(
+            "capture container",
+            container.id,
+            "its annotation org.criu.config would override rewarm's options",
+            "remove the annotation",
+        )
+
+
+def _check_criu(criu: str, settings: Settings) -> None:
+    version = node.version_of(criu, settings) if criu else ""
+    if node.version_tuple(version) < node.criu_needed():
+        needed = ".".join(map(str, node.criu_needed()))
+        raise CaptureError(
+            "find CRIU",
+            criu or "criu",
+            f"this kernel needs {needed} or newer, found {version or 'none'}",
+            "run `rewarm doctor`",
+        )
+
+
+def _check_streams(container: Container) -> None:
+    """Standard streams on a file or named FIFO of the node: CRIU knows no mount of the container for it."""
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            target = os.readlink(f"/proc/{container.pid}/fd/{number}")
+            status = os.stat(f"/proc/{container.pid}/fd/{number}")
+        except FileNotFoundError:
+            continue  # the program closed it
+        if not target.startswith("/") or target == "/dev/null":
+            continue
+        try:
+            inside = os.stat(f"/proc/{container.pid}/root{target}", follow_symlinks=False)
+        except OSError:
+            inside = None
+        if inside is None or (inside.st_dev, inside.st_ino) != (status.st_dev, status.st_ino):
+            raise CaptureError(
+                "capture container",
+                container.id,
+                f"its {stream} is {target}, a file outside of the container that CRIU cannot see",
+                "start it with pipes, as containerd, Docker and Podman do",
+            )
+
+
+def _scratch(settings: Settings) -> Path:
+    path = Path(settings.work_dir) / f"capture-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        path.mkdir(parents=True, mode=0o700)
+        (path / CHECKPOINT).mkdir(mode=0o700)
+    except OSError as error:
+        raise CaptureError("make work directory", str(path), error.strerror or str(error), "see `work_dir`") from error
+    return path
+
+
+def _dump(container: Container, low_level: Runc, criu: str, scratch: Path, settings: Settings, frozen: Frozen) -> None:
+    work = scratch.with_name(scratch.name + ".work")
+    work.mkdir(mode=0o700)
+    try:
+        option_file = work / "criu.conf"
+        options.write(str(option_file), options.DUMP)
+        words = ["checkpoint", "--leave-running", "--file-locks", "--ext-unix-sk"]
+        words += ["--image-path", str(scratch / CHECKPOINT), "--work-path", str(work), container.id]
+        try:
+            # Never killed at a time limit: a CRIU that dies in the middle leaves broken processes.
+            done = subprocess.run(
+                low_level.words(*words),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=options.environment(str(option_file), criu),
+                pass_fds=(frozen.lifeline,),
+                start_new_session=True,
+                check=False,
+            )
+        except OSError as error:
+            raise OciError("run runc checkpoint", container.id, str(error)) from error
+        if done.returncode != 0:
+            kept = _keep_log(work / "dump.log", settings)
+            cause = log.cause(str(work / "dump.log")) or runc.message(done)
+            raise CaptureError("dump container", container.id, cause, f"CRIU's log is kept as {kept}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _keep_log(path: Path, settings: Settings) -> str:
+    kept = os.path.join(settings.state_dir, "last-failed-dump.log")
+    if path.exists():
+        os.makedirs(settings.state_dir, mode=0o700, exist_ok=True)
+        shutil.copyfile(path, kept)
+    return kept
+
+
+def _write_layers(scratch: Path, bundle_spec: spec.Spec, upper: Path | None, pids: list[int]) -> None:
+    """The changes of the rootfs and the content of a bind-mounted /dev/shm, with the links that CRIU expects there."""
+    links = remaps.find(scratch / CHECKPOINT, pids)
+    shm = spec.bind_source(bundle_spec, SHM)
+    in_shm = [(link.name[len(SHM) :], link.source) for link in links if link.name.startswith(SHM[1:] + "/")]
+    covered = [destination.lstrip("/") + "/" for destination, _ in spec.mounts(bundle_spec)]
+    in_rootfs = [(link.name, link.source) for link in links if not any(link.name.startswith(c) for c in covered)]
+    try:
+        if upper is not None:
+            _write_layer(scratch / ROOTFS_DIFF, upper, in_rootfs)
+        if shm:
+            _write_layer(scratch / DEV_SHM, Path(shm), in_shm)
+    except LayerError as error:
+        raise CaptureError("write rootfs diff", scratch.name, str(error)) from error
+
+
+def _write_layer(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:
+    """A tree in which nothing changed gives no layer, and so no hook at the restore."""
+    with path.open("wb") as out:
+        stats = write_layer(tree, out, extra=extra)
+    if not stats.entries:
+        path.unlink()
+
+
+def _stop(container: Container, low_level: Runc, frozen: Frozen) -> None:
+    """Kill the frozen source: the signal first, so that it runs no instruction after the moment of the snapshot."""
+    low_level.run("kill", "--all", container.id, "KILL", timeout=30)
+    frozen.resume()
+    end = time.monotonic() + _KILL_TIMEOUT
+    while low_level.status(container.id) not in ("stopped", "") and time.monotonic() < end:
+        time.sleep(0.02)
+    if low_level.status(container.id) not in ("stopped", ""):
+        raise CaptureError("stop container", container.id, f"it did not end within {_KILL_TIMEOUT:.0f} s of SIGKILL")

@@ -1,0 +1,142 @@
+"""Snapshot x node -> fits, or the reason why not.
+
+Both sides are described by the same `Requires`: what a snapshot's source had is compared with what this
+container and this node have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rewarm import node
+from rewarm.errors import Unfit
+from rewarm.oci.spec import CONTROL_DESTINATION, digest, mounts, without_io_uring
+from rewarm.request import environment_keys, image_name
+from rewarm.settings import Settings
+from rewarm.store.manifest import Mount, Requires
+
+# Flags of /proc/cpuinfo that the kernel or the hypervisor adds and that no program's instructions depend on.
+_SOFT_FLAGS = frozenset(
+    """
+    acpi amd_lbr_pmc_freeze amd_lbr_v2 amd_ppin aperfmperf arat arch_capabilities arch_perfmon avic bpext bts
+    bus_lock_detect cat_l2 cat_l3 cdp_l2 cdp_l3 constant_tsc cpb cpuid cpuid_fault cqm cqm_llc cqm_mbm_local
+    cqm_mbm_total cqm_occup_llc cr8_legacy debug_swap decodeassists ds_cpl dtes64 dtherm dts ept ept_ad est extapic
+    extd_apicid flexpriority flush_l1d flushbyasid fsrm ht hw_pstate hwp hwp_act_window hwp_epp hwp_notify
+    hwp_pkg_req hypervisor ibpb ibrs ibrs_enhanced ibs ida intel_ppin invpcid invpcid_single irperf lbrv mba
+    md_clear monitor mwaitx nonstop_tsc nonstop_tsc_s3 nopl npt nrip_save ospke overflow_recov pausefilter pbe
+    pconfig pebs perfctr_core perfctr_llc perfctr_nb pfthreshold pln pti pts rdt_a rep_good sev sev_es skinit smca
+    sme smx split_lock_detect ssbd stibp succor svm svm_lock tm tm2 tme topoext tpr_shadow tsc_deadline_timer
+    tsc_known_freq tsc_reliable tsc_scale user_shstk v_spec_ctrl v_vmsave_vmload vgif vmcb_clean vmmcall vmx vnmi
+    vpid wdt xsaveerptr xtopology
+    """.split()  # noqa: SIM905
+)
+
+
+def describe(spec: dict[str, Any], runc_version: str, criu_version: str, settings: Settings) -> Requires:
+    """What a container with this spec, on this node, has: the source's at a capture, the target's at a restore."""
+    process = spec.get("process") or {}
+    linux = spec.get("linux") or {}
+    user = process.get("user") or {}
+    return Requires(
+        arch=node.architecture(),
+        cpu_features=tuple(f for f in node.cpu_features() if f not in _SOFT_FLAGS),
+        kernel=node.kernel(),
+        criu=criu_version,
+        runc=runc_version,
+        image=image_name(spec),
+        args=tuple(map(str, process.get("args") or [])),
+        env_keys=environment_keys(spec, settings),
+        mounts=tuple(Mount(destination, kind) for destination, kind in mounts(spec)),
+        user=(int(user.get("uid", 0)), int(user.get("gid", 0))),
+        capabilities=tuple(sorted((process.get("capabilities") or {}).get("bounding") or [])),
+        # What rewarm itself adds to every capturable container must not tell two containers apart.
+        seccomp=digest(without_io_uring(linux.get("seccomp"))),
+        lsm=str(process.get("apparmorProfile") or process.get("selinuxLabel") or ""),
+        namespaces=tuple(sorted(str(n.get("type")) for n in linux.get("namespaces") or [])),
+        gpus=(),
+        cgroup_version=node.cgroup_version(),
+    )
+
+
+def check(snapshot: Requires, here: Requires) -> None:
+    """Unfit, with both values, at the first difference that matters; returns when the snapshot fits."""
+    _equal("architecture", snapshot.arch, here.arch)
+    missing = sorted(set(snapshot.cpu_features) - set(here.cpu_features))
+    if missing:
+        raise _unfit(
+            f"snapshot needs the CPU feature{'s' * (len(missing) > 1)} {', '.join(missing[:8])}, "
+            "this node's CPU has not"
+        )
+    _not_older("kernel", snapshot.kernel, here.kernel, parts=2)
+    _not_older("CRIU", snapshot.criu, here.criu, parts=3)
+    if snapshot.cgroup_version != here.cgroup_version:
+        raise _unfit(
+            f"snapshot is of a node with cgroup v{snapshot.cgroup_version}, this node has v{here.cgroup_version}"
+        )
+    # An engine that names no image (plain runc) leaves the arguments and mounts to tell containers apart.
+    if snapshot.image and here.image:
+        _equal("image", snapshot.image, here.image)
+    _equal("arguments", list(snapshot.args), list(here.args))
+    _same_keys(snapshot.env_keys, here.env_keys)
+    _same_mounts(snapshot.mounts, here.mounts)
+    _equal("user", "{}:{}".format(*snapshot.user), "{}:{}".format(*here.user))
+    _equal("namespaces", sorted(snapshot.namespaces), sorted(here.namespaces))
+    extra = sorted(set(snapshot.capabilities) - set(here.capabilities))
+    if extra:
+        raise _unfit(f"snapshot was taken with capability {extra[0]}, this container has it not")
+    if snapshot.seccomp != here.seccomp:
+        raise _unfit(
+            "snapshot was taken under another seccomp profile than this container's "
+            f"({snapshot.seccomp[:8] or 'none'}, here {here.seccomp[:8] or 'none'})"
+        )
+    _equal("LSM label", snapshot.lsm or "none", here.lsm or "none")
+    if snapshot.gpus != here.gpus:
+        raise _unfit(
+            f"snapshot needs {len(snapshot.gpus)} GPUs ({', '.join(snapshot.gpus)[:80]}), this container has "
+            f"{len(here.gpus)}"
+        )
+
+
+def _unfit(cause: str) -> Unfit:
+    return Unfit("fit snapshot", "to this container", cause)
+
+
+def _equal(what: str, snapshot: object, here: object) -> None:
+    if snapshot != here:
+        raise _unfit(f"snapshot has {what} {_short(snapshot)}, this container has {_short(here)}")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "…"
+
+
+def _not_older(what: str, snapshot: str, here: str, parts: int) -> None:
+    """CRIU reads images of older versions and kernels, not of newer ones."""
+    if node.version_tuple(here)[:parts] < node.version_tuple(snapshot)[:parts]:
+        raise _unfit(f"snapshot was taken with {what} {snapshot}, this node has the older {here or 'none'}")
+
+
+def _same_keys(snapshot: tuple[str, ...], here: tuple[str, ...]) -> None:
+    only_there, only_here = sorted(set(snapshot) - set(here)), sorted(set(here) - set(snapshot))
+    if only_there:
+        raise _unfit(
+            f"snapshot was taken with environment variable {only_there[0]}, this container has none of that name"
+        )
+    if only_here:
+        raise _unfit(f"this container has environment variable {only_here[0]}, the snapshot was taken without it")
+
+
+def _same_mounts(snapshot: tuple[Mount, ...], here: tuple[Mount, ...]) -> None:
+    there = {m.destination: m.type for m in snapshot if m.destination != CONTROL_DESTINATION}
+    own = {m.destination: m.type for m in here if m.destination != CONTROL_DESTINATION}
+    for destination, kind in sorted(there.items()):
+        if destination not in own:
+            raise _unfit(f"snapshot has a mount at {destination}, this container has none")
+        if own[destination] != kind:
+            raise _unfit(
+                f"snapshot has a mount of type {kind} at {destination}, this container one of {own[destination]}"
+            )
+    for destination in sorted(own):
+        if destination not in there:
+            raise _unfit(f"this container has a mount at {destination}, the snapshot has none")

@@ -1,0 +1,121 @@
+"""CRIU image files: 8 bytes of magic, then records of (little-endian u32 size, protobuf message).
+
+Only the wire format is decoded, by field number; the numbers are those of CRIU's `images/*.proto`, which
+never change. The files are hostile input: every length is checked against what is there.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+Message = dict[int, list[int | bytes]]
+
+_MAGIC = 8
+_LARGEST = 256 << 20
+_VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
+
+
+class ImageError(ValueError):
+    """An image file is not what CRIU writes; the text names the file and the place."""
+
+
+def records(path: Path) -> Iterator[Message]:
+    """The messages of one image file, in order."""
+    size = path.stat().st_size
+    if size > _LARGEST:
+        raise ImageError(f"{path.name}: {size} bytes are more than any such image has")
+    data = path.read_bytes()
+    if len(data) < _MAGIC:
+        raise ImageError(f"{path.name}: {len(data)} bytes are too few for an image")
+    at = _MAGIC
+    while at < len(data):
+        if at + 4 > len(data):
+            raise ImageError(f"{path.name}: it ends inside a record's size, at byte {at}")
+        (length,) = struct.unpack_from("<I", data, at)
+        at += 4
+        if at + length > len(data):
+            raise ImageError(f"{path.name}: a record of {length} bytes at byte {at} reaches beyond the end")
+        yield decode(data[at : at + length], path.name)
+        at += length
+
+
+def decode(data: bytes, name: str = "message") -> Message:
+    """A protobuf message as field number -> values in order (integers, or bytes for anything of a length)."""
+    message: Message = {}
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at, name)
+        number, kind = key >> 3, key & 7
+        value: int | bytes
+        if kind == _VARINT:
+            value, at = _varint(data, at, name)
+        elif kind == _LEN:
+            length, at = _varint(data, at, name)
+            value, at = _take(data, at, length, name)
+        elif kind in (_I64, _I32):
+            raw, at = _take(data, at, 8 if kind == _I64 else 4, name)
+            value = int.from_bytes(raw, "little")
+        else:
+            raise ImageError(f"{name}: field {number} has wire type {kind}")
+        message.setdefault(number, []).append(value)
+    return message
+
+
+def number(message: Message, field: int, default: int = 0) -> int:
+    """The last value of an integer field, as protobuf reads a repeated scalar."""
+    value = message.get(field, [default])[-1]
+    if not isinstance(value, int):
+        raise ImageError(f"field {field} is not a number")
+    return value
+
+
+def text(message: Message, field: int) -> str:
+    value = message.get(field, [b""])[-1]
+    if not isinstance(value, bytes):
+        raise ImageError(f"field {field} is not a string")
+    return value.decode("utf-8", "surrogateescape")
+
+
+def messages(message: Message, field: int) -> list[Message]:
+    """The values of a field that holds messages."""
+    found = []
+    for value in message.get(field, []):
+        if not isinstance(value, bytes):
+            raise ImageError(f"field {field} is not a message")
+        found.append(decode(value))
+    return found
+
+
+def numbers(message: Message, field: int) -> list[int]:
+    """The values of a repeated integer field, packed or not."""
+    found: list[int] = []
+    for value in message.get(field, []):
+        if isinstance(value, int):
+            found.append(value)
+            continue
+        at = 0
+        while at < len(value):
+            one, at = _varint(value, at, f"field {field}")
+            found.append(one)
+    return found
+
+
+def _varint(data: bytes, at: int, name: str) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ImageError(f"{name}: a number at byte {at} does not end")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _take(data: bytes, at: int, length: int, name: str) -> tuple[bytes, int]:
+    if at + length > len(data):
+        raise ImageError(f"{name}: {length} bytes at byte {at} reach beyond the end")
+    return data[at : at + length], at + length

@@ -1,0 +1,33 @@
+"""The lines of a CRIU log that say why it failed."""
+
+from __future__ import annotations
+
+import os
+
+_CONTEXT = 5
+_TAIL = 2 << 20
+# Debian's CRIU asks for a higher RLIMIT_NOFILE and goes on without; the line only misleads.
+_HARMLESS = ("RLIMIT_NOFILE",)
+
+
+def excerpt(path: str) -> list[str]:
+    """The first real error with the five lines before it, and the last error line; [] without a log."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = [line.rstrip() for line in file]
+    except OSError:
+        return []
+    errors = [at for at, line in enumerate(lines) if " Error (" in line and not any(h in line for h in _HARMLESS)]
+    if not errors:
+        return lines[-_CONTEXT:]
+    first = errors[0]
+    return [*lines[max(0, first - _CONTEXT) : first + 1], *(lines[at] for at in errors[1:4])]
+
+
+def cause(path: str) -> str:
+    """The first real error as one short phrase, without CRIU's time stamp; "" when the log has none."""
+    for line in excerpt(path):
+        if " Error (" in line:
+            return line.partition("Error ")[2].split("): ", 1)[-1].strip()
+    return ""

@@ -1,0 +1,72 @@
+"""Deleted files that a process still uses and that have other names: CRIU's `link_remap.N`.
+
+With `link-remap` CRIU makes a hard link of its own beside such a file for as long as it dumps, writes the
+link's name into its images, and (because the source runs on) removes it again at the end of the dump. On
+restore the link has to be there. What lies on a tmpfs of the container is in CRIU's own tar; what lies in
+the rootfs or in a bind-mounted /dev/shm is rewarm's to carry, so the links are made up again from the
+open files of the still frozen processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewarm.criu import images
+from rewarm.errors import CaptureError
+
+_LINKED = 0
+_REGULAR = 1  # file_entry.type and fd_types.REG in images/fdinfo.proto
+
+
+@dataclass(frozen=True)
+class LinkRemap:
+    """`name` is the link's path in the container without the leading `/`; `source` opens the file it stands for."""
+
+    name: str
+    source: str
+
+
+def find(image_directory: Path, pids: Iterable[int]) -> list[LinkRemap]:
+    """The link remaps of a dump whose processes (host pids) are still there; CaptureError if one has no open file."""
+    path = image_directory / "remap-fpath.img"
+    if not path.exists():
+        return []
+    links = [m for m in images.records(path) if images.number(m, 3) == _LINKED]
+    if not links:
+        return []
+    names: dict[int, str] = {}
+    for message in images.records(image_directory / "files.img"):
+        for regular in images.messages(message, 3):
+            names[images.number(regular, 1)] = images.text(regular, 6)
+    opened = _deleted_files(pids)
+    found = []
+    for link in links:
+        deleted, name = names.get(images.number(link, 1), ""), names.get(images.number(link, 2), "")
+        source = opened.get("/" + deleted.lstrip("/"))
+        if not name or source is None:
+            raise CaptureError("carry deleted file", deleted or "?", "no process of the container has it open any more")
+        found.append(LinkRemap(name.lstrip("/"), source))
+    return found
+
+
+def _deleted_files(pids: Iterable[int]) -> dict[str, str]:
+    """Path in the container (without ` (deleted)`) -> a /proc path that opens the file."""
+    found: dict[str, str] = {}
+    for pid in pids:
+        for kind in ("fd", "map_files"):
+            directory = f"/proc/{pid}/{kind}"
+            try:
+                entries = os.listdir(directory)
+            except OSError:
+                continue  # the process has ended; CRIU dumped it as a zombie without files
+            for entry in entries:
+                try:
+                    target = os.readlink(f"{directory}/{entry}")
+                except OSError:
+                    continue  # closed meanwhile by CRIU's own clean-up
+                if target.endswith(" (deleted)"):
+                    found.setdefault(target.removesuffix(" (deleted)"), f"{directory}/{entry}")
+    return found

@@ -1,0 +1,112 @@
+"""A look into CRIU's images before CRIU gets them: what a snapshot may not decide.
+
+Mounts, capabilities, users, seccomp and LSM labels come from the live spec. CRIU takes them out of its
+images, so images that ask for more than the live spec gives are refused. A manifest can lie about what
+its images hold; the images themselves are what is checked here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rewarm.criu import images
+from rewarm.criu.images import Message
+from rewarm.errors import Unfit
+
+# images/mnt.proto: file systems that the kernel fills by itself or that CRIU fills from its own images.
+_VIRTUAL = {1: "proc", 2: "sysfs", 5: "tmpfs", 6: "devpts", 12: "cgroup", 14: "mqueue", 23: "cgroup2"}
+_OVERLAY = 17
+_FILTER = 2  # SECCOMP_MODE_FILTER
+# runc makes these itself: masked and read-only paths, and what it mounts below its own mounts.
+_BELOW = ("/proc", "/sys", "/dev")
+_CAPABILITIES = """
+CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE
+NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT
+SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP
+MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE
+""".split()  # noqa: SIM905
+
+
+def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
+    """Check the images in `directory` against the live spec; Unfit names the first thing that asks for too much.
+
+    `destinations` are the live spec's mount points. Raises images.ImageError for an image that is none.
+    """
+    for path in sorted(directory.glob("mountpoints-*.img")):
+        for mount in images.records(path):
+            _check_mount(mount, destinations)
+    cores = sorted(directory.glob("core-*.img"))
+    if not cores:
+        raise Unfit("restore snapshot", "checkpoint", "it has no core image, so no process")
+    limits = _Limits(spec)
+    for path in cores:
+        for core in images.records(path):
+            for thread in images.messages(core, 5):
+                limits.check(thread, path.name)
+
+
+def _check_mount(mount: Message, destinations: set[str]) -> None:
+    where = os.path.normpath(images.text(mount, 7) or "/")
+    where = "/" + where.lstrip("./") if where != "." else "/"
+    kind = images.number(mount, 1)
+    # What CRIU takes from the caller's map of external mounts: runc makes that from the live spec.
+    external = bool(images.number(mount, 13) or images.text(mount, 18))
+    known = where == "/" or where in destinations or any(where.startswith(b + "/") or where == b for b in _BELOW)
+    if not known:
+        raise Unfit(
+            "restore snapshot", f"mount {where[:200]!r}", "it is in the snapshot's images, this container has none"
+        )
+    if external or where == "/" or kind in _VIRTUAL:
+        return
+    raise Unfit(
+        "restore snapshot", f"mount {where[:200]!r}", f"its images want a file system of kind {kind} mounted there"
+    )
+
+
+class _Limits:
+    """What the live spec allows a process to be."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        process = spec.get("process") or {}
+        capabilities = process.get("capabilities") or {}
+        self._bounding = capability_mask(capabilities.get("bounding") or [])
+        self._user = int((process.get("user") or {}).get("uid", 0))
+        self._no_new_privileges = bool(process.get("noNewPrivileges"))
+        self._filtered = bool((spec.get("linux") or {}).get("seccomp"))
+        self._lsm = str(process.get("apparmorProfile") or process.get("selinuxLabel") or "")
+
+    def check(self, thread: Message, name: str) -> None:
+        if self._filtered and images.number(thread, 11) != _FILTER:
+            raise Unfit("restore snapshot", name, "a process has no seccomp filter, this container's has")
+        for creds in images.messages(thread, 10):
+            for field in (9, 10, 11, 12, 19):
+                words = images.numbers(creds, field)
+                mask = sum(word << 32 * at for at, word in enumerate(words))
+                extra = [c for at, c in enumerate(_CAPABILITIES) if mask & ~self._bounding & 1 << at]
+                if extra:
+                    raise Unfit(
+                        "restore snapshot", name, f"a process has capability CAP_{extra[0]}, this container has not"
+                    )
+            users = {images.number(creds, field) for field in (1, 3, 5, 7)}
+            may_change = self._user == 0 or self._bounding & 1 << _CAPABILITIES.index("SETUID")
+            if not may_change and users != {self._user}:
+                raise Unfit(
+                    "restore snapshot",
+                    name,
+                    f"a process runs as user {max(users - {self._user})}, this container as {self._user}",
+                )
+            if self._no_new_privileges and not images.number(creds, 18):
+                raise Unfit("restore snapshot", name, "a process may gain privileges, this container's may not")
+            label = images.text(creds, 15)
+            if label and label != self._lsm and not (label == "unconfined" and not self._lsm):
+                raise Unfit(
+                    "restore snapshot", name, f"a process has LSM label {label[:80]!r}, this container {self._lsm!r}"
+                )
+
+
+def capability_mask(names: list[str]) -> int:
+    """`["CAP_CHOWN", …]` as the bit mask of capabilities(7); a name that is not known gives no bit."""
+    index = {f"CAP_{name}": at for at, name in enumerate(_CAPABILITIES)}
+    return sum(1 << index[name] for name in set(names) if name in index)

@@ -1,0 +1,159 @@
+"""config.json: read, changed, put back.
+
+Only three things are ever added to a container's spec: the control directory's mount, the denial of
+io_uring, and (for the time of a restore) the hook that applies the rootfs diff. What a user may not ask
+for, `org.criu.config`, is taken out.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from typing import Any
+
+from rewarm.errors import OciError
+
+Spec = dict[str, Any]
+
+CONTROL_DESTINATION = "/run/rewarm"
+# runc's `features` lists it as potentially unsafe: it names a file of CRIU options on the node.
+_STRIPPED_ANNOTATIONS = ("org.criu.config",)
+_IO_URING = ("io_uring_setup", "io_uring_enter", "io_uring_register")
+_EPERM = 1
+_LARGEST = 64 << 20
+
+
+def load(bundle: str) -> Spec:
+    """The bundle's config.json; OciError when it is missing, too large or not an object."""
+    path = os.path.join(bundle, "config.json")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise ValueError("larger than 64 MiB")
+        spec = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise OciError("read container spec", path, str(error)) from error
+    if not isinstance(spec, dict):
+        raise OciError("read container spec", path, "it is not a JSON object")
+    return spec
+
+
+def save(bundle: str, spec: Spec) -> None:
+    """Replace config.json in one step: a reader sees the old one or the new one."""
+    write_atomically(os.path.join(bundle, "config.json"), json.dumps(spec).encode())
+
+
+def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
+    temporary = f"{path}.rewarm-{os.getpid()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def spec_annotations(spec: Spec) -> dict[str, str]:
+    found = spec.get("annotations") or {}
+    return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def rootfs(bundle: str, spec: Spec) -> str:
+    """The host's path of the root filesystem, which is mounted before `create` is called."""
+    path = (spec.get("root") or {}).get("path") or "rootfs"
+    return os.path.join(bundle, path)
+
+
+def mounts(spec: Spec) -> list[tuple[str, str]]:
+    """(destination, type) of every mount, `bind` for all bind mounts, in the spec's order."""
+    found = []
+    for mount in spec.get("mounts") or []:
+        kind = "bind" if is_bind(mount) else str(mount.get("type") or "none")
+        found.append((os.path.normpath(str(mount.get("destination", ""))), kind))
+    return found
+
+
+def is_bind(mount: dict[str, Any]) -> bool:
+    options = mount.get("options") or []
+    return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
+def bind_source(spec: Spec, destination: str) -> str:
+    """The node's path behind the bind mount at `destination`, or "" when there is no such bind mount."""
+    for mount in spec.get("mounts") or []:
+        if is_bind(mount) and os.path.normpath(str(mount.get("destination", ""))) == destination:
+            return str(mount.get("source", ""))
+    return ""
+
+
+def prepared(spec: Spec, control: str | None) -> Spec:
+    """A copy of the spec that a capturable container runs with.
+
+    `control` is the node's directory for the control mount, or None to add no such mount. Preparing a
+    prepared spec changes nothing more.
+    """
+    spec = copy.deepcopy(spec)
+    for name in _STRIPPED_ANNOTATIONS:
+        if isinstance(spec.get("annotations"), dict):
+            spec["annotations"].pop(name, None)
+    linux = spec.setdefault("linux", {})
+    linux["seccomp"] = without_io_uring(linux.get("seccomp"))
+    others = [m for m in spec.get("mounts") or [] if m.get("destination") != CONTROL_DESTINATION]
+    if control is not None:
+        others.append(
+            {
+                "destination": CONTROL_DESTINATION,
+                "type": "bind",
+                "source": control,
+                "options": ["bind", "rw", "nosuid", "nodev", "noexec"],
+            }
+        )
+    spec["mounts"] = others
+    return spec
+
+
+def without_io_uring(seccomp: Spec | None) -> Spec:
+    """The seccomp profile with `io_uring_*` denied by EPERM, on top of what it says already.
+
+    CRIU cannot dump an io_uring, and event loops fall back to epoll when they may not have one.
+    libseccomp refuses two actions for one system call, so the names are taken out of the other rules.
+    """
+    if not seccomp:
+        seccomp = {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]
+            if os.uname().machine == "x86_64"
+            else ["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
+        }
+    result = dict(seccomp)
+    rules = []
+    for rule in seccomp.get("syscalls") or []:
+        names = [name for name in rule.get("names") or [] if name not in _IO_URING]
+        if names:
+            rules.append({**rule, "names": names})
+    denial = {"names": list(_IO_URING), "action": "SCMP_ACT_ERRNO", "errnoRet": _EPERM}
+    same_as_default = seccomp.get("defaultAction") == "SCMP_ACT_ERRNO" and seccomp.get("defaultErrnoRet", 1) == _EPERM
+    # libseccomp rejects a rule whose action is the default one.
+    result["syscalls"] = rules if same_as_default else [*rules, denial]
+    return result
+
+
+def with_hook(spec: Spec, argv: list[str], timeout: int) -> Spec:
+    """A copy of the spec with a `createRuntime` hook in front of its own (runc runs these on restore too)."""
+    spec = copy.deepcopy(spec)
+    hooks = spec.setdefault("hooks", {})
+    hook = {"path": argv[0], "args": argv, "timeout": timeout}
+    hooks["createRuntime"] = [hook, *(hooks.get("createRuntime") or [])]
+    return spec
+
+
+def digest(value: object) -> str:
+    """A short name for a part of a spec, to compare it with the same part of another."""
+    if not value:
+        return ""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]

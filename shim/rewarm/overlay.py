@@ -1,0 +1,63 @@
+"""Where a container's changes to its root filesystem are: the overlay's upper directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rewarm.errors import CaptureError
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+def upper_directory(pid: int, read_only: bool) -> Path | None:
+    """The upper directory of the overlay that is `/` for process `pid`; None for a root that cannot change.
+
+    Read from the process's own /proc/PID/mountinfo, so that it is right whatever namespace the engine
+    mounts in; the path itself is the node's. `read_only` is the spec's `root.readonly`. Raises CaptureError
+    for any other kind of root, whose changes cannot be told from its image.
+    """
+    kind, options = _root_mount(pid)
+    if kind == "overlay":
+        found = dict(option.partition("=")[::2] for option in options)
+        upper = found.get("upperdir", "")
+        if not upper:
+            return None  # only lower directories: nothing can be written
+        path = Path(upper)
+        if not path.is_absolute() or not path.is_dir():
+            raise CaptureError(
+                "find rootfs changes",
+                upper,
+                "the overlay's upper directory is not there",
+                "is the engine in another mount namespace?",
+            )
+        return path
+    if read_only:
+        return None
+    raise CaptureError(
+        "find rootfs changes",
+        f"process {pid}",
+        f"its root is {kind or 'unknown'}, not an overlay",
+        "use an overlay snapshotter, or make the root file system read-only",
+    )
+
+
+def _root_mount(pid: int) -> tuple[str, list[str]]:
+    """File system type and superblock options of the topmost mount at `/`, of proc_pid_mountinfo(5)."""
+    found: tuple[str, list[str]] = ("", [])
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields, _, rest = line.rstrip("\n").partition(" - ")
+            if fields.split(" ")[4] == "/":
+                kind, _, options = rest.split(" ", 2)
+                found = kind, [_unescape(option) for option in _split(options)]
+    return found
+
+
+def _split(options: str) -> list[str]:
+    # overlayfs writes a comma inside a path as `\\,` and the kernel escapes the backslash.
+    return options.replace("\\134,", "\\054").split(",")
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPE.sub(lambda found: chr(int(found[1], 8)), text)

@@ -1,0 +1,122 @@
+"""Processes as /proc shows them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Of /proc/PID/stat: the state letter, the parent and the start time in clock ticks since boot."""
+
+    state: str
+    parent: int
+    start_time: int
+
+
+def stat(pid: int, tid: int | None = None) -> Stat | None:
+    """None when the process is gone."""
+    path = f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat"
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            # The command is in parentheses and may hold anything, parentheses included.
+            fields = file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return Stat(fields[0], int(fields[1]), int(fields[19]))
+
+
+def start_time(pid: int) -> int | None:
+    found = stat(pid)
+    return None if found is None or found.state in "ZX" else found.start_time
+
+
+def children(pid: int) -> list[int]:
+    """The living children of all threads of a process (CONFIG_PROC_CHILDREN, which CRIU needs as well)."""
+    found: list[int] = []
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return found
+    for thread in threads:
+        try:
+            with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
+                found += [int(word) for word in file.read().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread has ended since it was listed
+    return found
+
+
+def tree(pid: int) -> list[int]:
+    """A process and its descendants, parents before children."""
+    found = [pid]
+    for one in found:
+        found += children(one)
+    return found
+
+
+def namespace_pid(pid: int, tid: int | None = None) -> int:
+    """The number that a process (or thread) has in its own, innermost pid namespace; 0 when it is gone."""
+    path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("NSpid:"):
+                    return int(line.split()[-1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0
+
+
+def threads(pid: int) -> list[int]:
+    try:
+        return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return "?"
+
+
+def send(pid: int, number: int) -> bool:
+    """Send a signal; False when the process is gone."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def in_cgroups(paths: Iterator[str] | tuple[str, ...]) -> set[int]:
+    """All processes in the given cgroup directories and below them."""
+    found: set[int] = set()
+    for path in paths:
+        for directory, _, files in os.walk(path):
+            if "cgroup.procs" in files:
+                try:
+                    with open(os.path.join(directory, "cgroup.procs"), encoding="ascii") as file:
+                        found.update(int(line) for line in file)
+                except OSError:
+                    continue  # the cgroup was removed, or is a threaded one whose root lists the same processes
+    found.discard(0)
+    return found
+
+
+def kill_all(pids: set[int], deadline: float = 10.0) -> bool:
+    """SIGKILL all of them and wait up to `deadline` seconds; True when none is left."""
+    end = time.monotonic() + deadline
+    left = {pid for pid in pids if send(pid, signal.SIGKILL)}
+    while left and time.monotonic() < end:
+        left = {pid for pid in left if start_time(pid) is not None}
+        if left:
+            time.sleep(0.01)
+    return not left

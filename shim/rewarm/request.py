@@ -1,0 +1,138 @@
+"""What a container asks for: its `rewarm.dev/…` annotations and its spec, as one request."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+from rewarm.errors import RequestError
+from rewarm.oci.spec import CONTROL_DESTINATION, Spec, mounts, spec_annotations
+from rewarm.settings import Settings
+
+PREFIX = "rewarm.dev/"
+_SANDBOX_NAMESPACE = "io.kubernetes.cri.sandbox-namespace"
+_CONTAINER_TYPE = "io.kubernetes.cri.container-type"
+_CONTAINER_NAME = "io.kubernetes.cri.container-name"
+_IMAGE_NAMES = ("io.kubernetes.cri.image-name", "org.opencontainers.image.ref.name", "io.containerd.image.name")
+
+_CHOICES = {
+    "capture": ("never", "on-ready"),
+    "on-miss": ("cold-start", "fail"),
+    "device-memory": ("auto", "off"),
+    "engine": ("none", "vllm", "sglang"),
+}
+_FREE = ("snapshot", "container", "ready")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_HTTP = re.compile(r"http://:(\d{1,5})(/[!-~]{0,512})")
+_LONGEST_SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Request:
+    """A container's opt-in. `snapshot` is the name to look for, already derived when the annotation says `auto`."""
+
+    snapshot: str
+    namespace: str
+    capture: str = "never"
+    ready: str = "file"
+    on_miss: str = "cold-start"
+    device_memory: str = "auto"
+    engine: str = "none"
+
+
+def parse(spec: Spec, settings: Settings) -> Request | None:
+    """The request in a spec; None when the container has not opted in, is another of its pod, or is a pod's sandbox.
+
+    Raises RequestError for an unknown key under the prefix or a value that is not allowed; the message
+    names the key, the value and what is allowed.
+    """
+    found = spec_annotations(spec)
+    ours = {key[len(PREFIX) :]: value for key, value in found.items() if key.startswith(PREFIX)}
+    if "snapshot" not in ours or found.get(_CONTAINER_TYPE) == "sandbox":
+        return None
+    for key, value in ours.items():
+        _check(key, value)
+    if "container" in ours and found.get(_CONTAINER_NAME, ours["container"]) != ours["container"]:
+        return None
+    namespace = found.get(_SANDBOX_NAMESPACE, "default")
+    if not _NAME.fullmatch(namespace):
+        raise RequestError("read annotation", _SANDBOX_NAMESPACE, f"{_shown(namespace)} is not a namespace")
+    snapshot = ours["snapshot"]
+    return Request(
+        snapshot=derived_name(spec, settings) if snapshot == "auto" else snapshot,
+        namespace=namespace,
+        capture=ours.get("capture", "never"),
+        ready=ours.get("ready", "file"),
+        on_miss=ours.get("on-miss", settings.on_miss),
+        device_memory=ours.get("device-memory", "auto"),
+        engine=ours.get("engine", "none"),
+    )
+
+
+def _check(key: str, value: str) -> None:
+    name = PREFIX + _shown(key)[1:-1]
+    if key in _CHOICES:
+        if value not in _CHOICES[key]:
+            raise RequestError("read annotation", name, f"{_shown(value)} is not one of {', '.join(_CHOICES[key])}")
+    elif key not in _FREE:
+        known = ", ".join(sorted((*_CHOICES, *_FREE)))
+        raise RequestError(
+            "read annotation", name, f"there is no such key (value {_shown(value)})", f"known are {known}"
+        )
+    elif key == "ready":
+        if not (value == "file" or _valid_http(value) or (value.startswith("exec:") and value[5:].strip())):
+            raise RequestError(
+                "read annotation", name, f"{_shown(value)} is not one of file, http://:PORT/PATH, exec:CMD"
+            )
+    elif not _NAME.fullmatch(value):
+        allowed = "1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
+        raise RequestError("read annotation", name, f"{_shown(value)} is not a name", f"use {allowed}")
+
+
+def _valid_http(value: str) -> bool:
+    found = _HTTP.fullmatch(value)
+    return found is not None and 0 < int(found[1]) < 65536
+
+
+def http_target(ready: str) -> tuple[int, str]:
+    """Port and path of a `ready` value that starts with http:// (already checked by `parse`)."""
+    found = _HTTP.fullmatch(ready)
+    assert found is not None
+    return int(found[1]), found[2]
+
+
+def _shown(value: str) -> str:
+    """A value fit for one log line: control characters escaped, never longer than a line should be."""
+    text = repr(value[:_LONGEST_SHOWN])
+    return text if len(value) <= _LONGEST_SHOWN else f"{text[:-1]}…'"
+
+
+def image_name(spec: Spec) -> str:
+    """The image as the engine annotates it, or "" where no engine did."""
+    found = spec_annotations(spec)
+    return next((found[key] for key in _IMAGE_NAMES if found.get(key)), "")
+
+
+def environment(spec: Spec) -> dict[str, str]:
+    words = (spec.get("process") or {}).get("env") or []
+    return dict(word.partition("=")[::2] for word in map(str, words))
+
+
+def environment_keys(spec: Spec, settings: Settings) -> tuple[str, ...]:
+    """The keys that matter for fitting: without those that differ from pod to pod (`ignore_env`)."""
+    keys = environment(spec)
+    return tuple(sorted(k for k in keys if not any(fnmatch.fnmatchcase(k, glob) for glob in settings.ignore_env)))
+
+
+def derived_name(spec: Spec, settings: Settings) -> str:
+    """The name that `auto` stands for: equal for containers that one snapshot can serve."""
+    identity = {
+        "image": image_name(spec),
+        "args": list((spec.get("process") or {}).get("args") or []),
+        "env": environment_keys(spec, settings),
+        "mounts": sorted(m for m in mounts(spec) if m[0] != CONTROL_DESTINATION),
+    }
+    return "auto-" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]

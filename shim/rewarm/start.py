@@ -1,0 +1,87 @@
+"""`start` of a container that was restored: the stopped tree goes on where its source was captured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from dataclasses import replace
+from typing import Any
+
+from rewarm import processes
+from rewarm.errors import OciError
+from rewarm.oci import log, record, runc, spec
+from rewarm.oci.argv import Invocation
+from rewarm.oci.record import Record
+from rewarm.settings import Settings
+
+
+def start(invocation: Invocation, settings: Settings, binary: str) -> int:
+    """Answer `start` for a restored container; hand every other one to runc, which has the words for it."""
+    directory = record.directory(settings.state_dir, invocation.root, invocation.container_id)
+    kept = record.load(directory)
+    if kept is None or kept.phase != record.RESTORED or not _as_restored(kept):
+        runc.replace_process(binary, invocation.words)
+        return 127
+    container = runc.load(kept.root, kept.id)
+    record.save(directory, replace(kept, phase=record.STARTED))
+    if os.path.lexists(container.exec_fifo):
+        os.unlink(container.exec_fifo)
+    resume(kept)
+    for line in _poststart(kept):
+        log.write(invocation, "warning", line)
+    return 0
+
+
+def _as_restored(kept: Record) -> bool:
+    """Whether the init that was restored is still there (its start time tells it from another with its pid)."""
+    return runc.exists(kept.root, kept.id) and processes.start_time(kept.init_pid) == kept.init_start
+
+
+def resume(kept: Record) -> None:
+    """SIGCONT to the whole tree, children before parents: a parent that waits with WUNTRACED finds them running."""
+    for pid in reversed(processes.tree(kept.init_pid)):
+        if processes.namespace_pid(pid) not in kept.stopped:
+            processes.send(pid, signal.SIGCONT)
+
+
+def _poststart(kept: Record) -> list[str]:
+    """Run the spec's poststart hooks, which runc runs in its own `start`; the OCI spec lets their failures pass."""
+    problems = []
+    bundle_spec = spec.load(kept.bundle)
+    state: dict[str, Any] = {
+        "ociVersion": bundle_spec.get("ociVersion", "1.0.2"),
+        "id": kept.id,
+        "status": "running",
+        "pid": kept.init_pid,
+        "bundle": kept.bundle,
+        "annotations": spec.spec_annotations(bundle_spec),
+    }
+    for hook in (bundle_spec.get("hooks") or {}).get("poststart") or []:
+        try:
+            _run_hook(hook, state)
+        except OciError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _run_hook(hook: dict[str, Any], state: dict[str, Any]) -> None:
+    path = str(hook.get("path", ""))
+    words = [str(word) for word in hook.get("args") or [path]]
+    env = dict(str(word).partition("=")[::2] for word in hook.get("env") or [])
+    try:
+        done = subprocess.run(
+            words,
+            executable=path,
+            env=env,
+            input=json.dumps(state).encode(),
+            capture_output=True,
+            timeout=hook.get("timeout"),
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise OciError("run poststart hook", path, str(error)) from error
+    if done.returncode != 0:
+        said = " ".join(done.stderr.decode("utf-8", "replace").split())[-300:]
+        raise OciError("run poststart hook", path, f"exit status {done.returncode} {said}")
