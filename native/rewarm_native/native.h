@@ -1,0 +1,30 @@
+/* What Python calls: thin, without state, every result a return value. The C files beside it are compiled as one. */
+#ifndef REWARM_NATIVE_H
+#define REWARM_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { RW_NODE_WORDS = 16 }; /* 1024 nodes, the most that Linux can be built for */
+
+/* One set_mempolicy(2) (length 0) or mbind(2). */
+struct rw_policy {
+	uint64_t start;
+	uint64_t length;
+	int32_t mode;
+	uint32_t flags; /* of mbind */
+	uint64_t nodes[RW_NODE_WORDS];
+};
+
+/* All return -errno on failure. */
+int rw_set_child_subreaper(int on);
+int rw_set_pdeathsig(int signal);
+
+/* A socket (close-on-exec) of the network namespace behind `namespace_fd`; the caller stays where it is. */
+int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
+
+/* Runs the calls in the thread `tid` of another process, in order, up to the first that fails; *failed is then its
+ * index, or `count` when the thread could not be made to run anything. Afterwards the thread is as it was. */
+int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
+
+#endif

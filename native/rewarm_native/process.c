@@ -1,0 +1,51 @@
+/* Process attributes that os and signal do not offer, and sockets of another network namespace. */
+#include "native.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+
+int rw_set_child_subreaper(int on)
+{
+	return prctl(PR_SET_CHILD_SUBREAPER, on ? 1L : 0L, 0L, 0L, 0L) < 0 ? -errno : 0;
+}
+
+int rw_set_pdeathsig(int signal)
+{
+	return prctl(PR_SET_PDEATHSIG, (long)signal, 0L, 0L, 0L) < 0 ? -errno : 0;
+}
+
+struct socket_request {
+	int namespace_fd;
+	int family;
+	int type;
+	int protocol;
+	int result;
+};
+
+static void *open_socket(void *argument)
+{
+	struct socket_request *request = argument;
+
+	request->result = setns(request->namespace_fd, CLONE_NEWNET) < 0
+				  ? -1
+				  : socket(request->family, request->type | SOCK_CLOEXEC, request->protocol);
+	if (request->result < 0)
+		request->result = -errno;
+	return NULL;
+}
+
+/* A socket belongs to the namespace of the thread that made it. The thread is one of our own that ends right
+ * after, so there is no way back to fail, and none of the caller's threads is ever elsewhere. */
+int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol)
+{
+	struct socket_request request = { namespace_fd, family, type, protocol, -1 };
+	pthread_t thread;
+	int error = pthread_create(&thread, NULL, open_socket, &request);
+
+	if (error == 0)
+		error = pthread_join(thread, NULL);
+	return error != 0 ? -error : request.result;
+}
