@@ -1,0 +1,67 @@
+"""What `rewarm doctor` says about one thing, and the node that it says it about."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rewarm.settings import Settings
+
+OK: Literal["ok"] = "ok"
+WARNING: Literal["warning"] = "warning"
+FAILED: Literal["failed"] = "failed"
+
+
+@dataclass(frozen=True)
+class Check:
+    """`found` is what is there, `mend` what to do about it: empty exactly when `status` is ok."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where to look. `settings_error` is why the settings are the defaults, though there is a file."""
+
+    settings: Settings
+    settings_file: str
+    settings_error: str = ""
+    prefix: str = field(default_factory=lambda: os.path.dirname(sys.prefix))
+    containerd_config: str = "/etc/containerd/config.toml"
+
+    @property
+    def launcher(self) -> str:
+        return os.path.join(self.prefix, "bin", "rewarm-runc")
+
+
+def ask(words: Sequence[str], timeout: float = 20) -> tuple[int, str]:
+    """Exit status and output (both streams) of a program; a status of -1 and the reason when it cannot be run."""
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+    except OSError as error:
+        return -1, error.strerror or str(error)
+    except subprocess.TimeoutExpired:
+        return -1, f"no answer within {timeout:.0f} s"
+    return done.returncode, done.stdout
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, cut to what fits a line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no message"

@@ -1,0 +1,129 @@
+"""rewarm inspect: one snapshot's manifest, readable."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+
+from rewarm.errors import Unfit
+from rewarm.settings import Settings
+from rewarm.store.directory import DirectoryStore, SnapshotRef
+from rewarm.store.manifest import Manifest, Process, Requires
+
+from . import options, output, pick
+
+
+@click.command("inspect")
+@click.argument("snapshot", metavar="NAME|ID")
+@click.option("--check", is_flag=True, help="Say whether it fits this node; exit status 1 if it does not.")
+@options.namespace
+@options.as_json
+@options.store
+@options.config
+@click.pass_context
+def command(
+    ctx: click.Context,
+    snapshot: str,
+    check: bool,
+    namespace: str | None,
+    as_json: bool,
+    store: str | None,
+    config: Path | None,
+) -> None:
+    """Show what a snapshot holds and what it needs.
+
+    SNAPSHOT is a name (its newest readable snapshot), 6 or more digits of an id, or NAMESPACE/NAME@ID.
+    """
+    settings = options.load(config, store)
+    where = DirectoryStore(settings.store)
+    ref = pick.newest(where, snapshot, namespace)
+    manifest = where.load(ref)
+    reason = misfit(manifest.requires, settings) if check else ""
+    if as_json:
+        fits = {"fits": not reason, "misfit": reason or None} if check else {}
+        output.document({"id": ref.id, **asdict(manifest), **fits})
+    else:
+        _show(ref, manifest)
+        if check:
+            click.echo(f"\nFits this node: {'no: ' + output.printable(reason) if reason else 'yes'}")
+    if reason:
+        ctx.exit(1)
+
+
+def misfit(needed: Requires, settings: Settings) -> str:
+    """Why the snapshot cannot be restored on this node, whatever the container; "" when it can.
+
+    Raises OciError when this node has no low-level runtime.
+    """
+    from rewarm import compat, warm
+    from rewarm.oci import runc
+
+    try:
+        here = warm.requirements({}, settings, runc.find(settings))
+        # Of the container's own part the snapshot itself is the best example of one that fits.
+        node = {key: getattr(here, key) for key in ("arch", "cpu_features", "kernel", "criu", "runc", "cgroup_version")}
+        compat.check(needed, replace(needed, **node))
+    except Unfit as error:
+        return f"{error.cause}; {error.next_step}" if error.next_step else error.cause
+    return ""
+
+
+def _show(ref: SnapshotRef, manifest: Manifest) -> None:
+    source = manifest.source
+    packs = len({entry.pack for entry in manifest.files})
+    click.echo(f"{ref.namespace}/{ref.name}")
+    output.fields(
+        [
+            ("id", ref.id),
+            ("created", f"{manifest.created} ({output.age(manifest.created)}) by rewarm {manifest.rewarm}"),
+            ("source", ", ".join(f"{key} {value}" for key, value in sorted(source.items()))),
+            ("size", f"{output.size(manifest.stored_bytes)} in {len(manifest.files)} files, {packs} packs"),
+            ("memory", output.size(manifest.memory_bytes)),
+        ],
+        "  ",
+    )
+    click.echo("\nNeeds")
+    output.fields(_needs(manifest.requires), "  ")
+    click.echo("\nProcesses")
+    output.columns(("  PID", "THREADS", "CPUS", "MEMORY POLICIES", "STATE"), map(_process, manifest.processes))
+    click.echo("\nFiles")
+    output.columns(
+        ("  NAME", "SIZE", "DIGEST"),
+        ((f"  {entry.name}", output.size(entry.size), entry.digest[:12]) for entry in manifest.files),
+    )
+
+
+def _needs(needs: Requires) -> list[tuple[str, str]]:
+    return [
+        ("architecture", needs.arch),
+        ("CPU features", " ".join(needs.cpu_features) or "none"),
+        ("kernel", f"{needs.kernel} or newer"),
+        ("CRIU", f"{needs.criu} or newer"),
+        ("runc", f"{needs.runc} (any)"),
+        ("cgroup", f"v{needs.cgroup_version}"),
+        ("image", needs.image or "any (the engine gave none)"),
+        ("arguments", shlex.join(needs.args)),
+        ("environment", " ".join(needs.env_keys) or "none"),
+        ("mounts", ", ".join(f"{mount.destination} ({mount.type})" for mount in needs.mounts) or "none"),
+        ("user", "{}:{}".format(*needs.user)),
+        ("capabilities", " ".join(needs.capabilities) or "none"),
+        ("seccomp", f"profile {needs.seccomp[:12]}" if needs.seccomp else "none"),
+        ("LSM label", needs.lsm or "none"),
+        ("namespaces", " ".join(needs.namespaces) or "none"),
+        ("GPUs", ", ".join(needs.gpus) or "none"),
+    ]
+
+
+def _process(process: Process) -> tuple[str, ...]:
+    affinities = {output.numbers(thread.affinity) for thread in process.threads}
+    numa = {thread.policy for thread in process.threads} | {policy.mode for policy in process.memory_policies}
+    return (
+        f"  {process.pid}",
+        str(len(process.threads)),
+        " | ".join(sorted(affinities - {""})) or "all",
+        ", ".join(sorted(numa - {""})) or "-",
+        "stopped" if process.stopped else "running",
+    )

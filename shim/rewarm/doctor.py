@@ -1,0 +1,79 @@
+"""Whether this node can capture and restore: every check as data, in the order in which one would mend things.
+
+The checks look at what is there by using it, and change nothing. `fix` does: it undoes what killed restores
+and captures left.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rewarm import doctor_containerd, doctor_kernel, doctor_places, doctor_programs, settings
+from rewarm.checks import FAILED, OK, Check, Node
+from rewarm.errors import RewarmError
+from rewarm.settings import Settings
+
+
+def look(config: Path | None = None, store: str | None = None) -> Node:
+    """This node, with its settings; with the defaults, which the checks then go by, if those cannot be read.
+
+    `store` is put over the settings' store.
+    """
+    file = str(config) if config is not None else os.environ.get("REWARM_CONFIG") or settings.DEFAULT_PATH
+    error = ""
+    try:
+        found = settings.load(config)
+    except RewarmError as refused:
+        found, error = Settings(), str(refused)
+    return Node(found if store is None else replace(found, store=store), file, error)
+
+
+def check_settings(node: Node) -> Check:
+    if node.settings_error:
+        step = "correct the file; until then every container with a rewarm annotation fails"
+        return Check("settings", FAILED, node.settings_error, step)
+    there = os.path.exists(node.settings_file)
+    return Check("settings", OK, node.settings_file if there else f"the defaults: there is no {node.settings_file}")
+
+
+CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (
+    ("settings", check_settings),
+    ("rights", doctor_kernel.rights),
+    ("kernel", doctor_kernel.features),
+    ("overlay", doctor_kernel.overlay),
+    ("cgroups", doctor_kernel.cgroups),
+    ("runc", doctor_programs.runc),
+    ("criu", doctor_programs.criu),
+    ("criu check", doctor_programs.criu_check),
+    ("helper programs", doctor_programs.helpers),
+    ("installation", doctor_programs.installation),
+    ("store", doctor_places.store),
+    ("work directory", doctor_places.work_directory),
+    ("state directory", doctor_places.state_directory),
+    ("left-overs", doctor_places.left_overs),
+    ("containerd", doctor_containerd.containerd),
+)
+WIDTH = max(len(name) for name, _ in CHECKS)
+
+
+def examine(node: Node) -> Iterator[Check]:
+    """Run every check. One that cannot look is a failed one, and keeps no other from looking."""
+    for name, check in CHECKS:
+        try:
+            yield check(node)
+        except RewarmError as error:
+            found = f"{error.operation} {error.object}: {error.cause}"
+            yield Check(name, FAILED, found, error.next_step or "see the cause")
+        except OSError as error:
+            found = f"{error.filename or 'cannot look'}: {error.strerror or error}"
+            yield Check(name, FAILED, found, "run it as root, and see the kernel's log")
+
+
+def fix(node: Node) -> list[str]:
+    """Undo what killed restores and captures left behind; a line for each thing that stays. Raises OciError."""
+    if node.settings_error:
+        return [f"nothing was undone, since the settings say where to look: {node.settings_error}"]
+    return doctor_places.undo_left_overs(node)

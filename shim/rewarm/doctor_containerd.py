@@ -1,0 +1,69 @@
+"""Check that containerd knows the runtime; Kubernetes uses it by a RuntimeClass with the handler `rewarm`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tomllib
+from typing import Any
+
+from rewarm.checks import OK, WARNING, Check, Node, ask, last_line
+
+# Configuration version 2, and 3 and later.
+_PLUGINS = ("io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime")
+_REGISTER = "run install/install.sh again, or see config/containerd-v2.toml and config/containerd-v3.toml"
+_ANNOTATIONS = "rewarm.dev/"
+
+
+def containerd(node: Node) -> Check:
+    """Never a failure: containers of other engines, and of `ctr --runc-binary`, do without."""
+    program = shutil.which("containerd") or ""
+    if not os.path.exists(node.containerd_config):
+        if not program:
+            return Check("containerd", OK, "not on this node")
+        return Check("containerd", WARNING, f"there is no {node.containerd_config}, so no runtime rewarm", _REGISTER)
+    try:
+        config = tomllib.loads(_text(program, node.containerd_config))
+    except ValueError as error:
+        return Check(
+            "containerd", WARNING, f"{node.containerd_config} cannot be understood: {error}", "correct the file"
+        )
+    if {"cri", *_PLUGINS} & set(config.get("disabled_plugins") or []):
+        found = f"its CRI plugin is disabled; ctr takes the runtime by its path, {node.launcher}"
+        return Check("containerd", OK, found)
+    return _judge(node, _runtimes(config))
+
+
+def _text(program: str, path: str) -> str:
+    """The configuration as containerd itself understands it, imports included; the file alone where it cannot say."""
+    if program:
+        status, said = ask([program, "--config", path, "config", "dump"])
+        if status == 0:
+            return said
+        raise ValueError(last_line(said))
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _runtimes(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    plugins = config.get("plugins") or {}
+    found: dict[str, dict[str, Any]] = {}
+    for plugin in _PLUGINS:
+        found.update(((plugins.get(plugin) or {}).get("containerd") or {}).get("runtimes") or {})
+    return found
+
+
+def _judge(node: Node, runtimes: dict[str, dict[str, Any]]) -> Check:
+    binaries = {name: str((table.get("options") or {}).get("BinaryName") or "") for name, table in runtimes.items()}
+    ours = [name for name, binary in binaries.items() if os.path.basename(binary) == "rewarm-runc"]
+    if not ours:
+        found = f"no runtime of {node.containerd_config} is rewarm-runc (it has {', '.join(runtimes) or 'none'})"
+        return Check("containerd", WARNING, found, _REGISTER)
+    for name in ours:
+        if os.path.realpath(binaries[name]) != os.path.realpath(node.launcher):
+            found = f"runtime {name} is {binaries[name]}, this installation's is {node.launcher}"
+            return Check("containerd", WARNING, found, _REGISTER)
+        if not any(glob.startswith(_ANNOTATIONS) for glob in runtimes[name].get("pod_annotations") or []):
+            found = f"runtime {name} does not pass on the annotations of pods"
+            return Check("containerd", WARNING, found, 'add: pod_annotations = ["rewarm.dev/*"]')
+    return Check("containerd", OK, f"runtime {', '.join(ours)} of {node.containerd_config} is {node.launcher}")
