@@ -1,0 +1,368 @@
+"""The manifest: what one snapshot holds and needs. Its canonical bytes, and a parser that believes nothing.
+
+A manifest comes out of a store that other nodes write, so the parser takes it for hostile: every field must be
+there, have its type and lie in its range, and nothing else may be there. What fails is a `SnapshotDamaged`
+that names the field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import asdict, dataclass, field
+
+from blake3 import blake3
+
+from rewarm.errors import SnapshotDamaged
+
+from . import fields
+from .fields import Bad, Reader
+from .names import is_name
+
+VERSION = 1
+LARGE = 1 << 20
+"""A file of this many bytes or more is a pack of its own; smaller ones share a pack."""
+MAX_BYTES = 64 << 20
+"""No manifest is longer. A real one has some 100 KB."""
+MAX_SHARED = 1 << 30
+"""All small files of a snapshot together. Real ones have a few MB."""
+MAX_VALUES = 4_000_000
+"""No manifest has more JSON values: 64 MiB of `[],[],…` would need gigabytes once parsed."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_FILE_NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}\Z")
+_CREATED = re.compile(
+    r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d{1,9})?Z\Z"
+)
+_NEXT_STEP = "remove it with `rewarm rm` and capture again"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: `size` bytes at `offset` (bytes) of pack `pack`; `digest` and `pack` are BLAKE3-256 hex."""
+
+    name: str
+    size: int
+    digest: str
+    pack: str
+    offset: int
+
+    @property
+    def whole_pack(self) -> bool:
+        """Whether the file is all of its pack, so that the pack can stand in for it."""
+        return self.pack == self.digest
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A mount of the container: where, and the type that its config.json gave."""
+
+    destination: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What the container and the node must be like for the snapshot to run there."""
+
+    arch: str
+    cpu_features: tuple[str, ...]
+    kernel: str
+    criu: str
+    runc: str
+    image: str
+    args: tuple[str, ...]
+    env_keys: tuple[str, ...]
+    mounts: tuple[Mount, ...]
+    user: tuple[int, int]
+    capabilities: tuple[str, ...]
+    seccomp: str
+    lsm: str
+    namespaces: tuple[str, ...]
+    gpus: tuple[str, ...]
+    cgroup_version: int
+
+
+@dataclass(frozen=True)
+class Thread:
+    """A thread by its id in its innermost pid namespace, its CPUs, and its default NUMA policy ("" = none)."""
+
+    tid: int
+    affinity: tuple[int, ...]
+    policy: str = ""
+    nodes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """The NUMA policy of the addresses [start, end)."""
+
+    start: int
+    end: int
+    mode: str
+    nodes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What CRIU does not keep of a process; `pid` is that of its innermost pid namespace."""
+
+    pid: int
+    threads: tuple[Thread, ...]
+    stopped: bool
+    memory_policies: tuple[MemoryPolicy, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One snapshot. `created` is RFC 3339 in UTC (`timestamp()` makes one), `memory_bytes` what CRIU dumped."""
+
+    name: str
+    namespace: str
+    created: str
+    rewarm: str
+    source: dict[str, str]
+    requires: Requires
+    processes: tuple[Process, ...]
+    memory_bytes: int
+    files: tuple[FileEntry, ...] = field(default=())
+    version: int = VERSION
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, UTF-8. The snapshot's id is the digest of these bytes."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+
+    @property
+    def id(self) -> str:
+        """The snapshot's id, computed anew at each call."""
+        return digest_of(self.to_bytes())
+
+    @property
+    def created_key(self) -> tuple[str, str]:
+        """Sorts by time of creation, however many digits the fraction of a second has."""
+        return self.created[:19], self.created[19:].strip(".Z").ljust(9, "0")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
+    def file(self, name: str) -> FileEntry | None:
+        """The entry of that name."""
+        return next((entry for entry in self.files if entry.name == name), None)
+
+
+def digest_of(data: bytes) -> str:
+    """BLAKE3-256 in hex."""
+    return blake3(data).hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is a digest as the store writes them: 64 lower-case hex digits, so no `/` and no `..`."""
+    return _DIGEST.match(text) is not None
+
+
+def timestamp() -> str:
+    """Now, for `Manifest.created`."""
+    now = time.time_ns()
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now // 10**9))}.{now // 1000 % 10**6:06d}Z"
+
+
+def load(data: bytes, id: str, where: str) -> Manifest:
+    """Parse bytes that must hash to `id`; a truncated or changed manifest never reaches the parser.
+
+    `where` names the snapshot in errors. Raises SnapshotDamaged.
+    """
+    if len(data) > MAX_BYTES:
+        raise _damaged(where, f"is longer than {MAX_BYTES >> 20} MiB")
+    found = digest_of(data)
+    if found != id:
+        raise _damaged(where, f"is truncated or was changed: its {len(data)} bytes have digest {found[:12]}…")
+    return parse(data, where)
+
+
+def parse(data: bytes, where: str = "manifest") -> Manifest:
+    """Parse and check a manifest. Raises SnapshotDamaged that names the first bad field."""
+    if len(data) > MAX_BYTES:
+        raise _damaged(where, f"is longer than {MAX_BYTES >> 20} MiB")
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
+        raise _damaged(where, f"has more than {MAX_VALUES} values")
+    try:
+        return _manifest(Reader(fields.decode(data), ""))
+    except Bad as bad:
+        raise _damaged(where, str(bad)) from None
+
+
+def _damaged(where: str, cause: str) -> SnapshotDamaged:
+    return SnapshotDamaged("read manifest", where, cause, _NEXT_STEP)
+
+
+def _manifest(top: Reader) -> Manifest:
+    # The version comes first: the other fields mean what it says they mean.
+    version = top.integer("version")
+    if version != VERSION:
+        raise Bad(f"version {version} is unknown, this rewarm reads version {VERSION}")
+    created = top.text("created", 64)
+    if not _CREATED.match(created):
+        raise Bad(f"field created is not a time in UTC like 2026-01-31T12:00:00Z: {created!r}")
+    manifest = Manifest(
+        version=version,
+        name=_name(top, "name"),
+        namespace=_name(top, "namespace"),
+        created=created,
+        rewarm=top.text("rewarm", 128),
+        source=top.mapping("source"),
+        requires=_requires(top.object("requires")),
+        files=tuple(_file(reader) for reader in top.objects("files")),
+        processes=tuple(_process(reader) for reader in top.objects("processes")),
+        memory_bytes=top.integer("memory_bytes"),
+    )
+    top.done()
+    _check_files(manifest.files)
+    return manifest
+
+
+def _name(reader: Reader, key: str) -> str:
+    name = reader.text(key)
+    if not is_name(name):
+        raise Bad(f"field {reader.path(key)} is not a name that a store may hold: {name[:80]!r}")
+    return name
+
+
+def _requires(reader: Reader) -> Requires:
+    user = reader.integers("user", fields.MAX_U32)
+    if len(user) != 2:
+        raise Bad(f"field {reader.path('user')} must be [uid, gid]")
+    requires = Requires(
+        arch=reader.text("arch", 64),
+        cpu_features=reader.texts("cpu_features"),
+        kernel=reader.text("kernel"),
+        criu=reader.text("criu"),
+        runc=reader.text("runc"),
+        image=reader.text("image"),
+        args=reader.texts("args"),
+        env_keys=reader.texts("env_keys"),
+        mounts=tuple(_mount(mount) for mount in reader.objects("mounts")),
+        user=(user[0], user[1]),
+        capabilities=reader.texts("capabilities"),
+        seccomp=reader.text("seccomp"),
+        lsm=reader.text("lsm"),
+        namespaces=reader.texts("namespaces"),
+        gpus=reader.texts("gpus"),
+        cgroup_version=reader.integer("cgroup_version", 2),
+    )
+    reader.done()
+    return requires
+
+
+def _mount(reader: Reader) -> Mount:
+    mount = Mount(destination=reader.text("destination"), type=reader.text("type"))
+    reader.done()
+    return mount
+
+
+def _process(reader: Reader) -> Process:
+    process = Process(
+        pid=reader.integer("pid", fields.MAX_PID),
+        threads=tuple(_thread(thread) for thread in reader.objects("threads")),
+        stopped=reader.boolean("stopped"),
+        memory_policies=tuple(_policy(policy) for policy in reader.objects("memory_policies")),
+    )
+    reader.done()
+    return process
+
+
+def _thread(reader: Reader) -> Thread:
+    thread = Thread(
+        tid=reader.integer("tid", fields.MAX_PID),
+        affinity=reader.integers("affinity", fields.MAX_INDEX),
+        policy=reader.text("policy", 64),
+        nodes=reader.integers("nodes", fields.MAX_INDEX),
+    )
+    reader.done()
+    return thread
+
+
+def _policy(reader: Reader) -> MemoryPolicy:
+    policy = MemoryPolicy(
+        start=reader.integer("start", fields.MAX_U64),
+        end=reader.integer("end", fields.MAX_U64),
+        mode=reader.text("mode", 64),
+        nodes=reader.integers("nodes", fields.MAX_INDEX),
+    )
+    reader.done()
+    if policy.start >= policy.end:
+        raise Bad(f"field {reader.path('end')} must be above start")
+    return policy
+
+
+def _file(reader: Reader) -> FileEntry:
+    entry = FileEntry(
+        name=reader.text("name", 512),
+        size=reader.integer("size"),
+        digest=reader.text("digest", 64),
+        pack=reader.text("pack", 64),
+        offset=reader.integer("offset"),
+    )
+    reader.done()
+    for key, value in (("digest", entry.digest), ("pack", entry.pack)):
+        if not is_digest(value):
+            raise Bad(f"field {reader.path(key)} is not a BLAKE3 digest of 64 hex digits: {value!r}")
+    if entry.offset + entry.size > fields.MAX_I64:
+        raise Bad(f"field {reader.path('offset')} is too large")
+    if entry.whole_pack and entry.offset:
+        raise Bad(f"field {reader.path('offset')} must be 0 for a file that is a pack of its own")
+    if entry.size >= LARGE and not entry.whole_pack:
+        raise Bad(f"field {reader.path('pack')} must equal digest for a file of {LARGE} bytes or more")
+    return entry
+
+
+def check_file_name(name: str) -> str:
+    """What is wrong with a file name inside a snapshot, or ""."""
+    if not _FILE_NAME.match(name):
+        return "has characters other than A-Z a-z 0-9 . _ / - or is too long"
+    parts = name.split("/")
+    if "" in parts or "." in parts or ".." in parts:
+        return "is not a plain relative path"
+    if any(len(part) > 255 for part in parts):
+        return "has a component of more than 255 characters"
+    return ""
+
+
+def _check_files(entries: tuple[FileEntry, ...]) -> None:
+    names = set()
+    for index, entry in enumerate(entries):
+        problem = check_file_name(entry.name)
+        if problem:
+            raise Bad(f"field files[{index}].name {problem}: {entry.name[:80]!r}")
+        if entry.name in names:
+            raise Bad(f"field files[{index}].name is there twice: {entry.name[:80]!r}")
+        names.add(entry.name)
+    for name in names:
+        parents = name.split("/")[:-1]
+        for depth in range(1, len(parents) + 1):
+            if "/".join(parents[:depth]) in names:
+                raise Bad(f"field files has {name[:80]!r} and one of its parents as a file")
+    _check_shared_packs(entries)
+
+
+def _check_shared_packs(entries: tuple[FileEntry, ...]) -> None:
+    """Files must lie in a shared pack one after the other, from its beginning.
+
+    Overlapping ones would let a small pack fill a disk when the files are taken out of it.
+    """
+    ends: dict[str, int] = {}
+    whole: dict[str, int] = {}
+    for entry in entries:
+        if entry.whole_pack and whole.setdefault(entry.pack, entry.size) != entry.size:
+            raise Bad(f"field files: {entry.name[:80]!r} gives its pack another size than a file before it")
+    # Empty files take no place, and do not turn the only other file's pack into a shared one.
+    shared = [entry for entry in entries if entry.size and not entry.whole_pack]
+    for entry in sorted(shared, key=lambda entry: entry.offset):
+        if entry.offset != ends.get(entry.pack, 0) or entry.pack in whole:
+            raise Bad(f"field files: the place of {entry.name[:80]!r} in its pack is not right after another file's")
+        ends[entry.pack] = entry.offset + entry.size
+    if sum(ends.values()) > MAX_SHARED:
+        raise Bad(f"field files: more than {MAX_SHARED} bytes in small files")

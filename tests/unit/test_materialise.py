@@ -1,0 +1,320 @@
+"""Putting a snapshot's files into place, and never taking damaged bytes for good ones."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rewarm.errors import SnapshotDamaged, StoreError
+from rewarm.store import files
+from rewarm.store.directory import DirectoryStore
+from rewarm.store.manifest import FileEntry, Manifest, digest_of
+from rewarm.store.materialise import PendingVerification, materialise
+from support.snapshots import FILES, MIB, pattern, tmpfs, write_snapshot
+
+PAGES = "checkpoint/pages-1.img"
+CORE = "checkpoint/core-1.img"
+GO_ON = threading.Event()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def written(store: DirectoryStore, tmp_path: Path) -> Manifest:
+    return write_snapshot(store, tmp_path / "work")[1]
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "target"
+    path.mkdir()
+    return path
+
+
+def pack_of(store: DirectoryStore, written: Manifest, name: str) -> Path:
+    entry = written.file(name)
+    assert entry is not None
+    return store.pack_path(entry.pack)
+
+
+def all_of_it(store: DirectoryStore, written: Manifest, target: Path) -> list[PendingVerification]:
+    pending = materialise(store, written, target)
+    for item in pending:
+        item.verify(GO_ON)
+    return pending
+
+
+def test_every_file_is_where_its_name_says(store: DirectoryStore, written: Manifest, target: Path) -> None:
+    (pending,) = materialise(store, written, target)
+    found = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    assert found == FILES
+    assert [path.name for path in target.rglob("*") if path.is_symlink()] == ["pages-1.img"]
+    assert (pending.entry.name, pending.path, pending.verified) == (PAGES, target / PAGES, False)
+    pending.verify(GO_ON)
+    assert pending.verified
+
+
+def test_the_limit_for_links_is_the_callers(store: DirectoryStore, written: Manifest, tmp_path: Path) -> None:
+    for large, links in ((1, 1), (4 * MIB, 0)):
+        target = tmp_path / str(large)
+        target.mkdir()
+        assert len(materialise(store, written, target, large=large)) == links
+        assert (target / PAGES).read_bytes() == FILES[PAGES]
+
+
+@pytest.mark.parametrize("through_link", [False, True])
+def test_links_lead_to_the_pack_from_inside_another_root(
+    store: DirectoryStore, written: Manifest, target: Path, tmp_path: Path, through_link: bool
+) -> None:
+    """CRIU opens images relative to their directory when the task already has the container's root, in which a
+    hostile image may hold a file at the pack's absolute path."""
+    used = store
+    if through_link:
+        (tmp_path / "link").symlink_to(store.root)
+        used = DirectoryStore(str(tmp_path / "link"))
+    materialise(used, written, target)
+    container = tmp_path / "container"
+    decoy = container / str(pack_of(store, written, PAGES)).lstrip("/")
+    decoy.parent.mkdir(parents=True)
+    decoy.write_bytes(b"planted in the image")
+    directory = os.open(target / "checkpoint", os.O_RDONLY | os.O_DIRECTORY)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.chroot(container)
+            os.chdir("/")
+            fd = os.open("pages-1.img", os.O_RDONLY, dir_fd=directory)
+            os._exit(0 if os.read(fd, 64) == FILES[PAGES][:64] else 1)
+        except BaseException:
+            os._exit(2)
+    os.close(directory)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_reading_past_the_end_is_never_taken_for_reading_it_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    with path.open("rb") as file:
+        assert files.hash_range(file.fileno(), 1, 4) == digest_of(b"2345")
+        assert files.hash_range(file.fileno(), 5, 0) == digest_of(b"")
+        for offset, size in ((0, 6), (5, 1), (1 << 40, 1)):
+            with pytest.raises(files.Short):
+                files.hash_range(file.fileno(), offset, size)
+
+
+def test_links_work_from_and_to_directories_that_are_links(
+    store: DirectoryStore, written: Manifest, target: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "store").symlink_to(store.root)
+    (tmp_path / "deep" / "er" / "target").symlink_to(target)
+    linked = DirectoryStore(str(tmp_path / "deep" / "er" / "store"))
+    (pending,) = all_of_it(linked, written, tmp_path / "deep" / "er" / "target")
+    assert (target / PAGES).read_bytes() == FILES[PAGES]
+    assert pending.verified
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def drain(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_suffix(".moved"))
+    path.symlink_to(path.with_suffix(".moved"))
+
+
+@pytest.mark.parametrize("file", [PAGES, CORE])
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (flip, "were changed: digest"),
+        (shorten, "is short"),
+        (drain, "is short: 0 of"),
+        (lengthen, "bytes instead of"),
+        (Path.unlink, "is missing"),
+        (fifo, "is not a regular file"),
+        (link, "is not a regular file"),
+    ],
+)
+def test_a_damaged_pack_is_refused_and_named(
+    store: DirectoryStore, written: Manifest, target: Path, damage: Callable[[Path], None], cause: str, file: str
+) -> None:
+    pack = pack_of(store, written, file)
+    damage(pack)
+    with pytest.raises(SnapshotDamaged, match=cause) as caught:
+        all_of_it(store, written, target)
+    assert pack.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [(flip, "were changed"), (shorten, "is short"), (lengthen, "instead of"), (Path.unlink, "is missing")],
+)
+def test_a_pack_damaged_after_the_links_were_made_is_refused(
+    store: DirectoryStore, written: Manifest, target: Path, damage: Callable[[Path], None], cause: str
+) -> None:
+    (pending,) = materialise(store, written, target)
+    damage(pack_of(store, written, PAGES))
+    with pytest.raises(SnapshotDamaged, match=cause):
+        pending.verify(GO_ON)
+    assert not pending.verified
+
+
+def test_a_pack_that_shrinks_while_it_is_read_raises_and_does_not_kill(
+    store: DirectoryStore, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, written = write_snapshot(store, tmp_path / "work", {PAGES: pattern(12 * MIB)})
+    pack = pack_of(store, written, PAGES)
+    (pending,) = materialise(store, written, target)
+
+    class Cut:
+        """Cuts the pack when the reader asks for the second time whether to go on."""
+
+        asked = 0
+
+        def is_set(self) -> bool:
+            self.asked += 1
+            if self.asked == 2:
+                os.truncate(pack, 5 * MIB)
+            return False
+
+    with pytest.raises(SnapshotDamaged, match=rf"{PAGES}: pack .* is short: {5 * MIB} of {12 * MIB} bytes"):
+        pending.verify(Cut())
+
+
+def test_swapped_packs_are_refused(store: DirectoryStore, tmp_path: Path, target: Path) -> None:
+    _, written = write_snapshot(store, tmp_path / "work", {"a": pattern(MIB, 1), "b": pattern(MIB, 2)})
+    first, second = (store.pack_path(entry.pack) for entry in written.files)
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    for item in materialise(store, written, target):
+        with pytest.raises(SnapshotDamaged, match="were changed"):
+            item.verify(GO_ON)
+
+
+def test_a_stopped_verification_says_nothing(store: DirectoryStore, written: Manifest, target: Path) -> None:
+    (pending,) = materialise(store, written, target)
+    stop = threading.Event()
+    stop.set()
+    pending.verify(stop)
+    assert not pending.verified
+
+
+@pytest.mark.parametrize(
+    ("entry", "cause"),
+    [
+        ({"offset": 1 << 40}, "is short"),
+        ({"size": 10}, "instead of"),
+        ({"digest": "a" * 64}, "were changed"),
+        ({"pack": "b" * 64}, "is missing"),
+        ({"pack": "../" * 20 + "etc"}, "is not a digest"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(
+    store: DirectoryStore, tmp_path: Path, target: Path, entry: dict[str, object], cause: str
+) -> None:
+    _, written = write_snapshot(store, tmp_path / "work", {"a": b"x" * 100, "b": b"y" * 100})
+    lying: FileEntry = replace(written.files[1], **entry)  # type: ignore[arg-type]
+    with pytest.raises(SnapshotDamaged, match=cause):
+        materialise(store, replace(written, files=(lying, written.files[0])), target)
+
+
+def test_nothing_is_written_through_what_lies_in_the_target(
+    store: DirectoryStore, written: Manifest, target: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (target / "checkpoint").mkdir()
+    with pytest.raises(StoreError, match=r"materialise .*checkpoint: File exists"):
+        materialise(store, written, target)
+    (target / "checkpoint").rmdir()
+    for path in target.iterdir():
+        path.unlink()
+    (target / "rootfs-diff.tar").symlink_to(victim)
+    with pytest.raises(StoreError, match="File exists"):
+        materialise(store, written, target)
+    assert victim.read_text() == "precious"
+
+
+def test_a_full_target_names_the_file_and_the_setting(store: DirectoryStore, written: Manifest, tmp_path: Path) -> None:
+    with (
+        tmpfs(tmp_path / "mount", "size=4k") as mount,
+        pytest.raises(StoreError, match=rf"materialise {mount}/.*No space left .*work_dir"),
+    ):
+        materialise(store, written, mount)
+    with pytest.raises(StoreError, match="No such file"):
+        materialise(store, written, tmp_path / "missing")
+
+
+def test_many_packs_do_not_use_up_descriptors(store: DirectoryStore, tmp_path: Path, target: Path) -> None:
+    contents = {f"f{number}": pattern(MIB, number) for number in range(40)}
+    _, written = write_snapshot(store, tmp_path / "work", contents)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
+    try:
+        pending = all_of_it(store, written, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(pending) == 40
+
+
+def test_a_disk_error_is_an_error_of_the_store(
+    store: DirectoryStore, written: Manifest, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unreadable block: device-mapper, which could make one, is not in every kernel."""
+
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    (pending,) = materialise(store, written, target)
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(StoreError, match=r"read pack .*input/output error"):
+        pending.verify(GO_ON)
+    with pytest.raises(StoreError, match=r"read pack .*input/output error"):
+        materialise(store, written, _other(target))
+
+
+def _other(target: Path) -> Path:
+    path = target.with_name("other")
+    path.mkdir()
+    return path
+
+
+def test_reading_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; import rewarm.store.directory, rewarm.store.materialise; "
+        "heavy = {'yaml', 'click', 'rich', 'shutil', 'subprocess', 'rewarm.store.writer', 'socket'}; "
+        "print(*heavy & set(sys.modules)); sys.exit(bool(heavy & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
