@@ -1,0 +1,88 @@
+"""What a test could leave on the machine: mounts, network namespaces, cgroups, processes. Compared before and after."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from support import cgroups
+from support.proc import command_line, descendants, reap_orphans, state_of, wait_for
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """Names of things of the whole machine; processes only below this one, which must be a subreaper to see orphans.
+
+    Left out: the mount of /run/netns itself, which the first `ip netns add` on a machine makes for good, and what
+    belongs to another test run that is going on, told by the pid in its names and in pytest's lock file.
+    """
+
+    mounts: frozenset[str]
+    namespaces: frozenset[str]
+    cgroups: frozenset[str]
+    processes: frozenset[str]
+
+    @staticmethod
+    def now() -> Leftovers:
+        """Takes the present state; reaps orphans first."""
+        reap_orphans()
+        mounts = (line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+        names = Path("/run/netns")
+        alive = (pid for pid in descendants(os.getpid()) if state_of(pid) is not None)
+        return Leftovers(
+            _own(target for target in mounts if target != "/run/netns"),
+            _own(item.name for item in names.iterdir()) if names.is_dir() else frozenset(),
+            _own(str(path) for path in cgroups.directories("/")),
+            frozenset(f"{pid} {state_of(pid)} {command_line(pid)}".strip() for pid in alive),
+        )
+
+    def added(self) -> list[str]:
+        """What is there now and was not when this was taken, one line each."""
+        now = Leftovers.now()
+        pairs = (
+            ("mount", now.mounts - self.mounts),
+            ("netns", now.namespaces - self.namespaces),
+            ("cgroup", now.cgroups - self.cgroups),
+            ("process", _later(now.processes, self.processes)),
+        )
+        return [f"{kind} {item}" for kind, items in pairs for item in sorted(items)]
+
+    def check(self, *, timeout: float = 5.0) -> None:
+        """Raises AssertionError with everything added that does not go away within `timeout` seconds."""
+        added: list[str] = []
+
+        def probe() -> bool:
+            added[:] = self.added()
+            return not added
+
+        try:
+            wait_for("nothing left behind", probe, timeout=timeout, interval=0.1)
+        except Exception as error:
+            raise AssertionError("left behind:\n" + "\n".join(added)) from error
+
+
+def _own(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name for name in names if not _of_another_run(name))
+
+
+def _of_another_run(name: str) -> bool:
+    """Whether a path or name belongs to a test run other than this one that is alive."""
+    owner = re.search(r"\b(?:rewarm-test|rwt)-(\d+)", name)
+    if owner is not None:
+        pid = int(owner[1])
+    else:
+        base = re.match(r"(.*/pytest-of-[^/]+/pytest-\d+)(/|$)", name)
+        try:
+            pid = int(Path(base[1], ".lock").read_text()) if base is not None else os.getpid()
+        except (FileNotFoundError, ValueError):  # no lock, or one that is just being written: a run that has ended
+            return False
+    return pid != os.getpid() and state_of(pid) is not None
+
+
+def _later(now: frozenset[str], before: frozenset[str]) -> set[str]:
+    """Processes of `now` whose pid was not in use before: their state letter changes while they live."""
+    pids = {entry.split(" ", 1)[0] for entry in before}
+    return {entry for entry in now if entry.split(" ", 1)[0] not in pids}

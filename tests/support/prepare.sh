@@ -1,0 +1,180 @@
+#!/bin/bash
+# Sets up what the tests and the demo need on a fresh Debian 12 or 13, as root: packages of the machine, and root
+# filesystems in a cache directory (default: <repository>/build/rootfs):
+#   base/  the machine's own Debian suite with python3 and redis-server
+#   ocr/   a layer with opt/ocr: RapidOCR with its weights, on ONNX Runtime
+#   loop/  a layer with opt/loop: uvloop
+# A second run finds the stamps of the first and does nothing. No service is started, nothing outside the cache
+# directory is changed but by apt.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(cd "$here/../.." && pwd)
+requirements=$here/workloads/requirements.txt
+# Raise it when a change of this script must reach existing caches.
+recipe=1
+
+packages=(
+    ca-certificates
+    containerd
+    debian-archive-keyring
+    gcc
+    iproute2
+    iptables
+    libc6-dev
+    make
+    mmdebstrap
+    mount
+    python3
+    python3-dev
+    python3-venv
+    runc
+    shellcheck
+    util-linux
+)
+
+say() { printf 'prepare: %s\n' "$*" >&2; }
+die() { say "$1; $2"; exit 1; }
+
+[ $# -le 1 ] || die "too many arguments" "usage: prepare.sh [CACHE_DIRECTORY]"
+[ "$(id -u)" = 0 ] || die "needs root" "run it with sudo"
+command -v apt-get >/dev/null || die "no apt-get here" "use Debian 12 or 13"
+
+cache=${1:-$repository/build/rootfs}
+mkdir -p "$cache"
+cache=$(cd "$cache" && pwd)
+
+# One preparation at a time: two of them would build the same directories.
+exec 9>"$cache/.lock"
+flock 9
+
+scratch=
+policy=
+clean_up() {
+    [ -z "$policy" ] || rm -f "$policy"
+    [ -z "$scratch" ] || rm -rf --one-file-system "$scratch"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+
+updated=
+apt_update() {
+    [ -n "$updated" ] && return
+    apt-get -q -o Dpkg::Use-Pty=0 update >&2 || die "apt-get update failed" "mend this machine's apt sources"
+    updated=1
+}
+
+install_packages() {
+    local missing=() package
+    for package in "${packages[@]}"; do
+        installed "$package" || missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    say "installing ${missing[*]}"
+    apt_update
+    # policy-rc.d keeps the packages' scripts from starting their services; a machine's own policy stays.
+    if [ ! -e /usr/sbin/policy-rc.d ]; then
+        policy=/usr/sbin/policy-rc.d
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod 0755 "$policy"
+    fi
+    DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0 install --no-install-recommends "${missing[@]}" >&2 ||
+        die "apt-get install failed" "see its message above"
+    if [ -n "$policy" ]; then
+        rm -f "$policy"
+        policy=
+    fi
+}
+
+# Debian's own sources of this machine as one-line entries: other vendors' packages have no place in the base.
+debian_sources() {
+    local keyring uri release codename origin component
+    for keyring in /usr/share/keyrings/debian-archive-keyring.{pgp,gpg}; do
+        [ -e "$keyring" ] && break
+    done
+    # shellcheck disable=SC2016 # the variables are apt-get's
+    apt-get indextargets --format '$(REPO_URI) $(RELEASE) $(CODENAME) $(ORIGIN) $(COMPONENT)' 'Identifier: Packages' |
+        while read -r uri release codename origin component; do
+            [ "$origin" = Debian ] || continue
+            case $codename in
+                "$suite" | "$suite"-updates | "$suite"-security)
+                    printf 'deb [signed-by=%s] %s %s %s\n' "$keyring" "$uri" "$release" "$component" ;;
+            esac
+        done | sort -u
+}
+
+build_base() {
+    local sources option=() name value
+    sources=$(debian_sources)
+    if [ -z "$sources" ]; then # the lists were never fetched, or were cleaned away: the origin is in them
+        apt_update
+        sources=$(debian_sources)
+    fi
+    [ -n "$sources" ] || die "apt has no source of Debian $suite" "add one to /etc/apt/sources.list.d"
+    # mmdebstrap has an apt configuration of its own: what this machine needs to reach its mirror goes with it.
+    while read -r name value; do
+        option+=("--aptopt=$name $value")
+    done < <(apt-config dump | grep -E '^Acquire::(https?|ftp)::(Proxy|CaInfo|Verify-Peer)' | sed 's/;$//' || true)
+    printf '%s\n' "$sources" >"$scratch/sources.list"
+    mmdebstrap --quiet --mode=root --variant=essential \
+        --include=python3,redis-server,libstdc++6,libgomp1,netbase \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+        --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \
+        "${option[@]}" "$suite" "$scratch/base" "$scratch/sources.list" >&2
+    rm -f "$scratch"/base/etc/apt/sources.list "$scratch"/base/var/cache/ldconfig/*
+}
+
+python_of_layers() {
+    [ -x "$scratch/venv/bin/pip" ] || /usr/bin/python3 -m venv "$scratch/venv"
+}
+
+# build_layer NAME REQUIREMENT...: a directory with opt/NAME, for PYTHONPATH, compiled as an installed package is.
+build_layer() {
+    local name=$1
+    shift
+    python_of_layers
+    "$scratch/venv/bin/pip" --quiet --disable-pip-version-check install --only-binary :all: --no-cache-dir \
+        --target "$scratch/$name/opt/$name" --constraint "$requirements" "$@" >&2
+    local top=$scratch/$name/opt/$name
+    rm -rf "${top:?}/bin" "$top"/onnxruntime/{transformers,quantization,tools,datasets}
+    find "$top" -depth -type d -name tests -exec rm -rf {} +
+    chmod -R u=rwX,go=rX "$scratch/$name"
+}
+
+# provide NAME KEY COMMAND...: runs COMMAND, which fills $scratch/NAME, unless the cache has NAME made from KEY.
+provide() {
+    local name=$1 key=$2 began=$SECONDS
+    shift 2
+    key=$(printf '%s\n' "recipe $recipe" "$key" | sha256sum | cut -c1-64)
+    if [ -d "$cache/$name" ] && [ "$(cat "$cache/.$name.stamp" 2>/dev/null)" = "$key" ]; then
+        return 0
+    fi
+    [ -n "$scratch" ] || scratch=$(mktemp -d "$cache/.scratch.XXXXXX")
+    say "building $cache/$name"
+    "$@" || die "building $name failed" "see the message above"
+    if grep -qF "$cache/$name" /proc/self/mounts; then
+        die "$cache/$name is in use by a mount" "stop the containers that use it"
+    fi
+    rm -f "$cache/.$name.stamp"
+    rm -rf --one-file-system "${cache:?}/$name"
+    mv "$scratch/$name" "$cache/$name"
+    printf '%s\n' "$key" >"$cache/.$name.stamp"
+    say "built $name in $((SECONDS - began)) s"
+}
+
+# shellcheck source=/dev/null
+suite=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
+case $suite in
+    bookworm | trixie) ;;
+    *) die "this is not Debian 12 or 13 but \"$suite\"" "use one of them" ;;
+esac
+
+install_packages
+abi=$(/usr/bin/python3 -c 'import sys; print(sys.implementation.cache_tag)')
+pins=$(cat "$requirements")
+provide base "$suite $(dpkg --print-architecture)" build_base
+provide ocr "$abi $pins" build_layer ocr rapidocr onnxruntime
+provide loop "$abi $pins" build_layer loop uvloop
