@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def capture(
         step("recording files")
         with trace.phase("capture.files"):
             pids = processes.tree(container.pid)
-            recorded = losses.record(pids)
+            recorded = losses.record(pids, frozen.stopped)
             _write_layers(scratch, bundle_spec, upper, pids)
         if not stop:
             frozen.resume()
@@ -191,27 +192,42 @@ def _dump(container: Container, low_level: Runc, criu: str, scratch: Path, setti
         options.write(str(option_file), options.DUMP)
         words = ["checkpoint", "--leave-running", "--file-locks", "--ext-unix-sk"]
         words += ["--image-path", str(scratch / CHECKPOINT), "--work-path", str(work), container.id]
-        try:
-            # Never killed at a time limit: a CRIU that dies in the middle leaves broken processes.
-            done = subprocess.run(
-                low_level.words(*words),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                env=options.environment(str(option_file), criu),
-                pass_fds=(frozen.lifeline,),
-                start_new_session=True,
-                check=False,
-            )
-        except OSError as error:
-            raise OciError("run runc checkpoint", container.id, str(error)) from error
+        done = _run_checkpoint(low_level.words(*words), options.environment(str(option_file), criu), settings, frozen)
         if done.returncode != 0:
             kept = _keep_log(work / "dump.log", settings)
             cause = log.cause(str(work / "dump.log")) or runc.message(done)
             raise CaptureError("dump container", container.id, cause, f"CRIU's log is kept as {kept}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _run_checkpoint(
+    words: list[str], env: dict[str, str], settings: Settings, frozen: Frozen
+) -> subprocess.CompletedProcess[str]:
+    """Run `runc checkpoint`. It outlives a killed rewarm: a CRIU that dies in the middle leaves broken processes."""
+    try:
+        with subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=env,
+            pass_fds=(frozen.lifeline,),
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=settings.capture_timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+    except OSError as error:
+        raise OciError("run runc checkpoint", words[-1], str(error)) from error
+    except subprocess.TimeoutExpired as error:
+        limit = f"it did not end within {settings.capture_timeout:.0f} s"
+        raise CaptureError("dump container", words[-1], limit, "see `capture_timeout` in the settings") from error
+    return subprocess.CompletedProcess(words, process.returncode, said, "")
 
 
 def _keep_log(path: Path, settings: Settings) -> str:

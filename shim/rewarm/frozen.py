@@ -1,20 +1,24 @@
 """A container held still for a capture, that goes on whatever happens to rewarm.
 
-`runc pause` freezes it by its cgroup. A helper process (this module run as a program) waits at the end of
-a pipe: when rewarm and the runc that it runs are gone without a word, the helper resumes the container.
+`runc pause` freezes it by its cgroup. Processes that a signal had stopped are told to continue once they
+are frozen, and to stop again before they are thawed: CRIU waits for ever for a stopped process in a frozen
+cgroup (seen with the v1 freezer), and a frozen process runs nothing in between. A helper process (this
+module run as a program) waits at the end of a pipe: when rewarm and the runc that it runs are gone without
+a word, the helper resumes the container.
 
-    python -m rewarm.frozen BINARY ROOT ID PID      (standard input: the pipe)
+    python -m rewarm.frozen BINARY ROOT ID PID STOPPED…      (standard input: the pipe)
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from types import TracebackType
 
-from rewarm import netlock
+from rewarm import netlock, processes
 from rewarm.errors import CaptureError
 from rewarm.oci import runc
 from rewarm.oci.runc import Container, Runc
@@ -33,6 +37,8 @@ class Frozen:
         self._helper: subprocess.Popen[bytes] | None = None
         self._began = 0.0
         self.seconds = 0.0
+        self.stopped: frozenset[int] = frozenset()
+        """Host pids of the processes that a signal had stopped."""
 
     @property
     def lifeline(self) -> int:
@@ -41,7 +47,8 @@ class Frozen:
 
     def __enter__(self) -> Frozen:
         container = self._container
-        words = [self._runc.binary, container.root, container.id, str(container.pid)]
+        self.stopped = frozenset(pid for pid in processes.tree(container.pid) if _is_stopped(pid))
+        words = [self._runc.binary, container.root, container.id, str(container.pid), *map(str, self.stopped)]
         self._helper = subprocess.Popen(
             [sys.executable, "-I", "-m", "rewarm.frozen", *words],
             stdin=self._read,
@@ -56,6 +63,8 @@ class Frozen:
         if done.returncode != 0:
             self._release()
             raise CaptureError("pause container", container.id, runc.message(done), "is the freezer cgroup there?")
+        for pid in self.stopped:
+            processes.send(pid, signal.SIGCONT)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
@@ -65,6 +74,8 @@ class Frozen:
         """Let it run again; nothing happens the second time."""
         if self._helper is None:
             return
+        for pid in self.stopped:
+            processes.send(pid, signal.SIGSTOP)
         done = self._runc.run("resume", self._container.id, timeout=30)
         self.seconds = time.monotonic() - self._began
         self._release()
@@ -84,8 +95,13 @@ class Frozen:
             self._helper = None
 
 
+def _is_stopped(pid: int) -> bool:
+    found = processes.stat(pid)
+    return found is not None and found.state == "T"
+
+
 def main(words: list[str]) -> int:
-    binary, root, container_id, pid = words
+    binary, root, container_id, pid, *stopped = words
     if os.read(0, 1) == _DONE:
         return 0
     # A CRIU that outlived its caller is left to finish: killing it would break the processes that it is in.
@@ -93,6 +109,8 @@ def main(words: list[str]) -> int:
     while netlock.traced(int(pid)) and time.monotonic() < end:
         time.sleep(0.05)
     netlock.remove(int(pid))
+    for one in stopped:
+        processes.send(int(one), signal.SIGSTOP)
     return Runc(binary, root).run("resume", container_id, timeout=30).returncode
 
 

@@ -29,8 +29,11 @@ _FLAGS = {"static": 1 << 15, "relative": 1 << 14, "balancing": 1 << 13}
 _POLICY = re.compile(r"([a-z]+(?: \([a-z]+\)| interleave)?)((?:[=|][a-z]+)*)(?::([0-9,-]+))?")
 
 
-def record(pids: list[int]) -> tuple[Process, ...]:
-    """The facts about the given (frozen) processes; pids and tids in the result are the container's own."""
+def record(pids: list[int], stopped: frozenset[int]) -> tuple[Process, ...]:
+    """The facts about the given (frozen) processes, of which a signal had stopped `stopped` (host pids).
+
+    Pids and tids in the result are the container's own.
+    """
     found = []
     everywhere = _allowed(pids[0])
     for pid in pids:
@@ -51,7 +54,7 @@ def record(pids: list[int]) -> tuple[Process, ...]:
                     nodes=own[1],
                 )
             )
-        found.append(Process(processes.namespace_pid(pid), tuple(threads), state.state == "T", tuple(mappings)))
+        found.append(Process(processes.namespace_pid(pid), tuple(threads), pid in stopped, tuple(mappings)))
     return tuple(found)
 
 

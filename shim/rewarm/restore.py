@@ -87,7 +87,6 @@ def restore(plan: Plan) -> list[str]:
         with plan.trace.phase("restore.commit"):
             _commit(plan, kept, container)
             guard.commit()
-            _tidy(plan.directory)
     except BaseException:
         stop.set()
         if guard is not None:
@@ -96,7 +95,7 @@ def restore(plan: Plan) -> list[str]:
             verifier.abandon()
         recover.undo(kept, low_level)
         raise
-    return notes
+    return [*notes, *_tidy(plan.directory)]
 
 
 def _record(plan: Plan) -> Record:
@@ -252,14 +251,18 @@ def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
     record.save(plan.directory, done)
 
 
-def _tidy(directory: str) -> None:
-    """The restored tree has read its images: they would only take memory in /run."""
-    for name in os.listdir(directory):
-        path = os.path.join(directory, name)
-        if name in (CHECKPOINT, "work"):
-            shutil.rmtree(path)
-        elif name not in ("record.json", "control"):
-            os.unlink(path)
+def _tidy(directory: str) -> list[str]:
+    """Remove what the restored tree has read: it would only take memory in /run. Too late to fail for it."""
+    try:
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if name in (CHECKPOINT, "work"):
+                shutil.rmtree(path)
+            elif name not in ("record.json", "control"):
+                os.unlink(path)
+    except OSError as error:
+        return [f"{directory} was not tidied up: {error}"]
+    return []
 
 
 class _Verifier:

@@ -36,17 +36,26 @@ def attempt(
         except BaseException:
             _clear(directory)
             raise
-    for line in notes:
-        log.write(invocation, "warning", f"rewarm: {line}")
-    trace.note("container", invocation.container_id)
-    trace.note("snapshot", f"{ref.namespace}/{ref.name}/{ref.id}")
-    trace.write(os.path.join(directory, "trace.json"))
-    seconds = {phase.name: round(phase.seconds, 6) for phase in trace.phases() if phase.depth < 2}
-    outcome = {"outcome": "warm", "snapshot": trace_name(ref), "phases": seconds, "notes": notes}
-    write_atomically(os.path.join(directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
-    if invocation.log:
-        log.write(invocation, "info", f"rewarm: {invocation.container_id} restored from {trace_name(ref)}")
+    _report(plan, notes)
     return ""
+
+
+def _report(plan: Plan, notes: list[str]) -> None:
+    """Say how it went. The container is there: nothing here may fail the call."""
+    name = f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id[:12]}"
+    plan.trace.note("container", plan.invocation.container_id)
+    plan.trace.note("snapshot", name)
+    seconds = {phase.name: round(phase.seconds, 6) for phase in plan.trace.phases()}
+    outcome = {"outcome": "warm", "snapshot": name, "seconds": seconds, "notes": notes}
+    try:
+        plan.trace.write(os.path.join(plan.directory, "trace.json"))
+        write_atomically(os.path.join(plan.directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
+    except OSError as error:
+        notes = [*notes, f"cannot write {plan.directory}: {error}"]
+    for line in notes:
+        log.write(plan.invocation, "warning", f"rewarm: {line}")
+    if plan.invocation.log:
+        log.write(plan.invocation, "info", f"rewarm: {plan.invocation.container_id} restored from {name}")
 
 
 def requirements(bundle_spec: spec.Spec, settings: Settings, binary: str) -> Requires:
@@ -83,10 +92,6 @@ def choose(store: DirectoryStore, wanted: Request, here: Requires) -> tuple[Snap
         "there is none in the store",
         "capture one with `rewarm capture` or rewarm.dev/capture: on-ready",
     )
-
-
-def trace_name(ref: SnapshotRef) -> str:
-    return f"{ref.namespace}/{ref.name}/{ref.id[:12]}"
 
 
 def _clear(directory: str) -> None:
