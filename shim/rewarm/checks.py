@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rewarm import installation
 from rewarm.settings import Settings
 
 OK: Literal["ok"] = "ok"
@@ -33,7 +33,7 @@ class Node:
     settings: Settings
     settings_file: str
     settings_error: str = ""
-    prefix: str = field(default_factory=lambda: os.path.dirname(sys.prefix))
+    prefix: str = field(default_factory=installation.prefix)
     containerd_config: str = "/etc/containerd/config.toml"
 
     @property

@@ -8,12 +8,11 @@ init becomes the child of whoever is the subreaper above: the shim.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
-import sys
 import time
 
+from rewarm import installation
 from rewarm.errors import RestoreError
 
 
@@ -22,7 +21,7 @@ class Guard:
 
     def __init__(self, words: list[str], recovery: list[str], env: dict[str, str]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        program = os.path.join(os.path.dirname(sys.prefix), "libexec", "rewarm-guard")
+        program = installation.guard()
         try:
             self._process = subprocess.Popen(
                 [program, str(theirs.fileno()), str(len(recovery)), *recovery, *words],

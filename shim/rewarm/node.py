@@ -6,8 +6,8 @@ import json
 import os
 import re
 import subprocess
-import sys
 
+from rewarm import installation
 from rewarm.errors import RewarmError
 from rewarm.settings import Settings
 
@@ -56,7 +56,7 @@ def criu_binary(settings: Settings) -> str:
     """The criu to use: the settings', else the one of rewarm's own prefix, else PATH's; "" when there is none."""
     if settings.criu != "auto":
         return settings.criu
-    own = os.path.join(os.path.dirname(sys.prefix), "criu", "bin", "criu")
+    own = installation.criu()
     if os.access(own, os.X_OK):
         return own
     import shutil  # only nodes without rewarm's own criu come here

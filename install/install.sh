@@ -1,0 +1,242 @@
+#!/usr/bin/env bash
+# Installs rewarm on this node: its virtual environment, the C programs, CRIU, and the runtime `rewarm` in containerd.
+# Can be run again at any time: it does what is missing, and an upgrade is one rename at a time, so that containers
+# that start meanwhile find the old rewarm or the new one, never half of one.
+set -euo pipefail
+umask 022
+unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source_tree=$(dirname "$here")
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$here/lib.sh"
+
+usage() {
+    cat <<'EOF'
+usage: install.sh [options]       (as root, on Debian 12 or newer, or Ubuntu)
+
+  --prefix DIRECTORY         where to install (default: /opt/rewarm)
+  --containerd-config FILE   containerd's configuration (default: /etc/containerd/config.toml)
+  --no-register              leave containerd's configuration alone
+  --no-restart               do not restart containerd after a change of its configuration
+  --no-packages              install nothing with apt: name what is missing, and stop
+  --help                     this text
+
+uninstall.sh undoes it.
+EOF
+}
+
+prefix=/opt/rewarm
+containerd_config=
+register=yes
+no_restart=no
+packages=yes
+
+parse_arguments() {
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+        --prefix | --containerd-config)
+            [[ -n ${2:-} ]] || die "$1 needs a value"
+            if [[ $1 == --prefix ]]; then prefix=$2; else containerd_config=$2; fi
+            shift
+            ;;
+        --prefix=*) prefix=${1#*=} ;;
+        --containerd-config=*) containerd_config=${1#*=} ;;
+        --no-register) register=no ;;
+        --no-restart) no_restart=yes ;;
+        --no-packages) packages=no ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *) die "unknown option '$1'; see install.sh --help" ;;
+        esac
+        shift
+    done
+    check_prefix "$prefix"
+    [[ $register == yes || -z $containerd_config ]] || die "--containerd-config and --no-register exclude each other"
+    [[ -z $containerd_config || $containerd_config == /* ]] || containerd_config=$PWD/$containerd_config
+}
+
+# The system's own interpreter, by its versioned name: a version manager's shim may vanish with its user, and a venv
+# of `python3` would stop to find its packages when a release upgrade puts another version under that name.
+find_python() {
+    local candidate
+    for candidate in /usr/bin/python3 /usr/bin/python3.[0-9]*; do
+        [[ $candidate =~ /python3(\.[0-9]+)?$ && -x $candidate ]] || continue
+        if "$candidate" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            readlink -f "$candidate"
+            return
+        fi
+    done
+}
+
+# missing_packages: prints the apt package of each thing that the install or a restore needs and that is not there.
+missing_packages() {
+    local python name=python3
+    python=$(find_python)
+    if [[ -z $python ]]; then
+        printf '%s\n' python3 python3-venv python3-dev
+    else
+        [[ $python == "$(readlink -f /usr/bin/python3)" ]] || name=${python##*/}
+        "$python" -I -c 'import ensurepip, venv' 2>/dev/null || echo "$name-venv"
+        "$python" -I -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
+            echo "$name-dev"
+    fi
+    [[ -e /usr/include/stdio.h ]] || echo libc6-dev
+    [[ -e /etc/ssl/certs/ca-certificates.crt ]] || echo ca-certificates
+    # CRIU locks the network with iptables-restore, and archives a tmpfs with tar and a network namespace with ip.
+    local pair
+    for pair in gcc:gcc make:make tar:tar gzip:gzip runc:runc iptables-restore:iptables ip:iproute2 nsenter:util-linux; do
+        command -v "${pair%%:*}" >/dev/null || echo "${pair#*:}"
+    done
+}
+
+provide_packages() {
+    local missing
+    mapfile -t missing < <(missing_packages)
+    if [[ ${#missing[@]} -eq 0 ]]; then
+        say "packages: everything needed is there"
+        return
+    fi
+    [[ $packages == yes ]] || die "missing, and --no-packages was given: apt-get install ${missing[*]}"
+    command -v apt-get >/dev/null || die "missing: ${missing[*]} (names of Debian's packages); this system has no apt-get"
+    say "packages: installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    local install=(apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=120 "${missing[@]}")
+    # Lists that are missing or older than the mirror are only found out by trying.
+    if ! "${install[@]}" >/dev/null 2>&1 </dev/null; then
+        quietly "packages: reading the lists" apt-get update -o DPkg::Lock::Timeout=120
+        quietly "packages: installing" "${install[@]}"
+    fi
+    mkdir -p "$state"
+    printf '%s\n' "${missing[@]}" >>"$state/packages"
+    mapfile -t missing < <(missing_packages)
+    [[ ${#missing[@]} -eq 0 ]] || die "still missing after apt-get install: ${missing[*]} (python3 has to be 3.11 or newer)"
+}
+
+# stage_source: copies what is built from, without what earlier builds left there; the checkout stays as it is.
+stage_source() {
+    mkdir "$work/source"
+    tar -C "$source_tree" -cf - \
+        --exclude=__pycache__ --exclude='*.egg-info' --exclude=build --exclude='*.so' --exclude='*.o' \
+        --exclude='.*_cache' --exclude=_native.c pyproject.toml setup.py README.md shim hooks native |
+        tar -C "$work/source" --no-same-owner -xf -
+}
+
+works() { "$1/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, rewarm_native' 2>/dev/null; }
+
+# install_python: a virtual environment for each version of the source, and `venv`, a link to the one that counts. The one
+# before it is kept, since a process that runs may still import from it.
+install_python() {
+    local python id directory previous old
+    python=$(find_python)
+    id=$( (
+        "$python" -VV
+        sha256sum "$here/install.sh"
+        cd "$work/source" && find . -type f -print0 | sort -z | xargs -0 sha256sum
+    ) | sha256sum | cut -c 1-16)
+    directory=$prefix/venvs/$id
+    previous=$(readlink "$prefix/venv" || true)
+    if [[ -e $directory/.complete ]] && works "$directory"; then
+        say "python: this version is installed already"
+    else
+        say "python: building a virtual environment with $python"
+        rm -rf "$directory"
+        mkdir -p "$prefix/venvs"
+        quietly "python: making the virtual environment" "$python" -I -m venv "$directory"
+        quietly "python: installing rewarm" "$directory/bin/python3" -I -m pip install --no-input "$work/source"
+        works "$directory" || {
+            "$directory/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, rewarm_native' >&2 || true
+            die "python: the installed packages cannot be imported"
+        }
+        # By way of the link: rewarm finds its other parts beside `venv`.
+        sed -i "1s|.*|#!$prefix/venv/bin/python3 -I|" "$directory/bin/rewarm"
+        : >"$directory/.complete"
+    fi
+    if [[ -d $prefix/venv && ! -L $prefix/venv ]]; then
+        mv -T "$prefix/venv" "$prefix/venvs/replaced"
+    fi
+    install_link "venvs/$id" "$prefix/venv"
+    for old in "$prefix"/venvs/*; do
+        [[ $old == "$directory" || "venvs/${old##*/}" == "$previous" ]] || rm -rf "$old"
+    done
+}
+
+install_programs() {
+    local build=$work/build name
+    quietly "C programs: building" make -C "$work/source/native" BUILD="$build"
+    install_file "$build/rewarm-guard" "$prefix/libexec/rewarm-guard" 0755
+    install_link ../venv/bin/rewarm "$prefix/bin/rewarm"
+    # Last: from here on containerd can call it.
+    install_file "$build/rewarm-runc" "$prefix/bin/rewarm-runc" 0755
+    "$prefix/bin/rewarm-runc" --version >/dev/null || die "C programs: $prefix/bin/rewarm-runc does not run"
+    for name in uninstall.sh lib.sh register_containerd.py containerd_config.py; do
+        install_file "$here/$name" "$prefix/share/rewarm/$name" "$(stat -c %a "$here/$name")"
+    done
+    for name in "$source_tree"/config/*; do
+        [[ ! -f $name ]] || install_file "$name" "$prefix/share/rewarm/config/${name##*/}" 0644
+    done
+    say "C programs: $prefix/bin/rewarm-runc, $prefix/libexec/rewarm-guard"
+}
+
+# The names that people and tools look for, for the node's own install only.
+link_into_path() {
+    [[ $prefix == /opt/rewarm ]] || return 0
+    local link target
+    for link in /usr/local/bin/rewarm /usr/local/sbin/rewarm-runc; do
+        target=$prefix/bin/${link##*/}
+        if [[ -e $link || -L $link ]] && [[ $(readlink "$link") != "$target" ]]; then
+            warn "$link is something else: left alone; use $target"
+        else
+            install_link "$target" "$link"
+        fi
+    done
+}
+
+register_runtime() {
+    local containerd result config=${containerd_config:-/etc/containerd/config.toml}
+    if [[ $register == no ]]; then
+        say "containerd: not registered (--no-register)"
+        return
+    fi
+    containerd=$(command -v containerd || true)
+    if [[ -z $containerd && -z $containerd_config && ! -e $config ]]; then
+        say "containerd: neither the program nor $config is there: not registered"
+        return
+    fi
+    result=$("$(find_python)" -E -s -B "$here/register_containerd.py" register --config "$config" \
+        --binary "$prefix/bin/rewarm-runc" --state "$state" --containerd "$containerd") ||
+        die "containerd: the runtime was not registered; the rest is installed, so mend this and run again"
+    if [[ $result == unchanged ]]; then
+        say "containerd: $config needs no change"
+    else
+        say "containerd: the runtime 'rewarm' is registered by $config"
+        [[ -z $containerd_config ]] || return 0
+        if ! restart_containerd "$no_restart"; then
+            "$(find_python)" -E -s -B "$here/register_containerd.py" unregister --state "$state" >/dev/null || true
+            systemctl restart containerd || true
+            die "containerd did not start with the runtime; its configuration was put back; see: journalctl -u containerd"
+        fi
+    fi
+}
+
+main() {
+    parse_arguments "$@"
+    [[ $(id -u) -eq 0 ]] || die "has to run as root"
+    state=$(state_directory "$prefix")
+    mkdir -p "$prefix"
+    exec {lock}>"$prefix/.lock"
+    flock -n "$lock" || die "another install.sh or uninstall.sh works on $prefix"
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    provide_packages
+    stage_source
+    install_python
+    install_programs
+    link_into_path
+    bash "$here/provide_criu.sh" "$prefix" "$(find_python)" || exit 1
+    register_runtime
+    say "installed in $prefix; check the node with: $prefix/bin/rewarm doctor"
+}
+
+main "$@"

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Provides a CRIU that this kernel can do with (4.1.1; 4.2 from Linux 6.16 on): the system's if it is new enough, else the
+# package of the distribution's stable release, or of the next one if that is too old, unpacked with its libraries into
+# PREFIX/criu, where nothing else on the machine sees it.
+# Usage: provide_criu.sh PREFIX PYTHON
+#
+# The packages come from the mirrors in the machine's own apt configuration, through an apt that has its own state: an empty
+# list of installed packages, so that the whole library closure comes, and its own lists and cache. apt checks the
+# signatures. Nothing is installed on the system.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$here/lib.sh"
+
+# suites_to_try: what may carry a new enough package, best first. `components` and `origin` go with it.
+describe_distribution() {
+    local os_release=/etc/os-release
+    # shellcheck source=/dev/null
+    . "$os_release"
+    codename=${VERSION_CODENAME:-}
+    case " ${ID:-} " in
+    # The codenames are for mirrors that carry no aliases.
+    *" debian "*) origin=Debian components="main" suites=(stable testing trixie forky) ;;
+    # An Ubuntu mirror has no `stable`: this release, the first LTS that has it, the one in the making.
+    *" ubuntu "*) origin=Ubuntu components="main universe" suites=("$codename" resolute devel) ;;
+    *) die "criu: ${PRETTY_NAME:-this system} is neither Debian nor Ubuntu; install CRIU >= $minimum by hand" ;;
+    esac
+    [[ -n $codename ]] || codename=sid
+}
+
+# private_apt SUITE: prepares an apt of its own under $work/SUITE, with this machine's mirrors. 1 if it offers no CRIU.
+private_apt() {
+    local suite=$1 dir=$work/$1 lists parts files entry candidate
+    mkdir -p "$dir"/{state,lists/partial,cache/archives/partial,sources}
+    : >"$dir/status"
+    architecture=$(dpkg --print-architecture)
+    conf=$dir/apt.conf
+    # Read after the machine's own files (-c): proxy, certificates and authentication stay, its hooks do not.
+    cat >"$conf" <<EOF
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear APT::Architectures;
+APT::Architectures { "$architecture"; };
+APT::Default-Release "";
+APT::Get::List-Cleanup "0";
+Acquire::Languages "none";
+Dir::State "$dir/state";
+Dir::State::status "$dir/status";
+Dir::State::lists "$dir/lists";
+Dir::Cache "$dir/cache";
+Dir::Etc::sourcelist "/dev/null";
+Dir::Etc::sourceparts "$dir/sources";
+Dir::Etc::preferences "/dev/null";
+Dir::Etc::preferencesparts "/dev/null";
+EOF
+    eval "$(apt-config shell lists Dir::Etc::sourcelist/f parts Dir::Etc::sourceparts/d)"
+    files=()
+    for entry in "$lists" "$parts"/*.list "$parts"/*.sources; do
+        [[ -f $entry ]] && files+=("$entry")
+    done
+    [[ ${#files[@]} -gt 0 ]] || die "criu: apt has no sources (neither $lists nor $parts/*)"
+    "$python" -I "$here/apt_sources.py" "$codename" "$suite" "$components" "$dir/sources" "${files[@]}" ||
+        die "criu: apt's sources name no $origin mirror for $codename; add one, or install CRIU >= $minimum by hand"
+    # A third party's source may use the same words and have no such suite: that is not fatal. What is not the
+    # distribution's own is taken out again before anything is resolved.
+    apt-get -c "$conf" update >"$dir/update.log" 2>&1 </dev/null || true
+    for entry in "$dir"/sources/*.sources; do
+        # shellcheck disable=SC2016 # the words are apt's, not the shell's
+        apt-get -c "$conf" indextargets --format '$(SOURCESENTRY) $(ORIGIN)' 2>/dev/null |
+            grep -qxF "$entry:1 $origin" || rm -f "$entry"
+    done
+    candidate=$(apt-cache -c "$conf" policy criu | sed -n 's/^ *Candidate: *//p')
+    [[ -n $candidate && $candidate != "(none)" ]] && at_least "${candidate#*:}" "$minimum"
+}
+
+# unpack: into $root the packages that private_apt's suite offers, each checked by apt, and a wrapper to run the program.
+unpack() {
+    local deb loader libraries
+    quietly "criu: downloading the packages" \
+        apt-get -c "$conf" install -y --download-only --no-install-recommends criu
+    for deb in "$(dirname "$conf")"/cache/archives/*.deb; do
+        dpkg-deb -x "$deb" "$root"
+    done
+    # The program's own loader with its own libraries: the system's libc is older than what this CRIU was built for.
+    loader=$(find "$root" -name 'ld-linux*.so.*' -type f | head -n 1)
+    [[ -n $loader && -x $root/usr/sbin/criu ]] || die "criu: the unpacked packages hold no loader or no usr/sbin/criu"
+    libraries=$(dirname "$loader")
+    cat >"$root/criu" <<EOF
+#!/bin/sh
+# CRIU with its own loader and libraries, unpacked by rewarm's install.
+exec '$loader' --library-path '$libraries' '$root/usr/sbin/criu' "\$@"
+EOF
+    chmod 0755 "$root/criu"
+}
+
+good_enough() {
+    local version
+    version=$(criu_version "$1")
+    [[ -n $version ]] && at_least "$version" "$minimum"
+}
+
+# criu check needs root and says which kernel feature is missing.
+check_kernel() {
+    local answer
+    answer=$("$1" check 2>&1) || die "criu: $1 check: this kernel cannot restore containers: $answer"
+}
+
+main() {
+    local prefix=$1 suite system old
+    python=$2
+    minimum=$(criu_minimum)
+    system=$(command -v criu || true)
+    if [[ -n $system ]] && good_enough "$system"; then
+        check_kernel "$system"
+        say "criu: the system's, $(criu_version "$system") ($system)"
+        return
+    fi
+    if good_enough "$prefix/criu/bin/criu"; then
+        check_kernel "$prefix/criu/bin/criu"
+        say "criu: $(criu_version "$prefix/criu/bin/criu") is there ($prefix/criu/bin/criu)"
+        return
+    fi
+    [[ -z $system ]] || say "criu: the system's, $(criu_version "$system"), is too old for Linux $(uname -r)"
+    say "criu: taking the distribution's package from the machine's own mirror"
+    describe_distribution
+    work=$(mktemp -d)
+    unfinished=$work
+    trap 'rm -rf "$work" "$unfinished"' EXIT
+    chmod 0755 "$work" # apt downloads as the user _apt
+    for suite in "${suites[@]}" ""; do
+        [[ -n $suite ]] || {
+            grep -hE '^(E|W|Err)' "$work"/*/update.log | sort -u | head -n 10 >&2 || true
+            die "criu: none of ${suites[*]} offers CRIU >= $minimum at this machine's $origin mirrors;" \
+                "see the lines above (a missing key: update the package ${origin,,}-archive-keyring or ubuntu-keyring)"
+        }
+        if private_apt "$suite"; then break; fi
+    done
+    mkdir -p "$prefix/criu"
+    root=$(mktemp -d "$prefix/criu/root.XXXXXX")
+    chmod 0755 "$root"
+    unfinished=$root
+    unpack
+    good_enough "$root/criu" || die "criu: the unpacked program does not run or is older than $minimum"
+    check_kernel "$root/criu"
+    install_file "$root/criu" "$prefix/criu/bin/criu" 0755
+    install_link "$(basename "$root")" "$prefix/criu/root"
+    unfinished=$work
+    for old in "$prefix"/criu/root.*; do
+        [[ $old == "$root" ]] || rm -rf "$old"
+    done
+    say "criu: $(criu_version "$prefix/criu/bin/criu") from $suite, in $prefix/criu"
+}
+
+[[ $# -eq 2 ]] || die "usage: provide_criu.sh PREFIX PYTHON"
+main "$@"

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# Takes rewarm off this node and puts back what install.sh found. Stops no container; while some still need the runtime (it is
+# what kills and deletes them) it refuses.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$here/lib.sh"
+
+usage() {
+    cat <<'EOF'
+usage: uninstall.sh [options]       (as root)
+
+  --prefix DIRECTORY   where rewarm is installed (default: /opt/rewarm)
+  --purge              remove the node's settings, state and snapshots, too (/etc/rewarm, /var/lib/rewarm, /run/rewarm)
+  --force              even while containers run that need the runtime: nothing will be able to stop them by name
+  --no-restart         do not restart containerd after its configuration was put back
+  --help               this text
+EOF
+}
+
+prefix=/opt/rewarm
+purge=no
+force=no
+no_restart=no
+
+parse_arguments() {
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+        --prefix)
+            [[ -n ${2:-} ]] || die "$1 needs a value"
+            prefix=$2
+            shift
+            ;;
+        --prefix=*) prefix=${1#*=} ;;
+        --purge) purge=yes ;;
+        --force) force=yes ;;
+        --no-restart) no_restart=yes ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *) die "unknown option '$1'; see uninstall.sh --help" ;;
+        esac
+        shift
+    done
+    check_prefix "$prefix"
+    [[ $purge == no || $prefix == /opt/rewarm ]] ||
+        die "--purge removes what belongs to the node, not to $prefix; it goes with --prefix /opt/rewarm only"
+}
+
+# users: prints a line for each task of containerd and each process that would miss the runtime.
+users() {
+    local task file words word link=$prefix/bin/rewarm-runc
+    [[ $prefix != /opt/rewarm ]] || link=/usr/local/sbin/rewarm-runc
+    shopt -s nullglob
+    for task in /run/{containerd,*/containerd,docker/containerd/daemon}/io.containerd.runtime.v2.task/*/*/; do
+        for file in "$task"{runtime,options.json}; do
+            if grep -qsF -e "$prefix/bin/rewarm-runc" -e "$link" "$file"; then
+                echo "containerd task ${task%/}"
+                break
+            fi
+        done
+    done
+    if [[ $prefix == /opt/rewarm ]]; then
+        for task in /run/rewarm/containers/*/*/; do
+            echo "restored container ${task%/}"
+        done
+    fi
+    shopt -u nullglob
+    for file in /proc/[0-9]*/cmdline; do
+        words=()
+        mapfile -d '' -t words 2>/dev/null <"$file" || true # it ended meanwhile
+        [[ ${#words[@]} -gt 0 ]] || continue
+        for word in "${words[@]}"; do
+            # conmon names its runtime by an option's value; our own programs are the first word.
+            if [[ $word == "$prefix/bin/rewarm-runc" || $word == "$link" || ${words[0]} == "$prefix"/* ]]; then
+                file=${file%/cmdline}
+                echo "process ${file#/proc/}: ${words[*]:0:4}"
+                break
+            fi
+        done
+    done
+}
+
+unregister() {
+    local python result restart=no
+    [[ -e $state/containerd.json ]] || return 0
+    if grep -qF '"/etc/containerd/' "$state/containerd.json"; then restart=yes; fi
+    for python in /usr/bin/python3 /usr/bin/python3.[0-9]* "$prefix/venv/bin/python3" ""; do
+        [[ -n $python ]] || die "no python3 with tomllib to edit containerd's configuration with"
+        if "$python" -I -c 'import tomllib' 2>/dev/null; then break; fi
+    done
+    result=$("$python" -E -s -B "$here/register_containerd.py" unregister --state "$state") ||
+        die "containerd's configuration could not be put back; nothing was removed"
+    if [[ $result == changed && $restart == yes ]]; then
+        restart_containerd "$no_restart" || warn "containerd did not restart; see: journalctl -u containerd"
+    fi
+}
+
+remove_links() {
+    local link
+    for link in /usr/local/bin/rewarm /usr/local/sbin/rewarm-runc; do
+        if [[ -L $link && $(readlink "$link") == "$prefix/bin/${link##*/}" ]]; then rm -f "$link"; fi
+    done
+}
+
+remove_files() {
+    # What install.sh made, name by name: the prefix may hold other people's files.
+    rm -f "$prefix/bin/rewarm-runc" "$prefix/bin/rewarm" "$prefix/libexec/rewarm-guard"
+    rm -f "$prefix"/{bin/rewarm-runc,bin/rewarm,libexec/rewarm-guard,venv}.new.*
+    rm -rf "$prefix/venv" "$prefix/venvs" "$prefix/criu" "$prefix/share/rewarm"
+    if [[ -e $state/packages ]]; then
+        say "left in place, installed for rewarm: $(sort -u "$state/packages" | tr '\n' ' ')"
+    fi
+    rm -rf "$state"
+    rm -f "$prefix/.lock"
+    local directory
+    for directory in "$prefix"/{bin,libexec,share} "$prefix" "$(dirname "$state")"; do
+        [[ ! -d $directory ]] || rmdir --ignore-fail-on-non-empty "$directory"
+    done
+}
+
+purge_node() {
+    local store
+    store=$(sed -n 's/^store:[[:space:]]*//p' /etc/rewarm/config.yaml 2>/dev/null || true)
+    rm -rf --one-file-system /etc/rewarm /var/lib/rewarm /run/rewarm
+    say "removed /etc/rewarm, /var/lib/rewarm and /run/rewarm"
+    [[ -z $store ]] || say "if other nodes do not use it, remove the store, too: $store"
+}
+
+main() {
+    parse_arguments "$@"
+    [[ $(id -u) -eq 0 ]] || die "has to run as root"
+    state=$(state_directory "$prefix")
+    if [[ -d $prefix ]]; then
+        exec {lock}>"$prefix/.lock"
+        flock -n "$lock" || die "another install.sh or uninstall.sh works on $prefix"
+    fi
+    local needed
+    needed=$(users)
+    if [[ -n $needed ]]; then
+        printf '%s\n' "$needed" >&2
+        [[ $force == yes ]] || die "these still need the runtime: stop them first, or give --force"
+    fi
+    if [[ -d $prefix || -d $state ]]; then
+        unregister
+        remove_links
+        remove_files
+        say "removed from $prefix"
+    else
+        say "nothing is installed in $prefix"
+    fi
+    if [[ $purge == yes ]]; then purge_node; fi
+    exit 0 # bash reads a script as it runs, and this one may be gone
+}
+
+main "$@"

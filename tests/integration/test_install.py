@@ -1,0 +1,445 @@
+"""install.sh and uninstall.sh for real: a venv, a C build, CRIU from the machine's mirror, containerd's own opinion.
+
+Prefixes are temporary directories; the default prefix is used in a mount namespace in which /opt, /etc, /usr/local,
+/var/lib and /run are copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+INSTALL = REPOSITORY / "install/install.sh"
+UNINSTALL = REPOSITORY / "install/uninstall.sh"
+CRI = "io.containerd.grpc.v1.cri"
+
+WITH_RUNC = """\
+# a node's file
+version = 2
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  default_runtime_name = "runc"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      SystemdCgroup = true
+"""
+WITH_NVIDIA = (
+    WITH_RUNC.replace('name = "runc"', 'name = "nvidia"')
+    + """\
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nvidia]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nvidia.options]
+      BinaryName = "/usr/bin/nvidia-container-runtime"
+      SystemdCgroup = true
+"""
+)
+PLAIN = """\
+version = 2
+[plugins."io.containerd.grpc.v1.cri".cni]
+  bin_dir = "/usr/lib/cni"
+"""
+
+
+def run(
+    *command: str | Path, env: Mapping[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=env)
+
+
+def ok(*command: str | Path, env: Mapping[str, str] | None = None, timeout: float = 240) -> str:
+    done = run(*command, env=env, timeout=timeout)
+    assert done.returncode == 0, f"{done.args}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def environment_without(*programs: str) -> Iterator[dict[str, str]]:
+    """This environment, with a PATH on which `programs` are not found."""
+    # Not below pytest's directory: apt runs parts of itself as another user, who has to find programs, too.
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        for source in ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"):
+            for entry in os.scandir(source):
+                if entry.name not in programs and not (directory / entry.name).is_symlink():
+                    (directory / entry.name).symlink_to(entry.path)
+        yield {**os.environ, "PATH": name}
+
+
+def checkout(directory: Path) -> Path:
+    """A copy of what install.sh reads, as a fresh checkout has it."""
+    built = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "*.o", "_native.c", "build", ".*")
+    for name in ("install", "config", "shim", "hooks", "native"):
+        shutil.copytree(REPOSITORY / name, directory / name, ignore=built)
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        shutil.copy2(REPOSITORY / name, directory / name)
+    return directory
+
+
+def content(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@dataclass
+class Node:
+    prefix: Path
+    config: Path
+    source: Path
+    env: dict[str, str]
+
+    def install(self) -> str:
+        script = self.source / "install/install.sh"
+        return ok(script, "--prefix", self.prefix, "--containerd-config", self.config, "--no-packages", env=self.env)
+
+    def register(self) -> None:
+        ok(*self._script("register"), "--config", self.config, "--binary", self.binary, "--containerd", containerd())
+
+    def unregister(self) -> str:
+        return ok(*self._script("unregister")).strip()
+
+    def _script(self, command: str) -> tuple[str | Path, ...]:
+        return "/usr/bin/python3", "-B", REPOSITORY / "install/register_containerd.py", command, "--state", self.state
+
+    @property
+    def state(self) -> Path:
+        return self.config.parent / "state"
+
+    @property
+    def binary(self) -> Path:
+        return self.prefix / "bin/rewarm-runc"
+
+
+def containerd() -> str:
+    program = shutil.which("containerd")
+    assert program, "containerd is not installed"
+    return program
+
+
+def effective(config: Path) -> dict[str, Any]:
+    """The runtimes that containerd has with this configuration file."""
+    dump = tomllib.loads(ok(containerd(), "--config", config, "config", "dump"))
+    plugin = dump["plugins"].get("io.containerd.cri.v1.runtime") or dump["plugins"][CRI]
+    runtimes: dict[str, Any] = plugin["containerd"]["runtimes"]
+    return runtimes
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """An installation in a prefix of its own, made with no criu in PATH."""
+    directory = tmp_path_factory.mktemp("install")
+    config = directory / "config.toml"
+    config.write_text(WITH_RUNC)
+    with environment_without("criu") as env:
+        fresh = Node(directory / "prefix", config, checkout(directory / "checkout"), env)
+        before = content(fresh.source)
+        fresh.install()
+        assert content(fresh.source) == before  # no build artefact, nothing compiled
+        yield fresh
+    run(UNINSTALL, "--prefix", fresh.prefix, "--force")
+
+
+def test_layout(node: Node) -> None:
+    assert ok(node.binary, "--version") == ok("runc", "--version")
+    assert json.loads(ok(node.binary, "features")) == json.loads(ok("runc", "features"))
+    assert (node.prefix / "libexec/rewarm-guard").stat().st_mode & 0o777 == 0o755
+    assert node.binary.stat().st_mode & 0o777 == 0o755
+    assert os.readlink(node.prefix / "bin/rewarm") == "../venv/bin/rewarm"
+    assert (node.prefix / "share/rewarm/config/config.yaml").is_file()
+    python = node.prefix / "venv/bin/python3"
+    assert python.resolve().parent == Path("/usr/bin")  # the system's, not a version manager's
+    for package in ("rewarm", "rewarm_hooks", "rewarm_native"):
+        assert ok(python, "-I", "-c", f"import {package}; print({package}.__path__[0])").startswith(f"{node.prefix}/")
+    assert not list(node.prefix.glob("**/*.new.*"))
+
+
+def test_command_line_tool(node: Node) -> None:
+    assert "capture" in ok(node.prefix / "bin/rewarm", "--help")
+    found = json.loads(run(node.prefix / "bin/rewarm", "doctor", "--json").stdout)["checks"]
+    checks = {check["name"]: check for check in found}
+    for name in ("criu", "criu check", "helper programs", "installation", "runc"):
+        assert checks[name]["status"] == "ok", checks[name]
+
+
+def test_parts_find_each_other_from_every_way_in(node: Node) -> None:
+    """rewarm looks for its guard and its CRIU beside `venv`, by sys.prefix."""
+    for python in (node.prefix / "venv/bin/python3", node.prefix / "bin/../venv/bin/python3"):
+        found = ok(python, "-I", "-c", "import os, sys; print(os.path.dirname(os.path.abspath(sys.prefix)))")
+        assert found.strip() == str(node.prefix)
+    first_line = (node.prefix / "bin/rewarm").read_text().splitlines()[0]
+    assert first_line == f"#!{node.prefix}/venv/bin/python3 -I"
+
+
+def test_criu(node: Node) -> None:
+    criu = node.prefix / "criu/bin/criu"
+    kernel = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    version = tuple(int(part) for part in ok(criu, "--version", env={}).split()[1].split("."))
+    assert version >= ((4, 2) if kernel >= (6, 16) else (4, 1, 1))
+    assert "Looks good" in ok(criu, "check", env={})
+    ok(node.prefix / "criu/root/criu", "--version")
+
+
+def test_containerd_sees_it(node: Node) -> None:
+    assert node.config.read_text().startswith(WITH_RUNC)
+    runtimes = effective(node.config)
+    assert set(runtimes) == {"runc", "rewarm"}
+    assert runtimes["rewarm"]["pod_annotations"] == ["rewarm.dev/*"]
+    assert runtimes["rewarm"]["options"] == {"BinaryName": str(node.binary), "SystemdCgroup": True}
+
+
+def test_second_run_is_quick_and_changes_nothing(node: Node) -> None:
+    def facts() -> list[object]:
+        targets = [(node.prefix / link).resolve() for link in ("venv", "criu/root")]
+        return [
+            targets,
+            [path.stat().st_mtime_ns for path in targets],
+            node.config.read_bytes(),
+            node.config.stat().st_ino,
+        ]
+
+    before = facts()
+    began = time.monotonic()
+    said = node.install()
+    took = time.monotonic() - began
+    assert facts() == before
+    assert "is installed already" in said
+    assert "needs no change" in said
+    assert took < 30
+
+
+def test_an_incomplete_virtual_environment_is_made_anew(node: Node) -> None:
+    target = (node.prefix / "venv").resolve()
+    shutil.rmtree(next(target.glob("lib/python3*/site-packages/rewarm_hooks")))
+    assert "building a virtual environment" in node.install()
+    ok(node.prefix / "venv/bin/python3", "-I", "-c", "import rewarm_hooks")
+
+
+def test_upgrade_keeps_what_running_processes_import_from(node: Node) -> None:
+    old = (node.prefix / "venv").resolve()
+    with (node.source / "shim/rewarm/errors.py").open("a") as out:
+        out.write("NEW_HERE = 1\n")
+    assert "building a virtual environment" in node.install()
+    new = (node.prefix / "venv").resolve()
+    assert new != old
+    ok(node.prefix / "venv/bin/python3", "-I", "-c", "from rewarm.errors import NEW_HERE")
+    ok(old / "bin/python3", "-I", "-c", "import rewarm.errors; assert not hasattr(rewarm.errors, 'NEW_HERE')")
+    assert {path.name for path in new.parent.iterdir()} == {new.name, old.name}
+
+
+@pytest.mark.parametrize("text", [PLAIN, WITH_RUNC, WITH_NVIDIA, "", None])
+def test_registration_that_containerd_reads(node: Node, tmp_path: Path, text: str | None) -> None:
+    """Every runtime stays what it was, also those that only containerd's defaults name."""
+    here = Node(node.prefix, tmp_path / "config.toml", REPOSITORY, {})
+    reference = tmp_path / "reference.toml"
+    reference.write_text(text or "version = 2\n")
+    before = effective(reference)
+    if text is not None:
+        here.config.write_text(text)
+    here.register()
+    after = effective(here.config)
+    assert after.pop("rewarm")["options"]["BinaryName"] == str(node.binary)
+    assert set(after) == set(before)
+    for name, runtime in before.items():
+        assert after[name]["runtime_type"] == runtime["runtime_type"]
+        assert after[name]["options"].get("SystemdCgroup") == runtime["options"].get("SystemdCgroup")
+        assert after[name]["options"].get("BinaryName", "") == runtime["options"].get("BinaryName", "")
+    assert here.unregister() == "changed"
+    assert (here.config.read_text() if here.config.exists() else None) == text
+
+
+def test_registration_with_an_import(node: Node, tmp_path: Path) -> None:
+    """containerd takes the plugin's whole table from the last file that has it, so that one gets the block."""
+    here = Node(node.prefix, tmp_path / "config.toml", REPOSITORY, {})
+    main = f'imports = ["{tmp_path}/conf.d/*.toml"]\n' + PLAIN
+    here.config.write_text(main)
+    drop_in = tmp_path / "conf.d/90-nvidia.toml"
+    drop_in.parent.mkdir()
+    drop_in.write_text(WITH_NVIDIA)
+    here.register()
+    assert set(effective(here.config)) == {"runc", "nvidia", "rewarm"}
+    assert here.config.read_text() == main
+    here.unregister()
+    assert drop_in.read_text() == WITH_NVIDIA
+
+
+def test_refuses_to_leave_a_running_container_without_its_runtime(node: Node) -> None:
+    """conmon and the shims call the runtime by its path to kill and to delete."""
+    script = "import sys, time; print(flush=True); time.sleep(600)"
+    command = ["/usr/bin/python3", "-c", script, "--runtime", str(node.binary)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        user.stdout.readline()
+        try:
+            done = run(UNINSTALL, "--prefix", node.prefix)
+        finally:
+            user.kill()
+    assert done.returncode == 1
+    assert f"process {user.pid}: /usr/bin/python3" in done.stderr
+    assert node.binary.exists()
+    assert "BEGIN rewarm" in node.config.read_text()
+
+
+def test_missing_packages_are_named(node: Node, tmp_path: Path) -> None:
+    with environment_without("runc", "make") as env:
+        done = run(INSTALL, "--prefix", tmp_path / "prefix", "--no-register", "--no-packages", env=env)
+    assert done.returncode == 1
+    assert "--no-packages was given: apt-get install make runc" in done.stderr
+    assert not (tmp_path / "prefix/venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prefix", "relative"], "must be an absolute path"),
+        (["--prefix", "/"], "must be a plain directory name"),
+        (["--prefix", "/tmp/../usr"], "must be a plain directory name"),
+        (["--prefix", "/tmp/with space"], "letters, digits"),
+        (["--prefix"], "needs a value"),
+        (["--what"], "unknown option '--what'"),
+    ],
+)
+@pytest.mark.parametrize("script", [INSTALL, UNINSTALL])
+def test_bad_arguments(script: Path, arguments: list[str], message: str) -> None:
+    done = run(script, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_purge_is_for_the_node(tmp_path: Path) -> None:
+    done = run(UNINSTALL, "--prefix", tmp_path / "prefix", "--purge")
+    assert done.returncode == 1
+    assert "with --prefix /opt/rewarm only" in done.stderr
+
+
+@pytest.mark.parametrize("script", [INSTALL, UNINSTALL])
+def test_needs_root(script: Path, tmp_path: Path) -> None:
+    # A copy, since the checkout may lie where nobody else than root can look.
+    copy = tmp_path / "install"
+    shutil.copytree(script.parent, copy)
+    for path in (tmp_path, *tmp_path.parents):
+        if path == Path("/tmp"):
+            break
+        path.chmod(0o755)
+    done = run("setpriv", "--reuid=65534", "--clear-groups", copy / script.name, "--prefix", "/tmp/never")
+    assert done.returncode == 1
+    assert "has to run as root" in done.stderr
+    assert run(script, "--help").stdout.startswith(f"usage: {script.name}")
+
+
+def test_one_at_a_time(node: Node) -> None:
+    with subprocess.Popen(["flock", "--no-fork", str(node.prefix / ".lock"), "sleep", "600"]) as holder:
+        try:
+            deadline = time.monotonic() + 10
+            while run("flock", "-n", node.prefix / ".lock", "true").returncode == 0:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            done = run(INSTALL, "--prefix", node.prefix, "--no-register", "--no-packages", env=node.env)
+        finally:
+            holder.kill()
+    assert done.returncode == 1
+    assert "another install.sh or uninstall.sh" in done.stderr
+
+
+def test_uninstall_leaves_what_it_found(node: Node) -> None:
+    """Last of the tests that use the installation: it is taken away, by the copy that was installed with it."""
+    stranger = node.prefix / "bin/somebody-elses"
+    stranger.write_text("")
+    said = ok(node.prefix / "share/rewarm/uninstall.sh", "--prefix", node.prefix)
+    assert "removed from" in said
+    assert node.config.read_text() == WITH_RUNC
+    assert [path for path in node.prefix.rglob("*") if not path.is_dir()] == [stranger]
+    stranger.unlink()
+    assert "removed from" in ok(UNINSTALL, "--prefix", node.prefix)
+    assert not node.prefix.exists()
+    assert "nothing is installed" in ok(UNINSTALL, "--prefix", node.prefix)
+
+
+NODE_SCRIPT = """
+set -eu
+scratch=$1 repository=$2
+mount -t tmpfs tmpfs "$scratch"
+for directory in /opt /etc /usr/local /var/lib; do
+    upper=$scratch/upper$directory work=$scratch/work$directory
+    mkdir -p "$upper" "$work"
+    mount -t overlay overlay -o "lowerdir=$directory,upperdir=$upper,workdir=$work" "$directory"
+done
+mount -t tmpfs tmpfs /run
+rm -rf /opt/rewarm /etc/rewarm /var/lib/rewarm /usr/local/bin/rewarm /usr/local/sbin/rewarm-runc
+mkdir -p /etc/containerd /run/systemd/system
+printf 'version = 2\\n' > /etc/containerd/config.toml
+printf '#!/bin/sh\\necho "$@" >> %s/systemctl.log\\n' "$scratch" > /usr/local/bin/systemctl
+chmod +x /usr/local/bin/systemctl
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin
+"""
+
+
+def in_node(tmp_path: Path, script: str) -> str:
+    return ok("unshare", "--mount", "bash", "-c", NODE_SCRIPT + script, "node", tmp_path, REPOSITORY)
+
+
+def test_the_nodes_own_install(tmp_path: Path) -> None:
+    """The default prefix: links in /usr/local, /etc/containerd/config.toml, one restart, state and purge.
+
+    Before that, a containerd that does not start with the runtime: it gets its configuration back.
+    """
+    said = in_node(
+        tmp_path,
+        """
+        cp /usr/local/bin/systemctl "$scratch/well"
+        printf '#!/bin/sh\n! grep -q "BEGIN rewarm" /etc/containerd/config.toml || test "$1" != restart\n' \
+            > /usr/local/bin/systemctl
+        ! "$repository/install/install.sh" --no-packages 2>&1
+        test "$(cat /etc/containerd/config.toml)" = 'version = 2'
+        cp "$scratch/well" /usr/local/bin/systemctl
+        echo "---"
+        "$repository/install/install.sh" --no-packages
+        test "$(readlink /usr/local/bin/rewarm)" = /opt/rewarm/bin/rewarm
+        rewarm-runc --version | cmp - <(runc --version)
+        grep -q 'BinaryName = "/opt/rewarm/bin/rewarm-runc"' /etc/containerd/config.toml
+        test -s /var/lib/rewarm/install/containerd.json
+        "$repository/install/install.sh" --no-packages >/dev/null
+        mkdir -p /run/rewarm/containers/run-runc/left /etc/rewarm /var/lib/rewarm/store/v1
+        echo 'store: /srv/shared' > /etc/rewarm/config.yaml
+        ! /opt/rewarm/share/rewarm/uninstall.sh 2>/dev/null
+        rmdir /run/rewarm/containers/run-runc/left
+        /opt/rewarm/share/rewarm/uninstall.sh
+        test "$(cat /etc/containerd/config.toml)" = 'version = 2'
+        test ! -e /opt/rewarm -a ! -L /usr/local/bin/rewarm -a ! -L /usr/local/sbin/rewarm-runc
+        test ! -e /var/lib/rewarm/install -a -e /var/lib/rewarm/store/v1
+        "$repository/install/uninstall.sh" --purge
+        test ! -e /var/lib/rewarm -a ! -e /etc/rewarm -a ! -e /run/rewarm
+        cat "$scratch/systemctl.log"
+        """,
+    )
+    failed, _, said = said.partition("---\n")
+    assert "its configuration was put back" in failed
+    assert "installed in /opt/rewarm" in said
+    assert "remove the store, too: /srv/shared" in said
+    assert said.count("restart containerd\n") == 2  # once for the install, once for the uninstall
+    assert not Path("/run/rewarm/containers/run-runc/left").exists()
+
+
+def test_sources_name_no_host() -> None:
+    """Mirrors are the machine's own matter."""
+    for path in (*REPOSITORY.glob("install/*"), *REPOSITORY.glob("config/*")):
+        if path.is_file():
+            text = path.read_text()
+            assert "://" not in text.replace("file://", ""), path
+            assert "debian.org" not in text and "ubuntu.com" not in text, path
+
+
+def test_shell_scripts_are_clean() -> None:
+    ok("shellcheck", "-x", *sorted(REPOSITORY.glob("install/*.sh")))

@@ -1,0 +1,49 @@
+"""config/: the settings file shows every key with its true default, and the snippets are what the programs read."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from rewarm import settings
+
+CONFIG = Path(__file__).parents[2] / "config"
+BINARY = "/opt/rewarm/bin/rewarm-runc"
+
+
+def load(tmp_path: Path, text: str) -> settings.Settings:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    path.chmod(0o644)
+    return settings.load(path)
+
+
+def test_every_default_is_shown(tmp_path: Path) -> None:
+    text = (CONFIG / "config.yaml").read_text()
+    assert load(tmp_path, text) == settings.Settings()
+    uncommented = re.sub(r"^#(?=[a-z_]+:|  - )", "", text, flags=re.MULTILINE)
+    shown = re.findall(r"^([a-z_]+):", uncommented, flags=re.MULTILINE)
+    assert shown == [entry.name for entry in fields(settings.Settings)]
+    assert load(tmp_path, uncommented) == settings.Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin"), [("v2", "io.containerd.grpc.v1.cri"), ("v3", "io.containerd.cri.v1.runtime")]
+)
+def test_containerd(name: str, plugin: str) -> None:
+    data = tomllib.loads((CONFIG / f"containerd-{name}.toml").read_text())
+    assert f"v{data['version']}" == name
+    runtimes = data["plugins"][plugin]["containerd"]["runtimes"]
+    assert runtimes["rewarm"]["options"]["BinaryName"] == BINARY
+    assert runtimes["rewarm"]["pod_annotations"] == ["rewarm.dev/*"]
+    assert "runc" in runtimes
+
+
+def test_docker_and_podman() -> None:
+    assert json.loads((CONFIG / "docker-daemon.json").read_text())["runtimes"]["rewarm"]["path"] == BINARY
+    podman = tomllib.loads((CONFIG / "podman-containers.conf").read_text())
+    assert podman["engine"]["runtimes"]["rewarm"] == [BINARY]

@@ -1,0 +1,336 @@
+"""install/register_containerd.py on configuration files as nodes have them; the program is run, not imported.
+
+What containerd itself makes of the result is tests/integration/test_install.py's matter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "install/register_containerd.py"
+BINARY = "/opt/rewarm/bin/rewarm-runc"
+V2 = "io.containerd.grpc.v1.cri"
+V3 = "io.containerd.cri.v1.runtime"
+
+KUBEADM_V2 = """\
+# the node's own words, which stay
+version = 2
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "pause:3.9"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "runc"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        SystemdCgroup = true
+"""
+KUBEADM_V3 = KUBEADM_V2.replace("version = 2", "version = 3").replace(f'"{V2}"', f"'{V3}'")
+NVIDIA = """\
+version = 2
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  default_runtime_name = "nvidia"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nvidia]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.nvidia.options]
+      BinaryName = "/usr/bin/nvidia-container-runtime"
+      SystemdCgroup = true
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    pod_annotations = ["other.example/*"]
+    privileged_without_host_devices = true
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      SystemdCgroup = true
+      Root = "/srv/a \\"quoted\\" \\\\ path"
+"""
+
+
+class Node:
+    """A directory with containerd's files in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = directory / "config.toml"
+        self.state = directory / "state"
+
+    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-E", "-s", "-B", str(SCRIPT), *args, "--state", str(self.state)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def register(self, binary: str = BINARY) -> str:
+        done = self.run("register", "--config", str(self.config), "--binary", binary)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def refused(self, binary: str = BINARY) -> str:
+        """The message of a registration that has to fail and to change nothing."""
+        before = {p: p.read_bytes() for p in self.config.parent.glob("**/*.toml")}
+        done = self.run("register", "--config", str(self.config), "--binary", binary)
+        assert done.returncode == 1, done.stdout
+        assert {p: p.read_bytes() for p in self.config.parent.glob("**/*.toml")} == before
+        assert not self.state.exists() or not list(self.state.iterdir())
+        return done.stderr
+
+    def unregister(self) -> str:
+        done = self.run("unregister")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def runtimes(self, plugin: str = V2, path: Path | None = None) -> dict[str, Any]:
+        data = tomllib.loads((path or self.config).read_text())
+        runtimes: dict[str, Any] = data["plugins"][plugin]["containerd"]["runtimes"]
+        return runtimes
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "plugin"), [(KUBEADM_V2, V2), (KUBEADM_V3, V3), (KUBEADM_V3.replace("= 3", "= 4"), V3)]
+)
+def test_copies_runc_and_keeps_the_text(node: Node, text: str, plugin: str) -> None:
+    node.config.write_text(text)
+    assert node.register() == "changed"
+    assert node.config.read_text().startswith(text)
+    runtimes = node.runtimes(plugin)
+    assert set(runtimes) == {"runc", "rewarm"}
+    assert runtimes["rewarm"] == {
+        "runtime_type": "io.containerd.runc.v2",
+        "pod_annotations": ["rewarm.dev/*"],
+        "options": {"SystemdCgroup": True, "BinaryName": BINARY},
+    }
+    assert node.unregister() == "changed"
+    assert node.config.read_text() == text
+    assert list(node.state.iterdir()) == []
+
+
+def test_second_run_changes_nothing(node: Node) -> None:
+    node.config.write_text(KUBEADM_V2)
+    node.register()
+    once = node.config.read_bytes(), node.config.stat().st_ino
+    assert node.register() == "unchanged"
+    assert (node.config.read_bytes(), node.config.stat().st_ino) == once
+    node.unregister()
+    assert node.unregister() == "unchanged"
+    assert node.config.read_text() == KUBEADM_V2
+
+
+def test_copies_runc_where_nvidia_is_the_default(node: Node) -> None:
+    node.config.write_text(NVIDIA)
+    node.register()
+    runtimes = node.runtimes()
+    before = tomllib.loads(NVIDIA)["plugins"][V2]["containerd"]["runtimes"]
+    ours = runtimes.pop("rewarm")
+    assert runtimes == before
+    assert ours["pod_annotations"] == ["other.example/*", "rewarm.dev/*"]
+    assert ours["privileged_without_host_devices"] is True
+    assert ours["options"] == {**before["runc"]["options"], "BinaryName": BINARY}
+
+
+def test_copies_the_default_runtime_where_runc_is_not_named(node: Node) -> None:
+    node.config.write_text(NVIDIA[: NVIDIA.index('  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]')])
+    done = node.run("register", "--config", str(node.config), "--binary", BINARY)
+    assert done.returncode == 0
+    assert "/usr/bin/nvidia-container-runtime" in done.stderr  # it has to go under `runtimes:` to stay in use
+    assert node.runtimes()["rewarm"]["options"] == {"BinaryName": BINARY, "SystemdCgroup": True}
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "# no newline"])
+def test_file_without_settings(node: Node, text: str) -> None:
+    node.config.write_text(text)
+    node.register()
+    assert tomllib.loads(node.config.read_text())["version"] == 2
+    assert set(node.runtimes()) == {"runc", "rewarm"}  # a runtimes table replaces the built-in one: runc must be in it
+    assert node.register() == "unchanged"
+    node.unregister()
+    assert node.config.read_text() == text
+
+
+def test_no_file(node: Node) -> None:
+    node.register()
+    assert set(node.runtimes()) == {"runc", "rewarm"}
+    assert node.register() == "unchanged"
+    node.unregister()
+    assert not node.config.exists()
+
+
+def test_file_of_ours_that_the_user_went_on_with(node: Node) -> None:
+    node.register()
+    with node.config.open("a") as out:
+        out.write("[grpc]\n  uid = 7\n")
+    assert node.register() == "changed"  # the block goes to the end again
+    assert node.register() == "unchanged"
+    node.unregister()
+    assert tomllib.loads(node.config.read_text()) == {"version": 2, "grpc": {"uid": 7}}
+
+
+def test_user_changes_survive(node: Node) -> None:
+    node.config.write_text(KUBEADM_V2)
+    node.register()
+    installed = node.config.read_text()
+    node.config.write_text(installed.replace("pause:3.9", "pause:3.10") + "[debug]\n  level = 'debug'\n")
+    assert node.unregister() == "changed"
+    assert node.config.read_text() == KUBEADM_V2.replace("pause:3.9", "pause:3.10") + "[debug]\n  level = 'debug'\n"
+
+
+def test_refresh_after_a_change_of_runc(node: Node) -> None:
+    node.config.write_text(KUBEADM_V2)
+    node.register()
+    changed = KUBEADM_V2.replace("SystemdCgroup = true", "SystemdCgroup = false")
+    node.config.write_text(node.config.read_text().replace(KUBEADM_V2, changed))
+    assert node.register() == "changed"
+    assert node.runtimes()["rewarm"]["options"]["SystemdCgroup"] is False
+    node.unregister()
+    assert node.config.read_text() == changed
+
+
+@pytest.mark.parametrize("pattern", ["conf.d/*.toml", "{directory}/conf.d/*.toml", "conf.d/90-nvidia.toml"])
+def test_the_last_imported_file_with_the_plugin_gets_the_block(node: Node, tmp_path: Path, pattern: str) -> None:
+    drop_ins = tmp_path / "conf.d"
+    drop_ins.mkdir()
+    main = f'imports = ["{pattern.format(directory=tmp_path)}"]\n' + KUBEADM_V2
+    node.config.write_text(main)
+    last, other = drop_ins / "90-nvidia.toml", drop_ins / "95-debug.toml"
+    last.write_text(NVIDIA)
+    other.write_text("version = 2\n[debug]\n  level = 'info'\n")
+    node.register()
+    assert node.config.read_text() == main
+    assert "rewarm" in node.runtimes(path=last)
+    assert other.read_text() == "version = 2\n[debug]\n  level = 'info'\n"
+    node.unregister()
+    assert last.read_text() == NVIDIA
+
+
+def test_block_follows_the_last_word(node: Node, tmp_path: Path) -> None:
+    main = 'imports = ["conf.d/*.toml"]\n' + KUBEADM_V2
+    node.config.write_text(main)
+    node.register()
+    assert "rewarm" in node.runtimes()
+    drop_in = tmp_path / "conf.d/99.toml"
+    drop_in.parent.mkdir()
+    drop_in.write_text(NVIDIA)
+    assert node.register() == "changed"
+    assert node.config.read_text() == main
+    assert "rewarm" in node.runtimes(path=drop_in)
+    node.unregister()
+    assert (node.config.read_text(), drop_in.read_text()) == (main, NVIDIA)
+
+
+def test_cri_switched_off(node: Node) -> None:
+    """What Docker's containerd package ships: configuration version 1 by omission, and no CRI."""
+    node.config.write_text('disabled_plugins = ["cri"]\n')
+    done = node.run("register", "--config", str(node.config), "--binary", BINARY)
+    assert (done.returncode, done.stdout) == (0, "unchanged\n")
+    assert "disables containerd's CRI plugin" in done.stderr
+    assert node.config.read_text() == 'disabled_plugins = ["cri"]\n'
+
+
+def test_a_runtime_of_the_same_name_that_is_ours_is_left_alone(node: Node) -> None:
+    text = (
+        KUBEADM_V2
+        + f"""
+[plugins."{V2}".containerd.runtimes.rewarm]
+  runtime_type = "io.containerd.runc.v2"
+  options = {{ BinaryName = "{BINARY}" }}
+"""
+    )
+    node.config.write_text(text)
+    assert node.register() == "unchanged"
+    assert node.unregister() == "unchanged"
+    assert node.config.read_text() == text
+
+
+def test_a_runtime_of_the_same_name_that_is_not_ours(node: Node) -> None:
+    node.config.write_text(
+        KUBEADM_V2 + f'[plugins."{V2}".containerd.runtimes.rewarm]\n  runtime_type = "io.containerd.other.v1"\n'
+    )
+    assert "has a runtime 'rewarm' of its own" in node.refused()
+
+
+def test_another_prefix(node: Node, tmp_path: Path) -> None:
+    node.config.write_text(KUBEADM_V2)
+    node.register("/srv/other/bin/rewarm-runc")
+    first, node.state = node.state, tmp_path / "second"
+    assert "another rewarm, /srv/other/bin/rewarm-runc" in node.refused()
+    node.state = first
+    node.unregister()
+    assert node.config.read_text() == KUBEADM_V2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version = 2\n[plugins\n", "is not valid TOML"),
+        ("version = 1\n[plugins.cri]\n", "config migrate"),
+        ("root = '/srv/containerd'\n", "configuration version 1"),
+        ("version = 9\n", "configuration version 9"),
+        ('version = 2\nimports = ["missing.toml"]\n', "missing.toml, imported by"),
+        (KUBEADM_V2.replace("io.containerd.runc.v2", "io.containerd.kata.v2"), "io.containerd.kata.v2"),
+        (KUBEADM_V2 + "# BEGIN rewarm runtime (torn)\n", "without '# END rewarm runtime'"),
+        (
+            f'version = 2\nplugins."{V2}" = {{ containerd = {{ runtimes = '
+            '{ runc = { runtime_type = "io.containerd.runc.v2" } } } }\n',
+            "add by hand",
+        ),
+    ],
+)
+def test_refused(node: Node, text: str, message: str) -> None:
+    node.config.write_text(text)
+    assert message in node.refused()
+
+
+def test_not_text(node: Node) -> None:
+    node.config.write_bytes(b"version = 2 # \xff\n")
+    assert "cannot be read" in node.refused()
+
+
+def test_keeps_bytes_mode_owner_and_symlink(node: Node, tmp_path: Path) -> None:
+    real = tmp_path / "real.toml"
+    original = KUBEADM_V2.replace("\n", "\r\n").encode() + b"# the last line has no end"
+    real.write_bytes(original)
+    real.chmod(0o640)
+    node.config.symlink_to("real.toml")
+    owner = (12345, 12345) if os.geteuid() == 0 else (os.getuid(), os.getgid())
+    os.chown(real, *owner)
+    node.register()
+    assert node.config.is_symlink()
+    assert real.read_bytes().startswith(original)
+    assert "rewarm" in node.runtimes()
+    status = real.stat()
+    assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (0o640, *owner)
+    node.unregister()
+    assert real.read_bytes() == original
+    assert node.config.is_symlink()
+
+
+def test_damaged_backup_is_not_put_back(node: Node) -> None:
+    node.config.write_text(KUBEADM_V2)
+    node.register()
+    (original,) = node.state.glob("*.orig")
+    original.write_text("something else")
+    installed = node.config.read_text()
+    done = node.run("unregister")
+    assert done.returncode == 1
+    assert "is not what was saved" in done.stderr
+    assert node.config.read_text() == installed
+
+
+@pytest.mark.parametrize("broken", ["exit 0", "exit 3", "echo 'version = 3'"])
+def test_put_back_when_containerd_does_not_agree(node: Node, tmp_path: Path, broken: str) -> None:
+    """A containerd that reads the file as it was, and does not see the runtime in the new one."""
+    node.config.write_text(KUBEADM_V2)
+    program = tmp_path / "containerd"
+    program.write_text(f'#!/bin/sh\nif grep -q rewarm "$2"; then {broken}; else cat "$2"; fi\n')
+    program.chmod(0o755)
+    done = node.run("register", "--config", str(node.config), "--binary", BINARY, "--containerd", str(program))
+    assert done.returncode == 1
+    assert "put back as it was" in done.stderr
+    assert node.config.read_text() == KUBEADM_V2
+    assert node.unregister() == "unchanged"
