@@ -58,7 +58,9 @@ def passthrough(directory: Path, prefix: Path) -> Measured:
         for runtime in runtimes.values():
             runtime.cleanup()
     ratio = statistics.median(found["rewarm-runc"]) / statistics.median(found["runc"])
-    return Measured("create/start/kill/delete, not annotated", "passthrough_ratio", found, ratio, "<= 1.05", ratio <= 1.05)
+    return Measured(
+        "create/start/kill/delete, not annotated", "passthrough_ratio", found, ratio, "<= 1.05", ratio <= 1.05
+    )
 
 
 def model_server(directory: Path, prefix: Path) -> Measured:
@@ -112,8 +114,16 @@ def restore_1g(directory: Path, prefix: Path) -> Measured:
                 node.rewarm("capture", "source", "--name", "memory")
                 images = directory / "images"
                 images.mkdir()
-                node.runtime.run("checkpoint", "--leave-running", "--image-path", images, "--work-path", directory / "w",
-                                 "source", env={"PATH": environment["PATH"]})
+                node.runtime.run(
+                    "checkpoint",
+                    "--leave-running",
+                    "--image-path",
+                    images,
+                    "--work-path",
+                    directory / "w",
+                    "source",
+                    env={"PATH": environment["PATH"]},
+                )
                 node.runtime.stop("source")
             for turn in range(RESTORES + 1):
                 for label in found:
@@ -126,9 +136,7 @@ def restore_1g(directory: Path, prefix: Path) -> Measured:
     return Measured("1 GiB process, create and start", "restore_1g_ratio", found, ratio, "<= 1.15", ratio <= 1.15)
 
 
-def _restore_memory(
-    label: str, turn: int, node: Node, by_hand: Runtime, images: Path, expected: object
-) -> float:
+def _restore_memory(label: str, turn: int, node: Node, by_hand: Runtime, images: Path, expected: object) -> float:
     """Seconds until the restored process runs; then its memory is compared with the source's."""
     name = f"{label.split()[0]}-{turn}"
     with NetworkNamespace() as network:
@@ -164,7 +172,9 @@ def _memory_bundle(directory: Path, network: NetworkNamespace, annotations: dict
 
 
 def _hash(network: NetworkNamespace) -> object:
-    return wait_for("the hash of the memory", lambda: _try(lambda: network.json(PORT, "/hash", timeout=60)), timeout=120)
+    return wait_for(
+        "the hash of the memory", lambda: _try(lambda: network.json(PORT, "/hash", timeout=60)), timeout=120
+    )
 
 
 def _first_answer(network: NetworkNamespace, page: bytes) -> Any:

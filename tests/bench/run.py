@@ -54,7 +54,9 @@ def main(prefix: Path, output: Path, names: list[str]) -> int:
         with tempfile.TemporaryDirectory(prefix="rewarm-bench-", dir=os.environ.get("REWARM_BENCH_DIR")) as directory:
             done = case(Path(directory), prefix)
         figures[done.key] = round(done.ratio, 4)
-        figures[f"{done.key}_samples_s"] = {label: [round(s, 5) for s in found] for label, found in done.samples.items()}
+        figures[f"{done.key}_samples_s"] = {
+            label: [round(s, 5) for s in found] for label, found in done.samples.items()
+        }
         figures.update(done.more)
         (first, one), (second, two) = done.samples.items()
         print(
