@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import cases  # noqa: E402
-from support import proc  # noqa: E402
+from support import proc
+
+from bench import cases
 
 
 def touch_memory(share: float = 0.6) -> None:

@@ -25,6 +25,9 @@ DUMP = (
     # that a killed CRIU would leave behind in a namespace that outlives the container.
     "network-lock skip",
 )
+# Podman calls with almost no environment, and CRIU needs tar and ip.
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 RESTORE = (
     # The tree must not run before its memory is verified, nor before `start`.
     "leave-stopped",
@@ -39,7 +42,7 @@ def write(path: str, options: Iterable[str]) -> None:
 
 def environment(option_file: str, criu: str) -> dict[str, str]:
     """The environment for runc: CRIU's options, and PATH with the right `criu` first (runc looks for it there)."""
-    path = os.environ.get("PATH") or os.defpath
+    path = os.environ.get("PATH") or _PATH
     env = {key: value for key, value in os.environ.items() if key not in ("CRIU_CONFIG_FILE", "NOTIFY_SOCKET")}
     env["CRIU_CONFIG_FILE"] = option_file
     env["PATH"] = f"{os.path.dirname(criu)}:{path}" if criu else path
