@@ -1,14 +1,11 @@
-"""Puts `support` on the path of every test and gives the tests the rewarm that `make test` installed."""
+"""Gives the tests the rewarm that `make test` installed."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 REPOSITORY = Path(__file__).parent.parent
 
