@@ -21,9 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support import proc
-
 from bench import cases
+from support import proc
 
 
 def touch_memory(share: float = 0.6) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from click.testing import CliRunner, Result
+
 from rewarm import cli
 from rewarm.store.directory import DirectoryStore, SnapshotRef
-
 from support.snapshots import FILES, write_snapshot
 
 

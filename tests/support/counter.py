@@ -32,7 +32,7 @@ while True:
 
 
 def bundle(directory: Path, annotations: Mapping[str, str] | None = None, **more: Any) -> Bundle:
-    """A bundle with the counter; `more` goes to Bundle. Annotated with rewarm.dev/snapshot: counter unless told otherwise."""
+    """A bundle with the counter; `more` goes to Bundle. By default it asks for the snapshot `counter`."""
     found = {"rewarm.dev/snapshot": "counter"} if annotations is None else annotations
     environment = more.pop("env", {"PYTHONHASHSEED": "0"})
     args = more.pop("args", ["python3", "-c", PROGRAM])

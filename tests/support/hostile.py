@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from rewarm_hooks.layer import LayerError, apply_layer
 
 from .layers import Picture, difference, picture

@@ -17,6 +17,6 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 tar --exclude=__pycache__ --exclude='*.so' --exclude='*.o' --exclude=_native.c \
     -c pyproject.toml setup.py README.md shim hooks native | tar -x -C "$copy"
-"$directory/bin/pip" install --quiet --disable-pip-version-check "$copy[test]" "setuptools>=68"
+"$directory/bin/pip" install --quiet --disable-pip-version-check "${copy}[test]" "setuptools>=68"
 printf '%s\n' "$wanted" >"$stamp"
 printf 'testenv: %s\n' "$directory" >&2

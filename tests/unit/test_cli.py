@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 import rewarm
 from rewarm import cli
 from rewarm.store.directory import DirectoryStore, SnapshotRef

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from rewarm.capture import Captured
 from rewarm.cli import capture as capture_command
 from rewarm.errors import CaptureError

@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 
 import pytest
+
 from rewarm.cli import output
 from support.snapshots import MIB
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from rewarm import node as facts
 from rewarm.cli import inspect, pick
 from rewarm.errors import SnapshotNotFound, StoreError

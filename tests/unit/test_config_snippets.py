@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
 from rewarm import settings
 
 CONFIG = Path(__file__).parents[2] / "config"

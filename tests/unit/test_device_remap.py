@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import rewarm_hooks
 from rewarm_hooks.device_remap import main
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from rewarm import cli, doctor, doctor_containerd
 from rewarm.checks import FAILED, OK, WARNING, Check, Node
 from rewarm.errors import OciError, RewarmError

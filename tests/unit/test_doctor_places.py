@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from rewarm import doctor, doctor_places
 from rewarm.checks import FAILED, OK, WARNING, Node
 from rewarm.oci import record

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rewarm import checks, doctor, doctor_kernel, doctor_programs
 from rewarm import node as facts
 from rewarm.checks import FAILED, OK, WARNING, Node

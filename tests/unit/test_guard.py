@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from rewarm_native import process
 
 NATIVE = Path(__file__).resolve().parents[2] / "native"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from support.hostile import GOOD, refused, root
 from support.tars import BLOCK, END, file, header, pax, record, sparse
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from rewarm_hooks.layer import LayerError, LayerStats, apply_layer, write_layer
 from support.layers import Overlays
 

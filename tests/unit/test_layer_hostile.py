@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from rewarm_hooks import plan
 from rewarm_hooks.layer import LayerError, apply_layer, undo_layer
 from support.hostile import GOOD, refused, root

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
 from rewarm_hooks.layer import apply_layer, write_layer
 from support.layers import difference, picture
 

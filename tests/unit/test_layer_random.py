@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rewarm_hooks.layer import LayerError, apply_layer, undo_layer, write_layer
 from support.layers import Overlays, difference, picture
 

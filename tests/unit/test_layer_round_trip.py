@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from rewarm_hooks.layer import LayerStats, apply_layer, undo_layer, write_layer
 from rewarm_hooks.sparse import joined
 from support.changes import CHANGES, base_image, everything, sparse_files

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rewarm_hooks.layer import LayerError, apply_layer, undo_layer, write_layer
 from support.layers import Overlays, difference, mount, picture, unmount
 from support.tars import END, directory, file, header

@@ -12,6 +12,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rewarm.errors import SnapshotDamaged
 from rewarm.store import manifest as module
 from rewarm.store.manifest import FileEntry, Manifest, digest_of, load, parse, timestamp

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from rewarm.errors import SnapshotDamaged, StoreError
 from rewarm.store import files
 from rewarm.store.directory import DirectoryStore

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rewarm.errors import StoreError
 from rewarm.store.names import check_name, check_namespace, is_name
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import rewarm_hooks
 from support.layers import difference, picture
 from support.tars import END, directory, file, header, symlink

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from rewarm import settings
 from rewarm.errors import SettingsError
 from rewarm.settings import Settings, load, store_directory

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from rewarm.errors import StoreError
 from rewarm.store.directory import DirectoryStore
 from support.snapshots import MIB, manifest, pattern, tmpfs, tree, write_snapshot

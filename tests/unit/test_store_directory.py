@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from rewarm.errors import SnapshotDamaged, SnapshotNotFound, StoreError
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import Manifest, digest_of

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from rewarm.errors import SnapshotNotFound, StoreError
 from rewarm.store import locks
 from rewarm.store.directory import DirectoryStore

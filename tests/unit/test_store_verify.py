@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from rewarm.errors import SnapshotNotFound
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import FileEntry, digest_of

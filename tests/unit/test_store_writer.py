@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from rewarm.errors import StoreError
 from rewarm.store import writer as writer_module
 from rewarm.store.directory import DirectoryStore, SnapshotRef
