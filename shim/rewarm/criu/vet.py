@@ -19,6 +19,7 @@ from rewarm.errors import Unfit
 _VIRTUAL = {1: "proc", 2: "sysfs", 5: "tmpfs", 6: "devpts", 12: "cgroup", 14: "mqueue", 23: "cgroup2"}
 _OVERLAY = 17
 _FILTER = 2  # SECCOMP_MODE_FILTER
+_TSYNC = 1  # SECCOMP_FILTER_FLAG_TSYNC
 # runc makes these itself: masked and read-only paths, and what it mounts below its own mounts.
 _BELOW = ("/proc", "/sys", "/dev")
 _CAPABILITIES = """
@@ -41,10 +42,34 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
     if not cores:
         raise Unfit("restore snapshot", "checkpoint", "it has no core image, so no process")
     limits = _Limits(spec)
+    followers = _followers(directory)
     for path in cores:
-        for core in images.records(path):
-            for thread in images.messages(core, 5):
-                limits.check(thread, path.name)
+        threads = [thread for core in images.records(path) for thread in images.messages(core, 5)]
+        # CRIU takes what is missing here from an image of another name (criu/cr-restore.c: creds-PID.img).
+        if not threads or not all(images.messages(thread, 10) for thread in threads):
+            raise Unfit("restore snapshot", path.name, "it has no credentials in it")
+        for thread in threads:
+            limits.check(thread, path.name, path.name in followers)
+
+
+def _followers(directory: Path) -> set[str]:
+    """Names of the core images of threads that get the filter of their process's first thread.
+
+    Where all threads have the same filters CRIU (criu/seccomp.c) dumps the first thread's alone, marked TSYNC.
+    """
+    path = directory / "seccomp.img"
+    records = images.records(path) if path.exists() else ()
+    flags = [images.number(one, 3) for record in records for one in images.messages(record, 1)]
+    found: set[str] = set()
+    for process in images.records(directory / "pstree.img"):
+        leader = images.number(process, 1)
+        core = directory / f"core-{leader}.img"
+        for first in images.records(core) if core.exists() else ():
+            for thread in images.messages(first, 5):
+                last = images.number(thread, 12, len(flags))
+                if images.number(thread, 11) == _FILTER and last < len(flags) and flags[last] & _TSYNC:
+                    found.update(f"core-{tid}.img" for tid in images.numbers(process, 5) if tid != leader)
+    return found
 
 
 def _check_mount(mount: Message, destinations: set[str]) -> None:
@@ -77,17 +102,18 @@ class _Limits:
         self._filtered = bool((spec.get("linux") or {}).get("seccomp"))
         self._lsm = str(process.get("apparmorProfile") or process.get("selinuxLabel") or "")
 
-    def check(self, thread: Message, name: str) -> None:
-        if self._filtered and images.number(thread, 11) != _FILTER:
+    def check(self, thread: Message, name: str, follows: bool) -> None:
+        """`follows`: the thread gets the seccomp filter of another that is checked as well."""
+        if self._filtered and images.number(thread, 11) != _FILTER and not follows:
             raise Unfit("restore snapshot", name, "a process has no seccomp filter, this container's has")
         for creds in images.messages(thread, 10):
             for field in (9, 10, 11, 12, 19):
                 words = images.numbers(creds, field)
                 mask = sum(word << 32 * at for at, word in enumerate(words))
-                extra = [c for at, c in enumerate(_CAPABILITIES) if mask & ~self._bounding & 1 << at]
+                extra = [_capability(at) for at in range(mask.bit_length()) if mask & ~self._bounding & 1 << at]
                 if extra:
                     raise Unfit(
-                        "restore snapshot", name, f"a process has capability CAP_{extra[0]}, this container has not"
+                        "restore snapshot", name, f"a process has capability {extra[0]}, this container has not"
                     )
             users = {images.number(creds, field) for field in (1, 3, 5, 7)}
             may_change = self._user == 0 or self._bounding & 1 << _CAPABILITIES.index("SETUID")
@@ -104,6 +130,10 @@ class _Limits:
                 raise Unfit(
                     "restore snapshot", name, f"a process has LSM label {label[:80]!r}, this container {self._lsm!r}"
                 )
+
+
+def _capability(number: int) -> str:
+    return f"CAP_{_CAPABILITIES[number]}" if number < len(_CAPABILITIES) else f"number {number}"
 
 
 def capability_mask(names: list[str]) -> int:

@@ -1,0 +1,130 @@
+"""Images that ask for more than the live spec gives are refused before CRIU sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewarm.criu import vet
+from rewarm.criu.images import ImageError
+from rewarm.errors import Unfit
+from support.criu_images import field, image
+
+PROC, TMPFS, OVERLAY, UNSUPPORTED, AUTO = 1, 5, 17, 0, 16
+KILL, SYS_ADMIN, SETUID = 5, 21, 7
+
+
+def spec(**process: Any) -> dict[str, Any]:
+    return {"process": {"user": {"uid": 0}, "capabilities": {"bounding": ["CAP_KILL", "CAP_SETUID"]}, **process}}
+
+
+def mount(where: str, kind: int, *, external: bool = False, key: bytes = b"") -> bytes:
+    made = field(1, kind) + field(7, where.encode())
+    return made + (field(13, 1) if external else b"") + (field(18, key) if key else b"")
+
+
+def creds(uid: int = 0, caps: int = 1 << KILL, no_new_privs: int = 0, lsm: bytes = b"") -> bytes:
+    made = b"".join(field(number, uid) for number in (1, 3, 5, 7))
+    made += b"".join(field(number, caps & 0xFFFFFFFF) + field(number, caps >> 32) for number in (9, 10, 11, 12, 19))
+    return made + field(18, no_new_privs) + (field(15, lsm) if lsm else b"")
+
+
+def core(made: bytes | None = None, seccomp: int = 0) -> bytes:
+    thread = (field(10, creds() if made is None else made)) + field(11, seccomp)
+    return image(field(1, 1) + field(5, thread))
+
+
+def check(directory: Path, live: dict[str, Any], *, cores: bytes | None = None, mounts: tuple[bytes, ...] = ()) -> None:
+    (directory / "core-1.img").write_bytes(core() if cores is None else cores)
+    (directory / "pstree.img").write_bytes(image(field(1, 1) + field(5, 1)))
+    (directory / "mountpoints-12.img").write_bytes(image(mount("./", OVERLAY), *mounts))
+    vet.vet(directory, live, {"/models", "/proc", "/dev/shm"})
+
+
+def test_an_honest_snapshot_passes(tmp_path: Path) -> None:
+    mounts = (mount("./proc", PROC), mount("./models", UNSUPPORTED, key=b"/models"), mount("./dev/shm", TMPFS))
+    check(tmp_path, spec(), mounts=(*mounts, mount("./proc/kcore", TMPFS), mount("./dev/pts", 6)))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (mount("./host", PROC), "/host"),
+        (mount("./host", UNSUPPORTED, external=True), "/host"),
+        (mount("./models", AUTO), "kind 16"),
+        (mount("./models", OVERLAY), "kind 17"),
+        (mount("./models", UNSUPPORTED), "kind 0"),
+        (mount("./proc/../etc", TMPFS), "/etc"),
+        (mount("./dev/../../etc", TMPFS), "/etc"),
+        (mount("./proc/x", 3), "kind 3"),
+        (mount("/procx", PROC), "/procx"),
+    ],
+)
+def test_mounts_that_the_container_has_not(tmp_path: Path, made: bytes, said: str) -> None:
+    with pytest.raises(Unfit, match=said):
+        check(tmp_path, spec(), mounts=(made,))
+
+
+def test_a_capability_beyond_the_bounding_set(tmp_path: Path) -> None:
+    with pytest.raises(Unfit, match="CAP_SYS_ADMIN"):
+        check(tmp_path, spec(), cores=core(creds(caps=1 << SYS_ADMIN)))
+    with pytest.raises(Unfit, match="CAP_CHECKPOINT_RESTORE"):
+        check(tmp_path, spec(), cores=core(creds(caps=1 << 40)))
+
+
+def test_a_capability_that_this_rewarm_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(Unfit):
+        check(tmp_path, spec(), cores=core(creds(caps=1 << 60)))
+
+
+def test_the_user_of_a_container_that_cannot_change_it(tmp_path: Path) -> None:
+    live = spec(user={"uid": 1000}, capabilities={"bounding": ["CAP_KILL"]})
+    check(tmp_path, live, cores=core(creds(uid=1000)))
+    with pytest.raises(Unfit, match="runs as user 0"):
+        check(tmp_path, live, cores=core(creds(uid=0)))
+    check(tmp_path, spec(user={"uid": 1000}), cores=core(creds(uid=33)))
+
+
+def test_no_new_privileges_stays(tmp_path: Path) -> None:
+    live = spec(noNewPrivileges=True)
+    check(tmp_path, live, cores=core(creds(no_new_privs=1)))
+    with pytest.raises(Unfit, match="may gain privileges"):
+        check(tmp_path, live)
+
+
+def test_a_seccomp_filter_stays(tmp_path: Path) -> None:
+    live = {**spec(), "linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}
+    check(tmp_path, live, cores=core(seccomp=2))
+    with pytest.raises(Unfit, match="no seccomp filter"):
+        check(tmp_path, live)
+
+
+def test_the_lsm_label_is_the_live_one(tmp_path: Path) -> None:
+    live = spec(apparmorProfile="docker-default")
+    check(tmp_path, live, cores=core(creds(lsm=b"docker-default")))
+    with pytest.raises(Unfit, match="unconfined"):
+        check(tmp_path, live, cores=core(creds(lsm=b"unconfined")))
+    check(tmp_path, spec(), cores=core(creds(lsm=b"unconfined")))
+
+
+@pytest.mark.parametrize(
+    "cores",
+    [image(field(1, 1)), image(field(1, 1) + field(5, field(11, 0))), image()],
+    ids=["thread", "creds", "record"],
+)
+def test_a_core_without_credentials_is_refused(tmp_path: Path, cores: bytes) -> None:
+    """CRIU would take them from an image of another name, which nobody has looked at."""
+    with pytest.raises(Unfit, match="credentials"):
+        check(tmp_path, spec(), cores=cores)
+
+
+def test_no_process_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unfit, match="no core image"):
+        vet.vet(tmp_path, spec(), set())
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError):
+        check(tmp_path, spec(), cores=b"garbage!garbage")
