@@ -52,11 +52,11 @@ class TarWriter:
         status = os.fstat(fd)
         identity = (status.st_dev, status.st_ino)
         self._stats.entries += 1
-        if status.st_nlink > 1:
-            first = self._links.setdefault(identity, name)
-            if first != name:
-                self._header(name, kinds.LINK, status, {}, link=first)
-                return
+        # Whatever the link count says: a name that was unlinked and is written again is no longer counted.
+        first = self._links.setdefault(identity, name)
+        if first != name:
+            self._header(name, kinds.LINK, status, {}, link=first)
+            return
         try:
             data = sparse.data_of(fd, status)
         except OSError as error:

@@ -17,8 +17,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewarm_hooks.layer import LayerError, write_layer
-
 import rewarm
 from rewarm import compat, losses, netlock, node, overlay, processes
 from rewarm.criu import log, options, remaps
@@ -27,11 +25,13 @@ from rewarm.frozen import Frozen
 from rewarm.oci import runc, spec
 from rewarm.oci.runc import Container, Runc
 from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
+from rewarm.scratch import Scratch
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import Manifest, timestamp
 from rewarm.store.names import check_name, check_namespace
 from rewarm.trace import Trace
+from rewarm_hooks.layer import LayerError, write_layer
 
 _KILL_TIMEOUT = 10.0
 
@@ -75,26 +75,27 @@ def capture(
     _check_streams(container)
     store = DirectoryStore(settings.store)
     trace = Trace()
+    notes: list[str] = []
     with ExitStack() as stack:
         writer = stack.enter_context(store.writer(namespace, name))
-        scratch = _scratch(settings)
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        frozen = stack.enter_context(Frozen(low_level, container))
+        scratch = stack.enter_context(Scratch(settings.work_dir))
+        frozen = stack.enter_context(Frozen(low_level, container, scratch.path))
         step("dumping memory")
         with trace.phase("capture.criu"):
             _dump(container, low_level, criu, scratch, settings, frozen)
-            netlock.remove(container.pid)
+            memory = sum(path.stat().st_size for path in (scratch.snapshot / CHECKPOINT).glob("pages-*.img"))
         step("recording files")
         with trace.phase("capture.files"):
             pids = processes.tree(container.pid)
             recorded = losses.record(pids, frozen.stopped)
-            _write_layers(scratch, bundle_spec, upper, pids)
+            _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
         if not stop:
             frozen.resume()
+        notes += _remove_network_lock(container)
         step("writing the snapshot")
         with trace.phase("capture.store"):
-            for path in sorted(p for p in scratch.rglob("*") if p.is_file()):
-                writer.add_file(path.relative_to(scratch).as_posix(), path)
+            for path in sorted(p for p in scratch.snapshot.rglob("*") if p.is_file()):
+                writer.add_file(path.relative_to(scratch.snapshot).as_posix(), path)
         manifest = Manifest(
             name=name,
             namespace=namespace,
@@ -105,7 +106,7 @@ def capture(
                 bundle_spec, node.version_of(low_level.binary, settings), node.version_of(criu, settings), settings
             ),
             processes=recorded,
-            memory_bytes=sum(path.stat().st_size for path in (scratch / CHECKPOINT).glob("pages-*.img")),
+            memory_bytes=memory,
         )
         with trace.phase("capture.publish"):
             ref, published = writer.publish(manifest)
@@ -114,7 +115,7 @@ def capture(
             _stop(container, low_level, frozen)
     packs = {entry.pack for entry in published.files}
     stored = sum(store.pack_path(pack).stat().st_size for pack in packs)
-    return Captured(ref, published, frozen.seconds, time.monotonic() - began, stored, ())
+    return Captured(ref, published, frozen.seconds, time.monotonic() - began, stored, tuple(notes))
 
 
 def _check_source(container: Container, low_level: Runc) -> None:
@@ -174,39 +175,34 @@ def _check_streams(container: Container) -> None:
             )
 
 
-def _scratch(settings: Settings) -> Path:
-    path = Path(settings.work_dir) / f"capture-{os.getpid()}-{time.monotonic_ns()}"
-    try:
-        path.mkdir(parents=True, mode=0o700)
-        (path / CHECKPOINT).mkdir(mode=0o700)
-    except OSError as error:
-        raise CaptureError("make work directory", str(path), error.strerror or str(error), "see `work_dir`") from error
-    return path
-
-
-def _dump(container: Container, low_level: Runc, criu: str, scratch: Path, settings: Settings, frozen: Frozen) -> None:
-    work = scratch.with_name(scratch.name + ".work")
-    work.mkdir(mode=0o700)
-    try:
-        option_file = work / "criu.conf"
-        options.write(str(option_file), options.DUMP)
-        words = ["checkpoint", "--leave-running", "--file-locks", "--ext-unix-sk"]
-        words += ["--image-path", str(scratch / CHECKPOINT), "--work-path", str(work), container.id]
-        done = _run_checkpoint(low_level.words(*words), options.environment(str(option_file), criu), settings, frozen)
-        if done.returncode != 0:
-            kept = _keep_log(work / "dump.log", settings)
-            cause = log.cause(str(work / "dump.log")) or runc.message(done)
-            raise CaptureError("dump container", container.id, cause, f"CRIU's log is kept as {kept}")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _dump(
+    container: Container, low_level: Runc, criu: str, scratch: Scratch, settings: Settings, frozen: Frozen
+) -> None:
+    images = scratch.snapshot / CHECKPOINT
+    images.mkdir(mode=0o700)
+    option_file = str(scratch.work / "criu.conf")
+    options.write(option_file, options.DUMP)
+    words = ["checkpoint", "--leave-running", "--file-locks", "--ext-unix-sk"]
+    words += ["--image-path", str(images), "--work-path", str(scratch.work), container.id]
+    environment = options.environment(option_file, criu)
+    inherited = (frozen.lifeline, scratch.lock)
+    done = _run_checkpoint(low_level.words(*words), environment, settings.capture_timeout, inherited)
+    if done.returncode != 0:
+        dump_log = scratch.work / "dump.log"
+        kept = _keep_log(dump_log, settings)
+        cause = log.cause(str(dump_log)) or runc.message(done)
+        raise CaptureError("dump container", container.id, cause, f"CRIU's log is kept as {kept}")
 
 
 def _run_checkpoint(
-    words: list[str], env: dict[str, str], settings: Settings, frozen: Frozen
+    words: list[str], env: dict[str, str], timeout: float, inherited: tuple[int, ...]
 ) -> subprocess.CompletedProcess[str]:
-    """Run `runc checkpoint`. It outlives a killed rewarm: a CRIU that dies in the middle leaves broken processes."""
+    """Run `runc checkpoint`. It outlives a killed rewarm: a CRIU that dies in the middle leaves broken processes.
+
+    `inherited` files stay open for as long as it or its CRIU lives.
+    """
     try:
-        with subprocess.Popen(
+        process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -214,20 +210,40 @@ def _run_checkpoint(
             text=True,
             errors="replace",
             env=env,
-            pass_fds=(frozen.lifeline,),
+            pass_fds=inherited,
             start_new_session=True,
-        ) as process:
-            try:
-                said, _ = process.communicate(timeout=settings.capture_timeout)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
+        )
     except OSError as error:
         raise OciError("run runc checkpoint", words[-1], str(error)) from error
+    end = time.monotonic() + timeout
+    try:
+        said, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        limit = f"it did not end within {settings.capture_timeout:.0f} s"
+        _kill(process)
+        limit = f"it did not end within {timeout:.0f} s"
         raise CaptureError("dump container", words[-1], limit, "see `capture_timeout` in the settings") from error
+    except BaseException:
+        # Told to end: the processes must be whole again before they may run.
+        try:
+            process.communicate(timeout=max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _kill(process)
+        raise
     return subprocess.CompletedProcess(words, process.returncode, said, "")
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def _remove_network_lock(container: Container) -> list[str]:
+    """What another dump, killed or final, left in the network namespace; rewarm's own makes no rules."""
+    try:
+        found = netlock.remove(container.pid)
+    except CaptureError as error:
+        return [str(error)]
+    return ["removed the network lock that an earlier dump left in the container's network"] if found else []
 
 
 def _keep_log(path: Path, settings: Settings) -> str:
@@ -238,20 +254,23 @@ def _keep_log(path: Path, settings: Settings) -> str:
     return kept
 
 
-def _write_layers(scratch: Path, bundle_spec: spec.Spec, upper: Path | None, pids: list[int]) -> None:
+def _write_layers(
+    container: Container, snapshot: Path, bundle_spec: spec.Spec, upper: Path | None, pids: list[int]
+) -> None:
     """The changes of the rootfs and the content of a bind-mounted /dev/shm, with the links that CRIU expects there."""
-    links = remaps.find(scratch / CHECKPOINT, pids)
+    links = remaps.find(snapshot / CHECKPOINT, pids)
     shm = spec.bind_source(bundle_spec, SHM)
-    in_shm = [(link.name[len(SHM) :], link.source) for link in links if link.name.startswith(SHM[1:] + "/")]
+    in_shm = [link for link in links if link.name.startswith(SHM[1:] + "/")]
     covered = [destination.lstrip("/") + "/" for destination, _ in spec.mounts(bundle_spec)]
-    in_rootfs = [(link.name, link.source) for link in links if not any(link.name.startswith(c) for c in covered)]
+    in_rootfs = [link for link in links if not any(link.name.startswith(c) for c in covered)]
     try:
         if upper is not None:
-            _write_layer(scratch / ROOTFS_DIFF, upper, in_rootfs)
+            in_rootfs = remaps.by_name_in_upper(in_rootfs, upper, pids[0])
+            _write_layer(snapshot / ROOTFS_DIFF, upper, [(link.name, link.source) for link in in_rootfs])
         if shm:
-            _write_layer(scratch / DEV_SHM, Path(shm), in_shm)
+            _write_layer(snapshot / DEV_SHM, Path(shm), [(link.name[len(SHM) :], link.source) for link in in_shm])
     except LayerError as error:
-        raise CaptureError("write rootfs diff", scratch.name, str(error)) from error
+        raise CaptureError("write changed files of", container.id, str(error)) from error
 
 
 def _write_layer(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:

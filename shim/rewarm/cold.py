@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from rewarm.oci import record, spec
 from rewarm.oci.argv import Invocation
@@ -15,19 +15,20 @@ from rewarm.oci.spec import write_atomically
 from rewarm.request import Request
 
 
-def prepare(invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, directory: str, reason: str) -> None:
-    """Write the record and the prepared config.json; start the watcher where the container is to be captured."""
-    kept = Record(
-        id=invocation.container_id,
-        root=invocation.root,
-        bundle=invocation.bundle,
-        phase=record.COLD,
-        systemd_cgroup=invocation.systemd_cgroup,
-        namespace=wanted.namespace,
-        reason=reason,
-        request={key: str(value) for key, value in asdict(wanted).items()},
-    )
-    record.save(directory, kept)
+def prepare(
+    invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, directory: str, kept: Record, reason: str
+) -> None:
+    """Write the record and the prepared config.json; start the watcher of a container that is to be captured.
+
+    `kept` is the record as `create` began it; undoing a restore has taken the directory away. Raises OSError,
+    FileExistsError if another call has begun this container meanwhile.
+    """
+    request = {key: str(value) for key, value in asdict(wanted).items()}
+    kept = replace(kept, phase=record.COLD, reason=reason, request=request)
+    if os.path.isdir(directory):
+        record.save(directory, kept)
+    else:
+        record.make_directory(directory, kept)
     outcome = {"outcome": "cold", "reason": reason}
     write_atomically(os.path.join(directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
     spec.save(invocation.bundle, spec.prepared(bundle_spec, record.control(directory)))

@@ -1,78 +1,79 @@
 """The restoring runc under its guard (native/guard.c).
 
-The guard is the parent of `runc restore` and the subreaper of everything below it. It kills all of that
-when rewarm says so or is gone, whatever the moment; told to commit, it steps aside and the container's
-init becomes the child of whoever is the subreaper above: the shim.
+The guard is the parent of `runc restore` and the subreaper of everything below it. Once rewarm hangs up, for
+whatever reason and at whatever moment, it kills all of that and becomes the recovery, which undoes the rest; told
+to commit, it steps aside and the container's init becomes the child of whoever is the subreaper above: the shim.
 """
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import subprocess
-import time
 
 from rewarm import installation
 from rewarm.errors import RestoreError
 
+_RECOVERY_TIMEOUT = 30.0
+
 
 class Guard:
-    """Starts `words` with the caller's own standard streams (a restored container inherits them)."""
+    """One guard, of one restore. The caller's signal handlers may raise at any point in here."""
 
-    def __init__(self, words: list[str], recovery: list[str], env: dict[str, str]) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    def __init__(self) -> None:
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+
+    def start(self, words: list[str], recovery: list[str], env: dict[str, str]) -> None:
+        """Run `words` with the caller's own standard streams (a restored container inherits them)."""
         program = installation.guard()
+        theirs = self._theirs.fileno()
         try:
             self._process = subprocess.Popen(
-                [program, str(theirs.fileno()), str(len(recovery)), *recovery, *words],
-                pass_fds=(theirs.fileno(),),
+                [program, str(theirs), str(len(recovery)), *recovery, *words],
+                pass_fds=(theirs,),
                 env=env,
             )
         except OSError as error:
-            ours.close()
             raise RestoreError("start guard", program, error.strerror or str(error), "reinstall rewarm") from error
         finally:
-            theirs.close()
-        self._socket = ours
-        self._buffer = b""
+            self._theirs.close()
 
-    def wait(self, deadline: float) -> str:
-        """How the program ended: "exit N" or "signal N". Raises RestoreError at `deadline` (time.monotonic seconds)."""
-        return self._line(deadline)
-
-    def commit(self) -> None:
-        """Leave the descendants alive; the guard ends."""
-        self._socket.sendall(b"c")
-        self._socket.close()
-        if self._process.wait(timeout=10) != 0:
-            raise RestoreError("release container", "guard", f"it ended with status {self._process.returncode}")
-
-    def abort(self) -> None:
-        """Kill every descendant and wait until none is left; harmless after the guard has ended."""
-        # A guard that is gone already has left nothing, or what the record finds.
-        with contextlib.suppress(OSError):
-            self._socket.sendall(b"a")
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._socket.close()
-
-    def _line(self, deadline: float) -> str:
+    def wait(self) -> str:
+        """How the program ended: "exit N" or "signal N". RestoreError if the guard ended before it."""
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RestoreError(
-                    "wait for runc restore", "the deadline", "it has passed", "see `deadline` in the settings"
-                )
-            self._socket.settimeout(left)
             try:
                 data = self._socket.recv(256)
-            except TimeoutError:
-                continue
+            except ConnectionError:
+                data = b""
             if not data:
                 raise RestoreError("wait for runc restore", "guard", "it died", "see the kernel log for an OOM kill")
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line.decode("ascii", "replace")
+
+    def commit(self) -> None:
+        """Leave the descendants alive; the guard ends. RestoreError if it cannot any more."""
+        assert self._process is not None
+        try:
+            self._socket.sendall(b"c")
+        except OSError as error:
+            raise RestoreError("release container", "guard", error.strerror or str(error)) from error
+        if self._process.wait() != 0:
+            raise RestoreError("release container", "guard", f"it ended with status {self._process.returncode}")
+
+    def recover(self) -> bool:
+        """Hang up and wait until the guard has killed every descendant and undone the restore.
+
+        False if it did not do all of that: it was killed, never started, or the recovery failed.
+        """
+        self._theirs.close()
+        self._socket.close()
+        if self._process is None:
+            return False
+        try:
+            return self._process.wait(timeout=_RECOVERY_TIMEOUT) == 0
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return False

@@ -1,7 +1,8 @@
 """Puts right what a restore left behind: after a failure, after a deadline, and after rewarm was killed.
 
-There is one way back, and it goes by the record, so that it is the same whoever walks it: the failing
-`create` itself, the guard that outlived it, `delete`, or the next `create`.
+There is one way back, and it goes by the record, so that it is the same whoever walks it: the guard, which has
+killed the processes and outlives rewarm; the failing `create` itself, where there is no guard; `delete`; or the
+next `create` on the node.
 
     python -m rewarm.recover CONTAINER_DIRECTORY      (run by the guard)
 """
@@ -11,79 +12,126 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
-from rewarm import layers, processes, settings
+from rewarm import installation, layers, processes, settings
 from rewarm.errors import OciError, RestoreError, RewarmError
-from rewarm.oci import record, runc, spec
+from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci.record import Record
 from rewarm.settings import Settings
 
+_GUARD_TIMEOUT = 20.0
+
+
+class NotUndone(RewarmError):
+    """A failed restore could not be undone, so nothing may be started in its place."""
+
 
 @contextmanager
-def locked(path: str) -> Iterator[None]:
-    """One at a time per container directory: the guard and the next `create` may come at once."""
+def locked(path: str, *, wait: bool) -> Iterator[bool]:
+    """One at a time per container directory: the guard and the next `create` may come at once.
+
+    False, at once, when another has the lock and `wait` is not set.
+    """
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    name = f"{path}~lock"
+    while True:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            # Who had it before may have removed the file: then somebody else may hold the lock of a new one.
+            if os.fstat(fd).st_nlink == 0:
+                continue
+            yield True
+            return
+        finally:
+            os.close(fd)
 
 
 def forget(path: str) -> None:
-    """Remove a container directory and its lock."""
-    record.remove(path)
-    if os.path.lexists(f"{path}.lock"):
-        os.unlink(f"{path}.lock")
+    """Remove a container directory and its lock; one that goes away meanwhile is no error."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        record.remove(path)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.unlink(f"{path}~lock")
 
 
 def undo(kept: Record, low_level: runc.Runc) -> None:
-    """Undo a restore: kill its processes, delete it from runc, put the file trees and config.json back.
+    """Undo a restore: kill its processes, unmount, delete it from runc, put the file trees and config.json back.
 
-    Every step is tried even when one before it failed; the first failure is raised at the end. Doing it
-    twice does no harm.
+    Nothing is deleted as long as processes live or mounts are there: a `runc delete` would go through them into
+    the container's rootfs and volumes. Doing it twice does no harm. Raises NotUndone.
     """
-    failures: list[RewarmError] = []
-    for step in (_kill, _restore_trees, _restore_config):
-        try:
-            step(kept, low_level)
-        except RewarmError as error:
-            failures.append(error)
-        except OSError as error:
-            failures.append(RestoreError("undo restore", kept.id, str(error)))
-    if failures:
-        raise failures[0]
-
-
-def _kill(kept: Record, low_level: runc.Runc) -> None:
-    if runc.exists(kept.root, kept.id):
-        try:
-            cgroups = runc.load(kept.root, kept.id).cgroup_paths
-        except OciError:
-            cgroups = ()  # runc was killed before it wrote its state; `delete --force` removes the empty directory
+    try:
+        _kill(kept)
+        _unmount(kept)
         low_level.remove(kept.id)
-        if not processes.kill_all(processes.in_cgroups(cgroups)):
-            raise RestoreError("undo restore", kept.id, "processes do not die", "look for D state in `ps`")
-    if kept.pid_file and os.path.exists(kept.pid_file):
-        os.unlink(kept.pid_file)
+        cgroups.remove(kept.cgroups)
+        _restore_trees(kept)
+        _remove_places(kept)
+        _restore_config(kept)
+        # An empty or old one would be taken for this container's by whoever reads it after a failed create.
+        if kept.pid_file and os.path.exists(kept.pid_file):
+            os.unlink(kept.pid_file)
+    except (RewarmError, OSError) as error:
+        step = "" if isinstance(error, RewarmError) and error.next_step else "mend that and delete the container"
+        raise NotUndone("undo restore", kept.id, str(error), step) from error
 
 
-def _restore_trees(kept: Record, low_level: runc.Runc) -> None:
+def _kill(kept: Record) -> None:
+    with suppress(OciError):  # killed before it wrote its state, or it has deleted the container: the cgroup is known
+        known = runc.load(kept.root, kept.id)
+        tree = processes.tree(known.pid) if processes.start_time(known.pid) == known.start_time else []
+        if not processes.kill_all(set(tree)):
+            raise RestoreError("kill processes of", kept.id, "they do not die", "look for state D in `ps`")
+    cgroups.kill(kept.cgroups)
+
+
+def _unmount(kept: Record) -> None:
+    mounts.unmount_below(os.path.join(kept.root, kept.id))
+    if kept.rootfs:
+        mounts.unmount_below(kept.rootfs, kept.mounts)
+
+
+def _restore_trees(kept: Record) -> None:
     for change in reversed(kept.undo):
-        if not os.path.exists(change.layer) or not os.path.isdir(change.root):
-            continue  # nothing was changed yet, or the engine has removed the tree already
+        if not os.path.isdir(change.root) or (change.mounted and not os.path.ismount(change.root)):
+            continue  # the engine has taken the tree away already
         layers.undo(change.root, change.layer)
-        os.unlink(change.layer)
 
 
-def _restore_config(kept: Record, low_level: runc.Runc) -> None:
-    if kept.config_backup and os.path.exists(kept.config_backup) and os.path.isdir(kept.bundle):
-        with open(kept.config_backup, "rb") as file:
-            data = file.read()
-        spec.write_atomically(os.path.join(kept.bundle, "config.json"), data)
+def _remove_places(kept: Record) -> None:
+    """The mount points that runc made in the rootfs, empty directories and files; what holds something stays."""
+    for path in sorted(kept.places, reverse=True):
+        try:
+            if os.path.isdir(path) and not os.path.islink(path):
+                os.rmdir(path)
+            elif os.path.lexists(path) and os.lstat(path).st_size == 0:
+                os.unlink(path)
+        except OSError:
+            continue  # an empty directory too many in the rootfs hurts nobody
+
+
+def _restore_config(kept: Record) -> None:
+    """Put config.json back, unless the engine has written another one since."""
+    config = os.path.join(kept.bundle, "config.json")
+    with suppress(FileNotFoundError):
+        os.unlink(spec.scratch(config, kept.owner_pid))  # of a rewarm that was killed while it wrote
+    try:
+        with open(config, "rb") as file:
+            ours = spec.digest_of(file.read()) in kept.config_written
+        if ours and kept.config_backup:
+            with open(kept.config_backup, "rb") as file:
+                spec.write_atomically(config, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
+    except FileNotFoundError:
+        return  # the bundle is gone
 
 
 def left_over(path: str) -> Record | None:
@@ -93,27 +141,51 @@ def left_over(path: str) -> Record | None:
 
 
 def sweep(state_dir: str, binary: str) -> list[str]:
-    """Undo every left-over restore on this node; returns a line for each that could not be undone."""
+    """Undo every left-over restore on this node, and forget containers that runc no longer knows.
+
+    Returns a line for each restore that could not be undone. What another process is at, it is left to.
+    """
     problems = []
     base = os.path.join(state_dir, "containers")
     for root in _names(base):
         for name in _names(os.path.join(base, root)):
             path = os.path.join(base, root, name)
-            if not os.path.isdir(path):
+            if "~" in name:
+                _remove_scratch(path)
                 continue
             try:
-                recover(path, binary)
+                if not recover(path, binary, wait=False):
+                    _forget_dead(path)
             except (RewarmError, OSError) as error:
                 problems.append(str(error))
     return problems
 
 
-def recover(path: str, binary: str) -> bool:
-    """Undo one left-over restore and remove its directory; False when there is none."""
-    if left_over(path) is None:
+def settle(path: str, binary: str) -> None:
+    """Wait until no guard is busy with this container, then undo what is left over. Raises NotUndone and OSError.
+
+    A restore whose rewarm lives is nobody else's business.
+    """
+    end = time.monotonic() + _GUARD_TIMEOUT
+    try:
+        kept = record.load(path)
+        if kept is None or kept.owner_lives():
+            return
+    except OciError:
+        return  # a record that cannot be read tells nothing that could be undone
+    while _guards(path):
+        if time.monotonic() > end:
+            raise NotUndone("wait for guard of", kept.id, "it does not end", "look for state D in `ps`")
+        time.sleep(0.005)
+    recover(path, binary, wait=True)
+
+
+def recover(path: str, binary: str, *, wait: bool) -> bool:
+    """Undo one left-over restore and remove its directory; False when there is none, or another is at it."""
+    if left_over(path) is None or (not wait and _guards(path)):
         return False
-    with locked(path):
-        kept = left_over(path)
+    with locked(path, wait=wait) as ours:
+        kept = left_over(path) if ours else None
         if kept is None:
             return False  # somebody else was faster
         undo(kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))
@@ -121,23 +193,79 @@ def recover(path: str, binary: str) -> bool:
     return True
 
 
+def _forget_dead(path: str) -> None:
+    """The directory of a container that ended and was deleted behind rewarm's back, or was never made by runc."""
+    kept = record.load(path)
+    gone = kept is not None and not kept.owner_lives() and not runc.exists(kept.root, kept.id)
+    if gone and not _guards(path):
+        forget(path)
+
+
+def _remove_scratch(path: str) -> None:
+    """A container directory that was never finished, by a process that is no more."""
+    owner = path.rpartition("~")[2]
+    if owner.isdigit() and processes.start_time(int(owner)) is None:
+        with suppress(FileNotFoundError):
+            record.remove(path)
+
+
+def _guards(path: str) -> list[int]:
+    """The guards, or the recoveries that they became, of one container directory: they have its path as an argument."""
+    wanted = b"\0" + os.fsencode(path) + b"\0"
+    # By the file that runs, not by its name: a container may call its processes as it likes.
+    programs = {_identity(program) for program in (installation.guard(), sys.executable)}
+    found = []
+    for name in os.listdir("/proc"):
+        other = name.isdigit() and int(name) != os.getpid()
+        if other and wanted in _words(name) and _identity(f"/proc/{name}/exe") in programs - {None}:
+            found.append(int(name))
+    return found
+
+
+def _words(pid: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read(1 << 16)
+    except OSError:
+        return b""  # it has ended
+
+
+def _identity(program: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(program)
+    except OSError:
+        return None  # it has ended, or rewarm is only half installed
+    return found.st_dev, found.st_ino
+
+
 def _names(directory: str) -> list[str]:
     try:
         return sorted(os.listdir(directory))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def main(words: list[str]) -> int:
+    """The guard has killed every process of this restore: undo the rest, whether or not rewarm still waits for it."""
+    path = words[0]
     try:
         configured = settings.load()
     except RewarmError:
         configured = Settings()
     try:
-        recover(words[0], runc.find(configured))
+        with locked(path, wait=True):
+            kept = record.load(path)
+            if kept is None or kept.phase not in (record.RESTORING, record.RESTORED):
+                return 0
+            if kept.phase == record.RESTORED:
+                # Killed on the last yards. Should this fail too, whoever comes next sees that it is to be undone.
+                kept = replace(kept, phase=record.RESTORING)
+                record.save(path, kept)
+            undo(kept, runc.Runc(runc.find(configured), kept.root, kept.systemd_cgroup))
+            forget(path)
     except (RewarmError, OSError) as error:
         # The guard's standard error is the container's: the state directory is where an operator looks.
-        with open(f"{words[0]}/recover.log", "a", encoding="utf-8") as log:
+        with suppress(OSError), open(f"{path}/recover.log", "a", encoding="utf-8") as log:
             log.write(f"{error}\n")
         return 1
     return 0

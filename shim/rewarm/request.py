@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rewarm.errors import RequestError
 from rewarm.oci.spec import CONTROL_DESTINATION, Spec, mounts, spec_annotations
 from rewarm.settings import Settings
+from rewarm.store.names import ALLOWED, is_name
 
 PREFIX = "rewarm.dev/"
 _SANDBOX_NAMESPACE = "io.kubernetes.cri.sandbox-namespace"
@@ -25,7 +26,6 @@ _CHOICES = {
     "engine": ("none", "vllm", "sglang"),
 }
 _FREE = ("snapshot", "container", "ready")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _HTTP = re.compile(r"http://:(\d{1,5})(/[!-~]{0,512})")
 _LONGEST_SHOWN = 80
 
@@ -46,19 +46,21 @@ class Request:
 def parse(spec: Spec, settings: Settings) -> Request | None:
     """The request in a spec; None when the container has not opted in, is another of its pod, or is a pod's sandbox.
 
-    Raises RequestError for an unknown key under the prefix or a value that is not allowed; the message
-    names the key, the value and what is allowed.
+    Raises RequestError for an unknown key under the prefix (a mistyped `snapshot` too) or a value that is not
+    allowed; the message names the key, the value and what is allowed.
     """
     found = spec_annotations(spec)
     ours = {key[len(PREFIX) :]: value for key, value in found.items() if key.startswith(PREFIX)}
-    if "snapshot" not in ours or found.get(_CONTAINER_TYPE) == "sandbox":
+    if found.get(_CONTAINER_TYPE) == "sandbox":
         return None
     for key, value in ours.items():
         _check(key, value)
+    if "snapshot" not in ours:
+        return None
     if "container" in ours and found.get(_CONTAINER_NAME, ours["container"]) != ours["container"]:
         return None
     namespace = found.get(_SANDBOX_NAMESPACE, "default")
-    if not _NAME.fullmatch(namespace):
+    if not is_name(namespace):
         raise RequestError("read annotation", _SANDBOX_NAMESPACE, f"{_shown(namespace)} is not a namespace")
     snapshot = ours["snapshot"]
     return Request(
@@ -87,9 +89,8 @@ def _check(key: str, value: str) -> None:
             raise RequestError(
                 "read annotation", name, f"{_shown(value)} is not one of file, http://:PORT/PATH, exec:CMD"
             )
-    elif not _NAME.fullmatch(value):
-        allowed = "1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
-        raise RequestError("read annotation", name, f"{_shown(value)} is not a name", f"use {allowed}")
+    elif not is_name(value):
+        raise RequestError("read annotation", name, f"{_shown(value)} is not a name", ALLOWED)
 
 
 def _valid_http(value: str) -> bool:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from rewarm import layers, losses, node, processes, recover
+from rewarm import deadline, layers, losses, node, processes, recover
 from rewarm.criu import images, log, options, vet
-from rewarm.errors import RestoreError, RewarmError, SnapshotDamaged
+from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
-from rewarm.oci import record, runc, spec
+from rewarm.oci import cgroups, mounts, record, runc, spec
+from rewarm.oci import log as oci_log
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
 from rewarm.oci.spec import CONTROL_DESTINATION, Spec
@@ -42,7 +46,7 @@ _VERIFIERS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a restore works with. `directory` is the container directory; `deadline` is time.monotonic seconds."""
+    """Everything a restore works with. `directory` is the container directory, with a record in phase RESTORING."""
 
     invocation: Invocation
     spec: Spec
@@ -54,62 +58,83 @@ class Plan:
     ref: SnapshotRef
     manifest: Manifest
     trace: Trace
-    deadline: float
 
 
-def restore(plan: Plan) -> list[str]:
-    """Make the container out of the snapshot; returns notes on what this node could not give it.
+def restore(plan: Plan) -> None:
+    """Make the container out of the snapshot.
 
-    Raises RewarmError (or OSError, for a store or state directory that fails) after everything was undone.
+    Raises what went wrong, a RewarmError or OSError as a rule, after everything was undone; recover.NotUndone
+    if that could not be done. A signal handler may raise in here too: it is undone like every failure.
     """
     kept = _record(plan)
     low_level = runc.Runc(plan.binary, plan.invocation.root, plan.invocation.systemd_cgroup)
-    guard: Guard | None = None
+    guard = Guard()
     stop = threading.Event()
-    verifier: _Verifier | None = None
+    verifier = _Verifier(stop, plan.trace)
     try:
         _check_call(plan)
         with plan.trace.phase("restore.materialise"):
             pending = materialise(plan.store, plan.manifest, Path(plan.directory))
-        verifier = _Verifier(pending, stop, plan.trace)
+        verifier.start(pending)
         with plan.trace.phase("restore.vet"):
             _vet(plan)
         with plan.trace.phase("restore.prepare"):
             kept = _prepare(plan, kept)
         with plan.trace.phase("restore.runc"):
-            guard = _start(plan, low_level)
+            _start(plan, low_level, guard)
             _wait(plan, guard)
         with plan.trace.phase("restore.verify.wait"):
-            verifier.join(plan.deadline)
+            verifier.join()
         container = runc.load(plan.invocation.root, plan.invocation.container_id)
         with plan.trace.phase("restore.losses"):
             notes = losses.put_right(plan.manifest.processes, container.pid)
+        deadline.disarm()
         with plan.trace.phase("restore.commit"):
             _commit(plan, kept, container)
+            _report(plan, notes)
             guard.commit()
     except BaseException:
-        stop.set()
-        if guard is not None:
-            guard.abort()
-        if verifier is not None:
+        with _left_alone():
+            stop.set()
+            undone = guard.recover()
             verifier.abandon()
-        recover.undo(kept, low_level)
+            if not undone:
+                # What is on disk: `_prepare` may have been interrupted between writing it and returning it.
+                recover.undo(record.load(plan.directory) or kept, low_level)
+                recover.forget(plan.directory)
         raise
-    return [*notes, *_tidy(plan.directory)]
+
+
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """Neither the deadline nor SIGTERM comes in between: the one is over, the other waits until the end."""
+    late: list[int] = []
+    before: Any = signal.SIG_DFL
+    while True:
+        try:
+            deadline.disarm()
+            before = signal.signal(signal.SIGTERM, lambda number, frame: late.append(number))
+            break
+        except (deadline.Passed, KeyboardInterrupt):
+            continue  # it came just before
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if late:
+        raise KeyboardInterrupt
 
 
 def _record(plan: Plan) -> Record:
-    kept = Record(
-        id=plan.invocation.container_id,
-        root=plan.invocation.root,
-        bundle=plan.invocation.bundle,
-        phase=record.RESTORING,
-        systemd_cgroup=plan.invocation.systemd_cgroup,
-        pid_file=plan.invocation.pid_file,
-        namespace=plan.request.namespace,
+    """The record that `create` wrote, with what is to be known before anything is done."""
+    directories = cgroups.expected(plan.spec, plan.invocation.container_id, plan.invocation.systemd_cgroup)
+    kept = record.load(plan.directory)
+    assert kept is not None  # `create` made it
+    kept = replace(
+        kept,
         snapshot=f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id}",
+        cgroups=[path for path in directories if not os.path.lexists(path)],
     )
-    kept.own()
     record.save(plan.directory, kept)
     return kept
 
@@ -135,25 +160,46 @@ def _prepare(plan: Plan, kept: Record) -> Record:
     options.write(os.path.join(directory, "criu.conf"), options.RESTORE)
     backup = os.path.join(directory, "config.json.orig")
     with open(os.path.join(plan.invocation.bundle, "config.json"), "rb") as file:
-        spec.write_atomically(backup, file.read())
+        spec.write_atomically(backup, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
     rootfs = os.path.realpath(spec.rootfs(plan.invocation.bundle, plan.spec))
     shm = spec.bind_source(plan.spec, SHM)
-    changes = [Undo(rootfs, os.path.join(directory, "rootfs.undo"))]
+    changes = [Undo(rootfs, os.path.join(directory, "rootfs.undo"), os.path.ismount(rootfs))]
     if _has(plan, DEV_SHM):
         if not shm:
             raise RestoreError(
                 "restore /dev/shm", plan.ref.name, "the snapshot carries one, this container has no such mount"
             )
-        changes.append(Undo(os.path.realpath(shm), os.path.join(directory, "devshm.undo")))
-    kept = replace(kept, config_backup=backup, undo=changes)
+        shm = os.path.realpath(shm)
+        changes.append(Undo(shm, os.path.join(directory, "devshm.undo"), os.path.ismount(shm)))
+    prepared = changed = _prepared(plan)
+    if _has(plan, ROOTFS_DIFF):
+        changed = spec.with_hook(prepared, _hook(plan, changes[0]), _HOOK_TIMEOUT)
+    kept = replace(
+        kept,
+        config_backup=backup,
+        config_written=[spec.digest_of(spec.encode(one)) for one in (changed, prepared)],
+        undo=changes,
+        rootfs=rootfs,
+        mounts=mounts.below(rootfs),
+        places=list(_new_places(rootfs, [destination for destination, _ in spec.mounts(prepared)])),
+    )
     record.save(directory, kept)
     if _has(plan, DEV_SHM):
         layers.apply(os.path.join(directory, DEV_SHM), changes[1].root, changes[1].layer)
-    changed = _prepared(plan)
-    if _has(plan, ROOTFS_DIFF):
-        changed = spec.with_hook(changed, _hook(plan, changes[0]), _HOOK_TIMEOUT)
     spec.save(plan.invocation.bundle, changed)
     return kept
+
+
+def _new_places(rootfs: str, destinations: list[str]) -> Iterator[str]:
+    """Every directory on the way to a mount point that runc will have to make in the rootfs."""
+    for destination in destinations:
+        path = rootfs
+        for name in os.path.normpath("/" + destination).split("/")[1:]:
+            path = os.path.join(path, name)
+            if os.path.islink(path):
+                break  # runc follows it inside the rootfs; what is behind it is left to stay
+            if not os.path.lexists(path):
+                yield path
 
 
 def _prepared(plan: Plan) -> Spec:
@@ -172,7 +218,7 @@ def _hook(plan: Plan, change: Undo) -> list[str]:
     return [*command, "--layer", layer, "--root", change.root, "--undo", change.layer]
 
 
-def _start(plan: Plan, low_level: runc.Runc) -> Guard:
+def _start(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
     directory, invocation = plan.directory, plan.invocation
     words = ["restore", "--detach", "--no-subreaper", "--file-locks", "--ext-unix-sk"]
     words += ["--bundle", invocation.bundle, "--image-path", os.path.join(directory, CHECKPOINT)]
@@ -181,23 +227,25 @@ def _start(plan: Plan, low_level: runc.Runc) -> Guard:
         words += ["--pid-file", invocation.pid_file]
     if invocation.flags.get("console-socket"):
         words += ["--console-socket", invocation.flags["console-socket"]]
-    if invocation.flags.get("no-pivot") == "true":
+    if invocation.is_set("no-pivot"):
         words.append("--no-pivot")
     env = options.environment(os.path.join(directory, "criu.conf"), node.criu_binary(plan.settings))
     recovery = [sys.executable, "-I", "-m", "rewarm.recover", directory]
     command = low_level.words(*words, invocation.container_id, log=os.path.join(directory, "runc.json"))
-    return Guard(command, recovery, env)
+    guard.start(command, recovery, env)
 
 
 def _wait(plan: Plan, guard: Guard) -> None:
-    ended = guard.wait(plan.deadline)
+    work = os.path.join(plan.directory, "work", "restore.log")
+    try:
+        ended = guard.wait()
+    except BaseException:
+        _keep(plan, work)
+        raise
     if ended == "exit 0":
         return
-    work = os.path.join(plan.directory, "work", "restore.log")
-    cause = _hook_cause(plan) or log.cause(work) or _runc_cause(plan) or ended
-    raise RestoreError(
-        "restore container", plan.invocation.container_id, cause, f"CRIU's log is kept as {_keep(plan, work)}"
-    )
+    cause = _hook_cause(plan) or log.cause(work) or _runc_cause(plan) or f"runc restore ended with {ended}"
+    raise RestoreError("restore container", plan.invocation.container_id, cause, _keep(plan, work))
 
 
 def _runc_cause(plan: Plan) -> str:
@@ -218,15 +266,19 @@ def _hook_cause(plan: Plan) -> str:
 
 
 def _keep(plan: Plan, work: str) -> str:
-    """The container directory is emptied for the cold start; the last failed restore's log stays beside it."""
+    """The next step: where CRIU's log of the last failure is kept when the container directory is removed."""
+    if not os.path.exists(work):
+        return "run `rewarm doctor`"
     kept = os.path.join(plan.settings.state_dir, "last-failed-restore.log")
-    if os.path.exists(work):
-        os.replace(work, kept)
-    return kept
+    os.replace(work, kept)
+    return f"CRIU's log is kept as {kept}"
 
 
 def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
-    """From here on the container is what `create` was asked for: created, not started, its init stopped."""
+    """From here on the container is what `create` was asked for: created, not started, its init stopped.
+
+    The record keeps what there is to undo: a rewarm that is killed before the guard has been told leaves that to it.
+    """
     state = processes.stat(container.pid)
     if state is None or state.state != "T":
         raise RestoreError(
@@ -238,61 +290,68 @@ def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
     # runc takes a container with this file for `created`: state, delete and exec then do what they do for any other.
     os.mkfifo(container.exec_fifo, 0o622)
     spec.save(plan.invocation.bundle, _prepared(plan))
-    stopped = sorted(losses.stopped_pids(plan.manifest.processes))
     done = replace(
         kept,
         phase=record.RESTORED,
         init_pid=container.pid,
         init_start=container.start_time,
-        stopped=stopped,
-        undo=[],
-        config_backup="",
+        stopped=sorted(losses.stopped_pids(plan.manifest.processes)),
     )
     record.save(plan.directory, done)
 
 
-def _tidy(directory: str) -> list[str]:
-    """Remove what the restored tree has read: it would only take memory in /run. Too late to fail for it."""
-    try:
-        for name in os.listdir(directory):
-            path = os.path.join(directory, name)
-            if name in (CHECKPOINT, "work"):
-                shutil.rmtree(path)
-            elif name not in ("record.json", "control"):
-                os.unlink(path)
-    except OSError as error:
-        return [f"{directory} was not tidied up: {error}"]
-    return []
+def _report(plan: Plan, notes: list[str]) -> None:
+    """Say how it went, while there still is somebody who undoes it if rewarm is killed in between."""
+    name = f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id[:12]}"
+    plan.trace.note("container", plan.invocation.container_id)
+    plan.trace.note("snapshot", name)
+    plan.trace.write(os.path.join(plan.directory, "trace.json"))
+    outcome = {"outcome": "warm", "snapshot": name, "seconds": _seconds(plan.trace), "notes": notes}
+    spec.write_atomically(os.path.join(plan.directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
+    for line in notes:
+        oci_log.write(plan.invocation, "warning", f"rewarm: {line}")
+    if plan.invocation.log:
+        oci_log.write(plan.invocation, "info", f"rewarm: {plan.invocation.container_id} restored from {name}")
+
+
+def _seconds(trace: Trace) -> dict[str, float]:
+    now = time.monotonic_ns()
+    return {phase.name: round(((phase.end_ns or now) - phase.start_ns) / 1e9, 6) for phase in trace.phases()}
 
 
 class _Verifier:
     """Verifies the large files in threads while CRIU reads them; `join` raises the first failure."""
 
-    def __init__(self, pending: list[PendingVerification], stop: threading.Event, trace: Trace) -> None:
-        self._all = pending
-        self._pending = list(pending)
+    def __init__(self, stop: threading.Event, trace: Trace) -> None:
         self._stop = stop
         self._trace = trace
         self._lock = threading.Lock()
-        self._failure: RewarmError | OSError | None = None
-        count = min(len(self._pending), _VERIFIERS, os.cpu_count() or 1)
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
-        for thread in self._threads:
+        self._all: list[PendingVerification] = []
+        self._pending: list[PendingVerification] = []
+        self._threads: list[threading.Thread] = []
+        self._failure: Exception | None = None
+
+    def start(self, pending: list[PendingVerification]) -> None:
+        self._all = pending
+        self._pending = list(pending)
+        for _ in range(min(len(pending), _VERIFIERS, os.cpu_count() or 1)):
+            thread = threading.Thread(target=self._run, daemon=True)
+            self._threads.append(thread)
             thread.start()
 
-    def join(self, deadline: float) -> None:
+    def join(self) -> None:
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                raise RestoreError("verify snapshot", "the deadline", "it has passed", "see `deadline` in the settings")
+            thread.join()
         if self._failure is not None:
             raise self._failure
         if not all(one.verified for one in self._all):
             raise RestoreError("verify snapshot", "memory", "a verification ended early")
 
     def abandon(self) -> None:
+        """Have the threads end, if they can: one that hangs in a dead file system's read ends with the process."""
         for thread in self._threads:
-            thread.join(5.0)
+            if thread.ident is not None:
+                thread.join(1.0)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -303,6 +362,6 @@ class _Verifier:
             try:
                 with self._trace.phase("restore.verify"):
                     one.verify(self._stop)
-            except (RewarmError, OSError) as error:
-                self._failure = error
+            except Exception as error:
+                self._failure = error  # raised by `join`
                 self._stop.set()

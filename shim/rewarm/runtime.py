@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 
-from rewarm import recover, start
+from rewarm import processes, recover, start
 from rewarm import request as requests
 from rewarm import settings as configuration
-from rewarm.errors import RequestError, RewarmError, SettingsError
-from rewarm.oci import argv, log, record, runc, spec
+from rewarm.errors import OciError, RequestError, RewarmError, SettingsError
+from rewarm.oci import argv, log, mounts, record, runc, spec
 from rewarm.oci.argv import Invocation
+from rewarm.oci.record import Record
 from rewarm.request import Request
 from rewarm.settings import Settings
+
+_TERMINATED = 128 + signal.SIGTERM
 
 
 def main(words: list[str]) -> int:
@@ -41,49 +44,106 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
     """Restore where the container asks for it and a snapshot fits, else become `runc create`."""
     record.check_id(invocation.container_id)
     directory = record.directory(settings.state_dir, invocation.root, invocation.container_id)
-    for line in recover.sweep(settings.state_dir, binary):
-        log.write(invocation, "warning", f"rewarm: a left-over restore could not be undone: {line}")
+    if os.path.lexists(directory):
+        recover.settle(directory, binary)
     bundle_spec = spec.load(invocation.bundle)
     wanted = requests.parse(bundle_spec, settings)
     # With the id taken, runc has the words for it.
-    if wanted is None or runc.exists(invocation.root, invocation.container_id):
+    if runc.exists(invocation.root, invocation.container_id):
         runc.replace_process(binary, invocation.words)
         return 127
     if os.path.lexists(directory):
+        kept = _load(directory)
+        if kept is not None and kept.owner_lives():
+            return _taken(invocation)
         recover.forget(directory)  # of a container that runc no longer knows
-    record.make_directory(directory)
-    reason = (
-        str(problem) if problem is not None else _warm(invocation, bundle_spec, wanted, settings, binary, directory)
-    )
+    if wanted is None:
+        runc.replace_process(binary, invocation.words)
+        return 127
+    kept = _record(invocation, wanted)
+    reason = str(problem or "")
+    try:
+        record.make_directory(directory, kept)
+    except FileExistsError:
+        return _taken(invocation)
+    except OSError as error:
+        reason = reason or f"make container directory {directory}: {error.strerror}; see `state_dir` in the settings"
+    reason = reason or _warm(invocation, bundle_spec, wanted, settings, binary, directory)
     if not reason:
         return 0
     if wanted.on_miss == "fail":
-        recover.forget(directory)
+        for line in _forget(directory):
+            log.write(invocation, "warning", f"rewarm: {line}")
         log.write(invocation, "error", f"rewarm: {reason} (rewarm.dev/on-miss is fail)")
         return 1
-    return _cold(invocation, bundle_spec, wanted, binary, directory, reason)
+    return _cold(invocation, bundle_spec, wanted, binary, directory, kept, reason)
+
+
+def _taken(invocation: Invocation) -> int:
+    """Two creates of one id at once: runc does not know the first one yet, so these are its words from here."""
+    log.write(
+        invocation, "error", f"container with given ID already exists: {invocation.container_id} is being created"
+    )
+    return 1
+
+
+def _record(invocation: Invocation, wanted: Request) -> Record:
+    kept = Record(
+        id=invocation.container_id,
+        root=invocation.root,
+        bundle=invocation.bundle,
+        phase=record.RESTORING,
+        systemd_cgroup=invocation.systemd_cgroup,
+        pid_file=os.path.abspath(invocation.pid_file) if invocation.pid_file else "",
+        namespace=wanted.namespace,
+    )
+    kept.own()
+    return kept
 
 
 def _warm(
     invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, settings: Settings, binary: str, directory: str
 ) -> str:
-    """Restore the container; "" when it is warm, else the reason why it is not."""
-    from rewarm import warm  # a node whose settings are broken never gets here
-
+    """Restore the container; "" when it is warm, else the reason why it is not. Raises recover.NotUndone."""
     try:
-        return warm.attempt(invocation, bundle_spec, wanted, settings, binary, directory)
-    except (RewarmError, OSError, ValueError) as error:
+        for line in recover.sweep(settings.state_dir, binary):
+            log.write(invocation, "warning", f"rewarm: a left-over restore could not be undone: {line}")
+        from rewarm import warm  # a node whose settings are broken never gets here
+
+        warm.attempt(invocation, bundle_spec, wanted, settings, binary, directory)
+    except recover.NotUndone:
+        raise
+    except (RewarmError, OSError) as error:
         return str(error)
+    except Exception as error:
+        # A mistake in rewarm, or a snapshot that found one: no reason to leave the container without a cold start.
+        return f"restore container {invocation.container_id}: internal error {error!r}; report it"
+    return ""
 
 
 def _cold(
-    invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, binary: str, directory: str, reason: str
+    invocation: Invocation,
+    bundle_spec: spec.Spec,
+    wanted: Request,
+    binary: str,
+    directory: str,
+    kept: Record,
+    reason: str,
 ) -> int:
     """Start the program from nothing, in a container that can be captured."""
     from rewarm import cold
 
     log.write(invocation, "warning", f"rewarm: cold start of {invocation.container_id}: {reason}")
-    cold.prepare(invocation, bundle_spec, wanted, directory, reason)
+    try:
+        cold.prepare(invocation, bundle_spec, wanted, directory, kept, reason)
+    except FileExistsError:
+        return _taken(invocation)
+    except OSError as error:
+        log.write(invocation, "warning", f"rewarm: {invocation.container_id} cannot be captured: {error}")
+        for line in _forget(directory):
+            # Whoever finds a record of a restore there would undo it: this container.
+            log.write(invocation, "error", f"rewarm: {line}")
+            return 1
     runc.replace_process(binary, invocation.words)
     return 127
 
@@ -91,13 +151,36 @@ def _cold(
 def delete(invocation: Invocation, settings: Settings, binary: str) -> int:
     """runc's delete with its own words and status; then what rewarm keeps about the container goes too."""
     directory = record.directory(settings.state_dir, invocation.root, invocation.container_id)
-    kept = record.load(directory)
-    if kept is not None and kept.phase == record.RESTORING and not kept.owner_lives():
-        recover.recover(directory, binary)
+    kept = _load(directory)
+    if kept is not None and kept.phase == record.RESTORING and kept.owner_lives():
+        if not invocation.is_set("force", "f"):
+            log.write(invocation, "error", f"cannot delete container {kept.id} that is not stopped: being restored")
+            return 1
+        processes.kill_all({kept.owner_pid})  # its guard does the rest
+    if kept is not None and kept.phase in (record.RESTORING, record.RESTORED):
+        recover.settle(directory, binary)
+        mounts.unmount_below(os.path.join(invocation.root, invocation.container_id))
     status = subprocess.run([binary, *invocation.words], check=False).returncode
-    if not runc.exists(invocation.root, invocation.container_id) and os.path.isdir(directory):
+    if not runc.exists(invocation.root, invocation.container_id):
         recover.forget(directory)
     return status
+
+
+def _forget(directory: str) -> list[str]:
+    """Remove a container directory; what stands against it, if anything does."""
+    try:
+        recover.forget(directory)
+    except (RewarmError, OSError) as error:
+        return [f"remove {directory}: {error}"]
+    return []
+
+
+def _load(directory: str) -> Record | None:
+    """The record, or None where there is none or none that can be understood: runc decides then."""
+    try:
+        return record.load(directory)
+    except OciError:
+        return None
 
 
 def _settings() -> tuple[Settings, SettingsError | None]:
@@ -108,12 +191,15 @@ def _settings() -> tuple[Settings, SettingsError | None]:
 
 
 def _entry() -> int:
-    # A signal that ends rewarm in the middle leaves the undoing to the guard; SIGTERM gives the time to do it here.
+    # A signal that ends rewarm in the middle leaves the undoing to the guard; SIGTERM gives the time to wait for it.
     signal.signal(signal.SIGTERM, _terminated)
     words = sys.argv[1:]
     try:
         return main(words)
-    except RequestError as error:
+    except KeyboardInterrupt:
+        log.write(argv.parse(words), "error", "rewarm: ended by a signal, what was begun is undone")
+        return _TERMINATED
+    except (RequestError, recover.NotUndone) as error:
         log.write(argv.parse(words), "error", f"rewarm: {error}")
         return 1
     except (RewarmError, OSError) as error:
@@ -122,12 +208,18 @@ def _entry() -> int:
 
 def _last_resort(words: list[str], error: Exception) -> int:
     """Something outside the restore failed: say so, and let runc have the call unless that would be wrong."""
-    invocation = argv.parse(words)
+    try:
+        invocation = argv.parse(words)
+        binary = runc.find(_settings()[0])
+    except RewarmError as second:
+        # No command line that runc would take, or no runc.
+        sys.stderr.write(f"rewarm: {second}\n")
+        return 1
     if invocation.command == "start":
         log.write(invocation, "error", f"rewarm: {error}")
         return 1
     log.write(invocation, "warning", f"rewarm: {error}")
-    runc.replace_process(runc.find(Settings()), words)
+    runc.replace_process(binary, words)
     return 127
 
 
@@ -136,4 +228,8 @@ def _terminated(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_entry())
+    status = _entry()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: what a restore had to say is said, and taking the interpreter down costs milliseconds.
+    os._exit(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
@@ -16,6 +17,8 @@ from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record
 from rewarm.settings import Settings
 
+_KEPT = frozenset({"record.json", "outcome.json", "trace.json", "control"})
+
 
 def start(invocation: Invocation, settings: Settings, binary: str) -> int:
     """Answer `start` for a restored container; hand every other one to runc, which has the words for it."""
@@ -25,13 +28,28 @@ def start(invocation: Invocation, settings: Settings, binary: str) -> int:
         runc.replace_process(binary, invocation.words)
         return 127
     container = runc.load(kept.root, kept.id)
-    record.save(directory, replace(kept, phase=record.STARTED))
+    resume(kept)
+    # In this order, so that a `start` that was killed can be repeated at whatever point that was.
     if os.path.lexists(container.exec_fifo):
         os.unlink(container.exec_fifo)
-    resume(kept)
-    for line in _poststart(kept):
-        log.write(invocation, "warning", line)
+    record.save(directory, replace(kept, phase=record.STARTED))
+    for line in [*_tidy(directory), *_poststart(kept)]:
+        log.write(invocation, "warning", f"rewarm: {line}")
     return 0
+
+
+def _tidy(directory: str) -> list[str]:
+    """Remove what the restored tree has read: it would only take memory in /run. The container runs: no failure."""
+    try:
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if os.path.isdir(path) and name != "control":
+                shutil.rmtree(path)
+            elif name not in _KEPT:
+                os.unlink(path)
+    except OSError as error:
+        return [f"{directory} was not tidied up: {error}"]
+    return []
 
 
 def _as_restored(kept: Record) -> bool:

@@ -1,16 +1,11 @@
-"""`create` with a snapshot: choose the newest that fits, restore it, write down how it went."""
+"""`create` with a snapshot: choose the newest that fits, restore it within the deadline."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-
-from rewarm import compat, node
-from rewarm.errors import RewarmError, SnapshotNotFound, Unfit
-from rewarm.oci import log, record, spec
+from rewarm import compat, deadline, node
+from rewarm.errors import RestoreError, RewarmError, SnapshotNotFound, Unfit
+from rewarm.oci import spec
 from rewarm.oci.argv import Invocation
-from rewarm.oci.spec import write_atomically
 from rewarm.request import Request
 from rewarm.restore import Plan, restore
 from rewarm.settings import Settings
@@ -21,41 +16,35 @@ from rewarm.trace import Trace
 
 def attempt(
     invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, settings: Settings, binary: str, directory: str
-) -> str:
-    """Restore the container; returns "" when it is warm. Raises RewarmError or OSError with everything undone."""
-    deadline = time.monotonic() + settings.deadline
+) -> None:
+    """Restore the container. Raises what stands against it, with everything undone (see `restore`)."""
     trace = Trace()
-    with trace.phase("find"):
-        store = DirectoryStore(settings.store)
-        here = requirements(bundle_spec, settings, binary)
-        ref, manifest = choose(store, wanted, here)
-    plan = Plan(invocation, bundle_spec, wanted, settings, binary, directory, store, ref, manifest, trace, deadline)
-    with trace.phase("restore"):
-        try:
-            notes = restore(plan)
-        except BaseException:
-            _clear(directory)
-            raise
-    _report(plan, notes)
-    return ""
-
-
-def _report(plan: Plan, notes: list[str]) -> None:
-    """Say how it went. The container is there: nothing here may fail the call."""
-    name = f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id[:12]}"
-    plan.trace.note("container", plan.invocation.container_id)
-    plan.trace.note("snapshot", name)
-    seconds = {phase.name: round(phase.seconds, 6) for phase in plan.trace.phases()}
-    outcome = {"outcome": "warm", "snapshot": name, "seconds": seconds, "notes": notes}
+    deadline.arm(settings.deadline)
     try:
-        plan.trace.write(os.path.join(plan.directory, "trace.json"))
-        write_atomically(os.path.join(plan.directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
-    except OSError as error:
-        notes = [*notes, f"cannot write {plan.directory}: {error}"]
-    for line in notes:
-        log.write(plan.invocation, "warning", f"rewarm: {line}")
-    if plan.invocation.log:
-        log.write(plan.invocation, "info", f"rewarm: {plan.invocation.container_id} restored from {name}")
+        try:
+            with trace.phase("find"):
+                store = DirectoryStore(settings.store)
+                here = requirements(bundle_spec, settings, binary)
+                ref, manifest = choose(store, wanted, here)
+            plan = Plan(invocation, bundle_spec, wanted, settings, binary, directory, store, ref, manifest, trace)
+            with trace.phase("restore"):
+                restore(plan)
+        finally:
+            # A timer outlives execve(2): it would kill the runc that this process becomes.
+            deadline.disarm()
+    except deadline.Passed:
+        raise RestoreError(
+            "restore container",
+            invocation.container_id,
+            f"the deadline of {settings.deadline:g} s passed during {_stage(trace)}",
+            "see `deadline` in the settings",
+        ) from None
+
+
+def _stage(trace: Trace) -> str:
+    """The innermost phase that the deadline has ended."""
+    ended = [phase for phase in trace.phases() if phase.error == deadline.Passed.__name__]
+    return max(ended, key=lambda phase: phase.depth).name if ended else "preparation"
 
 
 def requirements(bundle_spec: spec.Spec, settings: Settings, binary: str) -> Requires:
@@ -92,9 +81,3 @@ def choose(store: DirectoryStore, wanted: Request, here: Requires) -> tuple[Snap
         "there is none in the store",
         "capture one with `rewarm capture` or rewarm.dev/capture: on-ready",
     )
-
-
-def _clear(directory: str) -> None:
-    """Empty the container directory for the cold start: nothing of the failed restore is needed any more."""
-    record.remove(directory)
-    record.make_directory(directory)

@@ -68,6 +68,5 @@ def killed_restore(node: Node, tmp_path: Path) -> str:
     """A container directory as a rewarm that was killed in the middle of a restore leaves it."""
     root = str(tmp_path / "runc-root")
     path = record.directory(node.settings.state_dir, root, "c1")
-    record.make_directory(path)
-    record.save(path, Record("c1", root, "/no/bundle", record.RESTORING, owner_pid=2**22 + 1, owner_start=1))
+    record.make_directory(path, Record("c1", root, "/no/bundle", record.RESTORING, owner_pid=2**22 + 1, owner_start=1))
     return path

@@ -16,8 +16,10 @@ recipe=1
 
 packages=(
     ca-certificates
+    conmon
     containerd
     debian-archive-keyring
+    docker.io
     gcc
     iproute2
     iptables
@@ -25,6 +27,7 @@ packages=(
     make
     mmdebstrap
     mount
+    podman
     python3
     python3-dev
     python3-venv

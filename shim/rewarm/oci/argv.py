@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 from rewarm.errors import OciError
 
-_GLOBAL_WITH_VALUE = frozenset({"root", "log", "log-format", "criu", "rootless"})
+# The last two are crun's, which may be the runtime behind.
+_GLOBAL_WITH_VALUE = frozenset({"root", "log", "log-format", "criu", "rootless", "cgroup-manager", "log-level"})
 _COMMAND_WITH_VALUE = {
     "create": frozenset({"bundle", "b", "console-socket", "pidfd-socket", "pid-file", "preserve-fds"}),
     "start": frozenset[str](),
     "delete": frozenset[str](),
 }
+_TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})  # of Go's strconv.ParseBool
 _DEFAULT_ROOT = "/run/runc"
 
 
@@ -26,11 +28,10 @@ class Invocation:
 
     `words` is the argument vector without argv[0], as it came in: whoever hands the call on to the
     low-level runtime passes exactly these. `flags` are the command's own flags by name without dashes
-    (booleans as "true"), `globals` those before the command, as words.
+    (booleans as "true"), `global_flags` those before the command.
     """
 
     words: tuple[str, ...]
-    globals: tuple[str, ...]
     global_flags: dict[str, str]
     command: str
     flags: dict[str, str] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class Invocation:
 
     @property
     def systemd_cgroup(self) -> bool:
-        return self.global_flags.get("systemd-cgroup", "false") == "true"
+        return self.global_flags.get("systemd-cgroup") in _TRUE
 
     @property
     def bundle(self) -> str:
@@ -61,28 +62,43 @@ class Invocation:
     def pid_file(self) -> str:
         return self.flags.get("pid-file", "")
 
+    def is_set(self, *names: str) -> bool:
+        """Whether a boolean flag of the command is given, under any of its names, and true."""
+        return any(self.flags.get(name) in _TRUE for name in names)
+
 
 def parse(words: list[str]) -> Invocation:
     """Take apart the words after argv[0]; raises OciError for a flag without its value or a missing container id."""
-    global_flags, at = _flags(words, 0, _GLOBAL_WITH_VALUE)
+    global_flags, at, _ = _flags(words, 0, _GLOBAL_WITH_VALUE)
     command = words[at] if at < len(words) else ""
     known = _COMMAND_WITH_VALUE.get(command)
     if known is None:
-        return Invocation(tuple(words), tuple(words[:at]), global_flags, command)
-    flags, rest = _flags(words, at + 1, known)
-    if rest >= len(words):
+        return Invocation(tuple(words), global_flags, command)
+    flags: dict[str, str] = {}
+    names: list[str] = []
+    at += 1
+    ended = False
+    while at < len(words):
+        if not ended:
+            more, at, ended = _flags(words, at, known)
+            flags |= more
+        # Flags may stand behind the id too.
+        names += words[at : at + 1]
+        at += 1
+    if not names:
         raise OciError("parse command line", command, "it names no container", f"call it as `{command} [flags] ID`")
-    return Invocation(tuple(words), tuple(words[:at]), global_flags, command, flags, words[rest])
+    return Invocation(tuple(words), global_flags, command, flags, names[0])
 
 
-def _flags(words: list[str], at: int, with_value: frozenset[str]) -> tuple[dict[str, str], int]:
+def _flags(words: list[str], at: int, with_value: frozenset[str]) -> tuple[dict[str, str], int, bool]:
+    """The flags from `at` on, where they end, and whether it was by `--`."""
     flags: dict[str, str] = {}
     while at < len(words) and words[at].startswith("-") and words[at] != "-":
         word = words[at]
         at += 1
         if word == "--":
-            break
-        name, equals, value = word.lstrip("-").partition("=")
+            return flags, at, True
+        name, equals, value = word[2 if word.startswith("--") else 1 :].partition("=")
         if not equals:
             if name in with_value:
                 if at >= len(words):
@@ -92,7 +108,7 @@ def _flags(words: list[str], at: int, with_value: frozenset[str]) -> tuple[dict[
             else:
                 value = "true"
         flags[name] = value
-    return flags, at
+    return flags, at, False
 
 
 def _default_root() -> str:

@@ -6,13 +6,16 @@ next (the guard, `delete`, or the next `create`) can put it right.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 
 from rewarm import processes
 from rewarm.errors import OciError
+from rewarm.oci import mounts
 from rewarm.oci.spec import write_atomically
 
 RESTORING = "restoring"
@@ -21,6 +24,7 @@ STARTED = "started"
 COLD = "cold"
 _PHASES = (RESTORING, RESTORED, STARTED, COLD)
 _LARGEST = 4 << 20
+_ID = re.compile(r"[A-Za-z0-9_+,.-]+")
 
 
 def escape(root: str) -> str:
@@ -33,8 +37,8 @@ def directory(state_dir: str, root: str, container_id: str) -> str:
 
 
 def check_id(container_id: str) -> None:
-    """Refuse an id that could name another directory; runc allows `[A-Za-z0-9_+.-]`, so this refuses no more."""
-    if container_id in ("", ".", "..") or "/" in container_id or "\0" in container_id or len(container_id) > 1024:
+    """Refuse what runc refuses (`^[\\w+-\\.]+$`): such an id names no container, but perhaps another directory."""
+    if container_id in (".", "..") or not _ID.fullmatch(container_id):
         raise OciError(
             "check container id", repr(container_id[:80]), "it is not a name", "use letters, digits, - _ + ."
         )
@@ -42,10 +46,14 @@ def check_id(container_id: str) -> None:
 
 @dataclass
 class Undo:
-    """A directory tree that was changed and the layer that turns it back."""
+    """A directory tree that was changed and the layer that turns it back.
+
+    `mounted` says that the root was a mount point: once the engine has unmounted it, there is nothing to turn back.
+    """
 
     root: str
     layer: str
+    mounted: bool = False
 
 
 @dataclass
@@ -66,7 +74,16 @@ class Record:
     snapshot: str = ""
     reason: str = ""
     config_backup: str = ""
+    config_written: list[str] = field(default_factory=list)
+    """Digests of what rewarm makes of config.json: any other is not its own to put back."""
     undo: list[Undo] = field(default_factory=list)
+    rootfs: str = ""
+    mounts: list[str] = field(default_factory=list)
+    """Mounts below `rootfs` that were there before the restore: the engine's, never to be touched."""
+    places: list[str] = field(default_factory=list)
+    """Mount points in the rootfs that were not there before the restore."""
+    cgroups: list[str] = field(default_factory=list)
+    """Directories of the container's cgroup that were not there before the restore."""
     stopped: list[int] = field(default_factory=list)
     request: dict[str, str] = field(default_factory=dict)
 
@@ -78,13 +95,27 @@ class Record:
         self.owner_start = processes.start_time(os.getpid()) or 0
 
 
-def make_directory(path: str) -> None:
-    """The container directory and its control directory, which the container's own users may write to."""
+def make_directory(path: str, record: Record) -> None:
+    """The container directory with its record, and the control directory, to which the container's users may write.
+
+    It appears at once and whole, so that whoever finds it knows what it is. Raises FileExistsError if the
+    container has one already, and OSError.
+    """
+    scratch = f"{path}~{os.getpid()}"  # no container id holds a `~`
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    os.mkdir(path, mode=0o700)
-    os.mkdir(os.path.join(path, "control"))
-    # Readiness is told by whoever the program runs as; the sticky bit keeps users from each other's files.
-    os.chmod(os.path.join(path, "control"), 0o1777)
+    shutil.rmtree(scratch, ignore_errors=True)  # of an earlier process with this number
+    try:
+        os.mkdir(scratch, mode=0o700)
+        os.mkdir(control(scratch))
+        # Readiness is told by whoever the program runs as; the sticky bit keeps users from each other's files.
+        os.chmod(control(scratch), 0o1777)
+        save(scratch, record)
+        os.rename(scratch, path)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(errno.EEXIST, "is there already", path) from error
+        raise
 
 
 def control(path: str) -> str:
@@ -113,5 +144,10 @@ def load(path: str) -> Record | None:
 
 
 def remove(path: str) -> None:
-    """Remove a container directory; what the container's users left in the control directory goes with it."""
-    shutil.rmtree(path, ignore_errors=False) if os.path.isdir(path) else None
+    """Remove a container directory; what the container's users left in the control directory goes with it.
+
+    CRIU mounts the cgroup hierarchies below its work directory: what a killed one left there goes first.
+    """
+    if os.path.isdir(path):
+        mounts.unmount_below(path)
+        shutil.rmtree(path)

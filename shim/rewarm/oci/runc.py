@@ -150,6 +150,7 @@ def message(done: subprocess.CompletedProcess[str]) -> str:
 
 def replace_process(binary: str, words: Sequence[str]) -> None:
     """Become the low-level runtime with the caller's own words, as if rewarm were not there."""
-    # Python ignores SIGPIPE and an ignored signal is inherited through exec, up to the container's own process.
+    # Python ignores these, and an ignored signal is inherited through exec, up to the container's own process.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     os.execv(binary, [binary, *words])

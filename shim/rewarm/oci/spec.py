@@ -42,16 +42,32 @@ def load(bundle: str) -> Spec:
 
 
 def save(bundle: str, spec: Spec) -> None:
-    """Replace config.json in one step: a reader sees the old one or the new one."""
-    write_atomically(os.path.join(bundle, "config.json"), json.dumps(spec).encode())
+    """Replace config.json in one step, its mode kept: a reader sees the old one or the new one."""
+    path = os.path.join(bundle, "config.json")
+    write_atomically(path, encode(spec), os.stat(path).st_mode & 0o7777)
+
+
+def encode(spec: Spec) -> bytes:
+    """The spec as `save` writes it."""
+    return json.dumps(spec).encode()
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def scratch(path: str, pid: int) -> str:
+    """The name under which process `pid` writes what will be `path`."""
+    return f"{path}.rewarm-{pid}"
 
 
 def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:
-    temporary = f"{path}.rewarm-{os.getpid()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    temporary = scratch(path, os.getpid())
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
+            os.fchmod(file.fileno(), mode)  # whatever the caller's umask says
         os.rename(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -8,7 +8,7 @@ from rewarm.errors import StoreError
 
 LONGEST = 128
 _NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{LONGEST - 1}}}\Z")
-_ALLOWED = f"use 1 to {LONGEST} of A-Z a-z 0-9 . _ - and do not begin with . or -"
+ALLOWED = f"use 1 to {LONGEST} of A-Z a-z 0-9 . _ - and do not begin with . or -"
 
 
 def is_name(text: str) -> bool:
@@ -41,4 +41,4 @@ def _check(kind: str, text: str) -> str:
     else:
         bad = next((character for character in text if not re.match(r"[A-Za-z0-9._-]\Z", character)), "\n")
         cause = f"holds {bad!r}"
-    raise StoreError(f"use {kind}", shown, cause, _ALLOWED)
+    raise StoreError(f"use {kind}", shown, cause, ALLOWED)

@@ -1,9 +1,10 @@
 """A process tree that holds one of everything a snapshot has to bring back; it checks itself.
 
 Parent and two children (one served by pipes, one a uvloop event loop), shared memory and an unlinked semaphore in
-/dev/shm, pipes in constant use, a listening unix socket, a socket pair, a deleted open file, threads with CPU
-affinities and a NUMA memory policy of their own, TCP clients, and a root filesystem with a changed, a deleted, a
-new and a hard-linked file and a directory made anew.
+/dev/shm and a named one, pipes in constant use, a listening unix socket, a socket pair, a deleted open file, an open
+file that has lost the name it was opened by and kept another, threads with CPU affinities and a NUMA memory policy of
+their own, TCP clients, and a root filesystem with a changed, a deleted, a new and a hard-linked file and a directory
+made anew.
 
 GET /state -> what there is; GET /check -> {"name of the check": true or false}. TCP echo on PORT + 1 (lines).
 Environment: PORT (8000).
@@ -28,6 +29,7 @@ from typing import Any
 
 from support.workloads import syscalls, web
 from support.workloads.multi_worker import SHARED_SIZE, digest, loop_worker, pipe_worker, rings
+from support.workloads.semaphore import NamedSemaphore
 
 UNIX_SOCKET = "/run/multi.sock"
 CHANGED = Path("/etc/debian_version")  # of the base image
@@ -39,13 +41,13 @@ CREATED = Path("/var/lib/multi")
 class Pipes:
     """The pipe child: one request at a time, and a thread that pings it every 5 ms."""
 
-    def __init__(self, shared: SharedMemory) -> None:
+    def __init__(self, shared: SharedMemory, named: NamedSemaphore) -> None:
         context = multiprocessing.get_context("fork")
         self.semaphore = context.Semaphore(1)  # sem_open(3) and sem_unlink(3): a deleted file of /dev/shm, mapped
         requests, self._requests = context.Pipe(duplex=False)
         self._answers, answers = context.Pipe(duplex=False)
         self.process = context.Process(
-            target=pipe_worker, args=(requests, answers, shared.name, self.semaphore), daemon=True
+            target=pipe_worker, args=(requests, answers, shared.name, self.semaphore, named), daemon=True
         )
         self.process.start()
         requests.close()
@@ -113,8 +115,9 @@ class Multi:
         assert self.shared.buf is not None
         self.shared.buf[:SHARED_SIZE] = random.Random(7).randbytes(SHARED_SIZE)
         self.shared_sum = digest(self.shared.buf)
+        self.named = NamedSemaphore("multi")
         # Children before threads: fork(2) takes one thread along.
-        self.pipes = Pipes(self.shared)
+        self.pipes = Pipes(self.shared, self.named)
         self.loop_pid = self._start_loop(port + 1)
         self.pair = socket.socketpair()
         self.deleted_content = random.Random(8).randbytes(100_000)
@@ -145,6 +148,10 @@ class Multi:
         CREATED.mkdir()
         (CREATED / "file").write_text(self.nonce)
         (CREATED / "link").hardlink_to(CREATED / "file")
+        self.renamed = os.open(CREATED / "opened", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)
+        os.write(self.renamed, self.nonce.encode())
+        (CREATED / "kept").hardlink_to(CREATED / "opened")
+        (CREATED / "opened").unlink()
 
     def _make_threads(self) -> None:
         cpus = sorted(os.sched_getaffinity(0))
@@ -204,6 +211,7 @@ class Multi:
             "shared memory by name": lambda: Path(f"/dev/shm/{self.shared.name}").stat().st_size == SHARED_SIZE,
             "shared memory is shared": self._check_shared,
             "semaphore": self._check_semaphore,
+            "named semaphore": self._check_named,
             "pipe": self._check_pipe,
             "child memory": lambda: bool(self.pipes.ask("state")["private_intact"]),
             "children alive": lambda: self.pipes.process.is_alive() and self.loop.is_alive(),
@@ -219,6 +227,11 @@ class Multi:
             "remade directory": lambda: os.listdir(REMADE) == ["multi"],
             "new file": lambda: (CREATED / "file").read_text() == self.nonce,
             "hard link": lambda: (CREATED / "link").samefile(CREATED / "file"),
+            "file without its first name": self._check_renamed,
+            "nobody else's files": lambda: (
+                sorted(os.listdir(CREATED)) == ["file", "kept", "link"]
+                and sorted(os.listdir("/dev/shm")) == sorted([self.shared.name, "sem.multi"])
+            ),
         }
         return {name: check() for name, check in checks.items()}
 
@@ -241,6 +254,22 @@ class Multi:
         refused_here = not self.pipes.semaphore.acquire(timeout=0.05)
         self.pipes.ask("release")
         return refused and taken and refused_here
+
+    def _check_named(self) -> bool:
+        """Posted by the child, it is seen here and by whoever opens it by its name now."""
+        before = self.named.value()
+        self.pipes.ask("post")
+        now = NamedSemaphore("multi")
+        try:
+            return self.named.value() == now.value() == before + 1
+        finally:
+            now.close()
+
+    def _check_renamed(self) -> bool:
+        """What is written by the descriptor is read by the name that is left."""
+        text = os.urandom(4).hex()
+        os.pwrite(self.renamed, text.encode(), len(self.nonce))
+        return (CREATED / "kept").read_text() == self.nonce + text
 
     def _check_pipe(self) -> bool:
         before = self.pipes.pings

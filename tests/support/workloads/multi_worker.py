@@ -13,6 +13,7 @@ from multiprocessing.synchronize import Semaphore
 from typing import Any
 
 from support.workloads import syscalls
+from support.workloads.semaphore import NamedSemaphore
 
 SHARED_SIZE = 4 << 20
 
@@ -33,7 +34,9 @@ def rings() -> int:
     return found
 
 
-def pipe_worker(requests: Connection, answers: Connection, shared_name: str, semaphore: Semaphore) -> None:
+def pipe_worker(
+    requests: Connection, answers: Connection, shared_name: str, semaphore: Semaphore, named: NamedSemaphore
+) -> None:
     """Answers requests that come over one pipe on another, one by one, until the pipe ends."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     shared = SharedMemory(shared_name)
@@ -56,6 +59,9 @@ def pipe_worker(requests: Connection, answers: Connection, shared_name: str, sem
             answer = semaphore.acquire(timeout=value)
         elif what == "release":
             semaphore.release()
+            answer = True
+        elif what == "post":
+            named.post()
             answer = True
         else:
             answer = {

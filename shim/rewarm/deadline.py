@@ -1,0 +1,30 @@
+"""The time limit of a restore: SIGALRM, whose handler raises wherever the main thread is.
+
+A limit that every wait has to keep by itself is one that some wait forgets: reading a store may hang too. What no
+signal interrupts (a read from a dead NFS server, state D) is not cut short by this either.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+class Passed(Exception):
+    """The time is up. No RewarmError, so that nobody who tries the next thing after one takes it for that."""
+
+
+def arm(seconds: float) -> None:
+    """Raise Passed in the main thread after `seconds`, unless `disarm` comes first."""
+    signal.signal(signal.SIGALRM, _raise)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def disarm() -> None:
+    """Stop the clock; nothing is raised once this has returned. A second call does nothing."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    # Not SIG_IGN: execve(2) keeps ignored signals ignored, so runc and the container would inherit it.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def _raise(number: int, frame: object) -> None:
+    raise Passed

@@ -1,0 +1,111 @@
+"""The cgroup that a container will have, worked out before runc makes it.
+
+runc writes its own record of a restored container (state.json) at the end of the restore, so before that nothing
+but the spec says in which cgroup CRIU and the processes that it makes are. runc puts CRIU itself there first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rewarm import processes
+from rewarm.errors import OciError
+
+_TIMEOUT = 10.0
+
+
+def expected(spec: dict[str, Any], container_id: str, systemd: bool) -> list[str]:
+    """The directories of the container's cgroup on every mounted hierarchy, whether or not they are there.
+
+    As runc 1.1 to 1.5 does it: an absolute path is taken from the hierarchy's mount, a relative one from the
+    caller's own cgroup (its parent, on the v2 hierarchy), `slice:prefix:name` for systemd.
+    """
+    wanted = str((spec.get("linux") or {}).get("cgroupsPath") or "")
+    path = _of_systemd(wanted, container_id) if systemd else wanted or container_id
+    found = []
+    for mount, version, controllers in _hierarchies():
+        if path.startswith("/"):
+            base = "/"
+        else:
+            own = _own(version, controllers)
+            base = os.path.dirname(own) if version == 2 else own
+        # The path is normalised as an absolute one, so `..` cannot lead above the hierarchy.
+        found.append(mount + os.path.normpath(os.path.join("/", base, path)))
+    # A hierarchy's root holds the whole machine: it is never a container's own.
+    return [directory for directory in found if not os.path.ismount(directory)]
+
+
+def kill(directories: Iterable[str], timeout: float = _TIMEOUT) -> None:
+    """SIGKILL every process in these cgroups and below, until none is left. OciError after `timeout` seconds."""
+    directories = tuple(directories)
+    end = time.monotonic() + timeout
+    while True:
+        left = [pid for pid in processes.in_cgroups(directories) if processes.start_time(pid) is not None]
+        if not left:
+            return
+        if time.monotonic() > end:
+            raise OciError("kill processes", str(left[0]), "it does not die", "look for state D in `ps`")
+        for pid in left:
+            processes.send(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def remove(directories: Iterable[str], timeout: float = _TIMEOUT) -> None:
+    """Remove these cgroups and those below, empty of processes. OciError if one stays for `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while True:
+        failed: OSError | None = None
+        for directory in directories:
+            for path in _bottom_up(directory):
+                try:
+                    os.rmdir(path)
+                except FileNotFoundError:
+                    continue  # its owner was faster
+                except OSError as error:
+                    failed = error  # a dying process holds it for a moment after it left cgroup.procs
+        if failed is None:
+            return
+        if time.monotonic() > end:
+            raise OciError("remove cgroup", str(failed.filename), failed.strerror or str(failed))
+        time.sleep(0.01)
+
+
+def _bottom_up(directory: str) -> Iterator[str]:
+    for path, _, _ in os.walk(directory, topdown=False):
+        yield path
+
+
+def _of_systemd(wanted: str, container_id: str) -> str:
+    """`system-x.slice:runc:id` -> `/system.slice/system-x.slice/runc-id.scope`, as systemd nests slices."""
+    parts = wanted.split(":")
+    slice_name, prefix, name = parts if len(parts) == 3 else ("system.slice", "runc", container_id)
+    words = (slice_name or "system.slice").removesuffix(".slice").split("-")
+    nested = [f"{'-'.join(words[: at + 1])}.slice" for at in range(len(words)) if words != ["", ""]]
+    unit = name if name.endswith(".slice") else f"{prefix}-{name}.scope" if prefix else f"{name}.scope"
+    return "/" + "/".join([*nested, unit])
+
+
+def _hierarchies() -> list[tuple[str, int, frozenset[str]]]:
+    """(mount point, cgroup version, controllers with `name=…`) of every mounted hierarchy."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            head, _, tail = line.rstrip("\n").partition(" - ")
+            words = tail.split(" ")
+            if words[0] in ("cgroup", "cgroup2"):
+                found.append((head.split(" ")[4], 2 if words[0] == "cgroup2" else 1, frozenset(words[-1].split(","))))
+    return found
+
+
+def _own(version: int, controllers: frozenset[str]) -> str:
+    """This process's cgroup on one hierarchy."""
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            number, names, path = line.rstrip("\n").split(":", 2)
+            if (number == "0" and version == 2) or (version == 1 and names and set(names.split(",")) <= controllers):
+                return path
+    return "/"

@@ -1,0 +1,52 @@
+"""Mounts of this mount namespace: which lie below a directory, and how to take them away.
+
+`runc restore` bind-mounts the rootfs at `<runc root>/<id>/criu-root` and the spec's bind mounts below the
+rootfs while it runs, and CRIU mounts every cgroup hierarchy below its work directory. A killed runc or CRIU
+leaves them there. Whoever then removes the directories around them, as `runc delete` does, removes the
+content of the container's rootfs and volumes (seen with runc 1.1.5). So mounts go first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Collection
+
+from rewarm.errors import OciError
+
+_DETACH, _NO_FOLLOW = 2, 8  # umount2(2)
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+_ROUNDS = 8
+
+
+def below(directory: str) -> list[str]:
+    """Mount points strictly below `directory` (a path without symbolic links), the newest first."""
+    prefix = directory.rstrip("/") + "/"
+    with open("/proc/self/mountinfo", "rb") as file:
+        targets = [os.fsdecode(_ESCAPED.sub(_unescape, line.split(b" ", 5)[4])) for line in file]
+    # A mount whose mount point was removed in another namespace cannot be named any more.
+    return [t for t in reversed(targets) if t.startswith(prefix) and not t.endswith("//deleted")]
+
+
+def unmount_below(directory: str, keep: Collection[str] = ()) -> None:
+    """Detach every mount strictly below `directory` but those at `keep`. Raises OciError if one stays."""
+    directory = os.path.realpath(directory)
+    left = [target for target in below(directory) if target not in keep]
+    if not left:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    cause = ""
+    for _ in range(_ROUNDS):  # several mounts may lie on one another
+        for target in left:
+            # Detached, not unmounted: a process in another mount namespace may hold it busy for a moment.
+            if libc.umount2(os.fsencode(target), _DETACH | _NO_FOLLOW) != 0:
+                cause = os.strerror(ctypes.get_errno())
+        left = [target for target in below(directory) if target not in keep]
+        if not left:
+            return
+    raise OciError("unmount", left[0], cause or "it is still mounted", f"run `umount -l {left[0]}`")
+
+
+def _unescape(found: re.Match[bytes]) -> bytes:
+    return bytes([int(found[1], 8)])

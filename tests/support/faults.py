@@ -1,0 +1,225 @@
+"""What tests of failing restores need: damaged snapshots, a criu that misbehaves, a look at what is left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from rewarm.store.directory import DirectoryStore, SnapshotRef
+from rewarm.store.manifest import FileEntry, Manifest
+from rewarm.store.materialise import materialise
+from support import cgroups, counter
+from support.bundle import Bundle
+from support.node import Node
+from support.proc import state_of
+from support.runtime import Container
+
+SMALL = {"PYTHONHASHSEED": "0", "MIB": "4"}
+"""The counter's environment where the size of its memory does not matter."""
+
+
+def captured(node: Node) -> Container:
+    """A small counter, captured as `counter` and stopped; `node.store` holds the snapshot."""
+    source = counter.captured(node, env=SMALL)
+    node.runtime.stop("source")
+    return source
+
+
+def bundle(directory: Path, env: dict[str, str] | None = None, **annotations: str) -> Bundle:
+    """A bundle that the snapshot of `captured` fits; `on_miss="fail"` becomes rewarm.dev/on-miss: fail."""
+    found = {"snapshot": "counter", **{key.replace("_", "-"): value for key, value in annotations.items()}}
+    return counter.bundle(directory, {f"rewarm.dev/{key}": value for key, value in found.items()}, env=env or SMALL)
+
+
+def copied(store: Path, target: Path) -> Path:
+    """A store of its own for a test that damages it."""
+    shutil.copytree(store, target, symlinks=True)
+    return target
+
+
+def only(store: Path) -> tuple[DirectoryStore, SnapshotRef, Manifest]:
+    """The one snapshot of a store."""
+    opened = DirectoryStore(str(store))
+    (ref,) = opened.list()
+    return opened, ref, opened.load(ref)
+
+
+def entry(store: Path, name: str) -> tuple[FileEntry, Path]:
+    """A file of the one snapshot, and the pack in which it lies."""
+    opened, _, manifest = only(store)
+    found = manifest.file(name)
+    assert found is not None, name
+    return found, opened.pack_path(found.pack)
+
+
+def flip(path: Path, offset: int) -> None:
+    """Turn over one bit, the file's times kept: nothing but its content tells."""
+    status = path.stat()
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+    path.chmod(stat.S_IMODE(status.st_mode))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def spoil(pack: Path, state: str) -> list[str]:
+    """Bring a pack into a bad state; returns what is to be said about it."""
+    data = pack.read_bytes()
+    pack.chmod(0o600)
+    if state == "short":
+        os.truncate(pack, len(data) - 4096)
+        return [f"pack {pack.name} is short: {len(data) - 4096} of {len(data)} bytes", "capture it again"]
+    if state == "long":
+        pack.write_bytes(data + b"x")
+        return [f"pack {pack.name} has {len(data) + 1} bytes instead of {len(data)}", "capture it again"]
+    pack.unlink()
+    if state == "missing":
+        return [pack.name, "is missing", "capture it again"]
+    if state == "link":
+        pack.with_name("elsewhere").write_bytes(data)
+        pack.symlink_to("elsewhere")
+    else:
+        pack.mkdir()
+    return [pack.name, "is not a regular file", "capture it again"]
+
+
+def altered(store: Path, scratch: Path, change: Callable[[Path], None], **fields: object) -> None:
+    """Replace the one snapshot by another whose files `change` has altered: every digest in it is right.
+
+    `change` gets a directory with the snapshot's files; `fields` are fields of its manifest.
+    """
+    opened, ref, manifest = only(store)
+    scratch.mkdir()
+    materialise(opened, manifest, scratch, large=1 << 60)
+    change(scratch)
+    opened.remove(ref)
+    with opened.writer(ref.namespace, ref.name) as writer:
+        for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            writer.add_file(path.relative_to(scratch).as_posix(), path)
+        writer.publish(replace(manifest, files=(), **fields))  # type: ignore[arg-type]
+
+
+def criu(node: Node, script: str) -> Path:
+    """A criu for `node` that answers `--version` as the real one ($REAL), and else runs the shell `script`."""
+    real = node.prefix / "criu" / "bin" / "criu"
+    path = node.directory / "criu-fault" / "criu"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/sh\nREAL={real}\n[ "$1" = --version ] && exec $REAL "$@"\n{script}\n')
+    path.chmod(0o755)
+    return path
+
+
+def files(rootfs: Path, upper: Path) -> dict[str, tuple[object, ...]]:
+    """Everything in a root filesystem with what `ls -l` tells, and the content's digest of what is not the image's.
+
+    Times of directories are left out: runc makes mount points in them.
+    """
+    found: dict[str, tuple[object, ...]] = {}
+    for directory, names, others in os.walk(rootfs):
+        for name in names + others:
+            path = Path(directory, name)
+            status = path.lstat()
+            place = str(path.relative_to(rootfs))
+            facts: list[object] = [oct(status.st_mode), status.st_uid, status.st_gid]
+            if not stat.S_ISDIR(status.st_mode):
+                facts += [status.st_size, status.st_mtime_ns]
+            if stat.S_ISLNK(status.st_mode):
+                facts.append(os.readlink(path))
+            if stat.S_ISREG(status.st_mode) and (upper / place).exists():
+                facts.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            found[place] = tuple(facts)
+    return found
+
+
+def rewritten(store: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Replace the one manifest by one that `change` has altered, with a right id; returns its path."""
+    (path,) = store.glob("v1/snapshots/*/*/*.json")
+    document = json.loads(path.read_bytes())
+    change(document)
+    return with_manifest(store, json.dumps(document).encode())
+
+
+def with_manifest(store: Path, data: bytes) -> Path:
+    """Replace the one manifest by these bytes, under the id that they have; returns its path."""
+    (path,) = store.glob("v1/snapshots/*/*/*.json")
+    path.unlink()
+    made = path.with_name(f"{blake3(data).hexdigest()}.json")
+    made.write_bytes(data)
+    return made
+
+
+class Before:
+    """A bundle as it was before a restore, to compare it with."""
+
+    def __init__(self, made: Bundle) -> None:
+        self._made = made
+        self._files = files(made.rootfs, made.upper)
+        self._config = self._config_now()
+
+    def _config_now(self) -> tuple[bytes, int]:
+        path = self._made.directory / "config.json"
+        return path.read_bytes(), path.stat().st_mode
+
+    def check_files(self, *, mount_points: bool = False) -> None:
+        """AssertionError if the root filesystem is another; `mount_points` allows empty directories that are new."""
+        now = files(self._made.rootfs, self._made.upper)
+        if mount_points:
+            new = [place for place in now if place not in self._files and (self._made.rootfs / place).is_dir()]
+            now = {place: facts for place, facts in now.items() if place not in new}
+        different = {
+            place: (self._files.get(place), now.get(place))
+            for place in self._files.keys() | now.keys()
+            if self._hashed(place, now) != now.get(place)
+        }
+        assert not different, different
+
+    def _hashed(self, place: str, now: dict[str, tuple[object, ...]]) -> tuple[object, ...] | None:
+        """What was, with the digest that is only taken of files in the upper directory, where they now are."""
+        was = self._files.get(place)
+        if was is None or len(now.get(place, was)) == len(was):
+            return was
+        lower = [Path(layer, place) for layer in _layers(self._made)]
+        original = next(path for path in lower if path.exists())
+        return (*was, hashlib.sha256(original.read_bytes()).hexdigest())
+
+    def check_config(self) -> None:
+        assert self._config_now() == self._config, self._config_now()
+
+    def check_names(self) -> None:
+        """AssertionError if something new lies in the bundle's directory."""
+        assert {item.name for item in self._made.directory.iterdir()} == {"config.json", "rootfs", "upper", "work"}
+
+
+def _layers(made: Bundle) -> list[str]:
+    """Lower directories of a bundle's overlay, highest first."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if line.split(" ")[4] == str(made.rootfs):
+            options = line.rpartition(" ")[2].split(",")
+            return next(option for option in options if option.startswith("lowerdir=")).partition("=")[2].split(":")
+    raise AssertionError(f"{made.rootfs} is not mounted")
+
+
+def remains(node: Node, container_id: str, made: Bundle) -> list[str]:
+    """What is left of a container, one line each: processes, mounts, cgroups, runc's and rewarm's directories."""
+    found = [f"process {pid} {state_of(pid)}" for pid in cgroups.processes(made.cgroup)]
+    found += [f"cgroup {path}" for path in cgroups.directories(made.cgroup)]
+    places = (made.rootfs, node.runtime.root / container_id, node.container_directory(container_id))
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        target = line.split(" ")[4]
+        if any(target.startswith(f"{place}/") for place in places):
+            found.append(f"mount {target}")
+    parent = node.container_directory(container_id).parent
+    known = sorted(parent.glob(f"{container_id}*")) if parent.exists() else []
+    return found + [str(path) for path in (places[1], *known) if os.path.lexists(path)]
