@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     Path = str | os.PathLike[str]
 
 
-def apply_layer(layer: BinaryIO, root_fd: int, undo_path: Path | None) -> LayerStats:
+def apply_layer(layer: BinaryIO, root_fd: int, undo_path: Path | None, *, replace: bool = True) -> LayerStats:
     """Apply a seekable layer to the directory open as `root_fd`, for instance the merged view of an overlay mount.
 
     undo_path: where the inverse layer goes before the first change; None for none. The file must not exist yet; while
-    it exists, the root may be changed.
+    it exists, the root may be changed. Without `replace` nothing that exists may be changed but directories.
 
     Raises LayerError naming the entry. For a bad archive nothing was changed and there is no undo file. If a change
     itself fails (no space, a mount in the way), what was changed is put back and the undo file removed; should that
@@ -37,6 +37,8 @@ def apply_layer(layer: BinaryIO, root_fd: int, undo_path: Path | None) -> LayerS
     """
     with _walk(root_fd) as walker:
         steps = plan.make(tarread.members(layer), walker, devices=False)
+        if not replace:
+            _check_new(steps)
         if undo_path is not None:
             undo.write_undo(steps, root_fd, undo_path)
         try:
@@ -85,6 +87,13 @@ def _walk(root_fd: int) -> Walker:
         return Walker(root_fd)
     except OSError as error:
         raise failed("./", "opening the root filesystem", error) from error
+
+
+def _check_new(steps: list[Step]) -> None:
+    for step in steps:
+        taken = step.found is not None and not step.over_directory
+        if step.what != ENTRY or taken:
+            raise LayerError(joined(step.parts), "it is there already, and may be in use by others")
 
 
 def _carry_out(steps: list[Step], walker: Walker, layer: BinaryIO) -> LayerStats:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rewarm
-from rewarm import compat, losses, netlock, node, overlay, processes
+from rewarm import compat, losses, netlock, node, overlay, private, processes
 from rewarm.criu import log, options, remaps
 from rewarm.errors import CaptureError, OciError
 from rewarm.frozen import Frozen
@@ -34,6 +34,8 @@ from rewarm.trace import Trace
 from rewarm_hooks.layer import LayerError, write_layer
 
 _KILL_TIMEOUT = 10.0
+# compel's word in the log for the step at which a process begins to run CRIU's code.
+_INFECTED = b"Putting parasite blob"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,14 @@ def _check_source(container: Container, low_level: Runc) -> None:
         )
     if status == "paused":
         raise CaptureError("capture container", container.id, "it is paused", "resume it first")
+    for namespace in (spec.load(container.bundle).get("linux") or {}).get("namespaces") or []:
+        if namespace.get("type") == "pid" and namespace.get("path"):
+            raise CaptureError(
+                "capture container",
+                container.id,
+                "it shares a pid namespace, in which its process ids may be taken at the restore",
+                "give it a pid namespace of its own",
+            )
     if container.labels.get("org.criu.config"):
         raise CaptureError(
             "capture container",
@@ -186,16 +196,16 @@ def _dump(
     words += ["--image-path", str(images), "--work-path", str(scratch.work), container.id]
     environment = options.environment(option_file, criu)
     inherited = (frozen.lifeline, scratch.lock)
-    done = _run_checkpoint(low_level.words(*words), environment, settings.capture_timeout, inherited)
+    dump_log = scratch.work / "dump.log"
+    done = _run_checkpoint(low_level.words(*words), environment, settings.capture_timeout, inherited, dump_log)
     if done.returncode != 0:
-        dump_log = scratch.work / "dump.log"
         kept = _keep_log(dump_log, settings)
         cause = log.cause(str(dump_log)) or runc.message(done)
         raise CaptureError("dump container", container.id, cause, f"CRIU's log is kept as {kept}")
 
 
 def _run_checkpoint(
-    words: list[str], env: dict[str, str], timeout: float, inherited: tuple[int, ...]
+    words: list[str], env: dict[str, str], timeout: float, inherited: tuple[int, ...], dump_log: Path
 ) -> subprocess.CompletedProcess[str]:
     """Run `runc checkpoint`. It outlives a killed rewarm: a CRIU that dies in the middle leaves broken processes.
 
@@ -219,20 +229,30 @@ def _run_checkpoint(
     try:
         said, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        _kill(process)
-        limit = f"it did not end within {timeout:.0f} s"
+        _end(process, dump_log, timeout)
+        limit = f"it did not end within {timeout:g} s"
         raise CaptureError("dump container", words[-1], limit, "see `capture_timeout` in the settings") from error
     except BaseException:
         # Told to end: the processes must be whole again before they may run.
         try:
             process.communicate(timeout=max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            _kill(process)
+            _end(process, dump_log, timeout)
         raise
     return subprocess.CompletedProcess(words, process.returncode, said, "")
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], dump_log: Path, patience: float) -> None:
+    """End a dump that takes too long: at once while CRIU has not yet put its code into a process.
+
+    After that its death may break the process that it is in, so it has as long again to come to its end.
+    """
+    if dump_log.exists() and _INFECTED in dump_log.read_bytes():
+        try:
+            process.communicate(timeout=patience)
+            return
+        except subprocess.TimeoutExpired:
+            pass  # two limits long it has not moved: the processes are lost either way
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -249,7 +269,7 @@ def _remove_network_lock(container: Container) -> list[str]:
 def _keep_log(path: Path, settings: Settings) -> str:
     kept = os.path.join(settings.state_dir, "last-failed-dump.log")
     if path.exists():
-        os.makedirs(settings.state_dir, mode=0o700, exist_ok=True)
+        private.make(settings.state_dir)
         shutil.copyfile(path, kept)
     return kept
 
@@ -263,6 +283,9 @@ def _write_layers(
     in_shm = [link for link in links if link.name.startswith(SHM[1:] + "/")]
     covered = [destination.lstrip("/") + "/" for destination, _ in spec.mounts(bundle_spec)]
     in_rootfs = [link for link in links if not any(link.name.startswith(c) for c in covered)]
+    _check_volumes(
+        container, [link.name for link in links if link not in in_rootfs and link not in in_shm], bundle_spec
+    )
     try:
         if upper is not None:
             in_rootfs = remaps.by_name_in_upper(in_rootfs, upper, pids[0])
@@ -271,6 +294,19 @@ def _write_layers(
             _write_layer(snapshot / DEV_SHM, Path(shm), [(link.name[len(SHM) :], link.source) for link in in_shm])
     except LayerError as error:
         raise CaptureError("write changed files of", container.id, str(error)) from error
+
+
+def _check_volumes(container: Container, names: list[str], bundle_spec: spec.Spec) -> None:
+    """A deleted file with other names, on a volume: its link cannot be carried, and every restore would fail."""
+    for name in names:
+        inside = [(d, kind) for d, kind in spec.mounts(bundle_spec) if f"/{name}".startswith(d.rstrip("/") + "/")]
+        if inside and max(inside)[1] == "bind":
+            raise CaptureError(
+                "capture container",
+                container.id,
+                f"it has a deleted file open on its volume {max(inside)[0]}, which is not a part of the snapshot",
+                "close the file before the capture",
+            )
 
 
 def _write_layer(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:

@@ -17,6 +17,8 @@ _CAPABILITIES = {
     "CAP_SYS_ADMIN": 21,
     "CAP_MKNOD": 27,
 }
+# CRIU reads the limits of a process of another user (prlimit) only with this one.
+_SYS_RESOURCE = 24
 
 
 def rights(node: Node) -> Check:
@@ -27,6 +29,9 @@ def rights(node: Node) -> Check:
     if missing:
         step = "run it on the node itself, or in a privileged container"
         return Check("rights", FAILED, f"root without {', '.join(missing)}", step)
+    if not effective >> _SYS_RESOURCE & 1:
+        found = "root without CAP_SYS_RESOURCE: containers whose user is not root cannot be captured"
+        return Check("rights", WARNING, found, "run it on the node itself, or in a privileged container")
     return Check("rights", OK, "root with the capabilities that CRIU needs")
 
 

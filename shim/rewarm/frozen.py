@@ -55,7 +55,7 @@ class Frozen:
 
     def __enter__(self) -> Frozen:
         container = self._container
-        self.stopped = frozenset(pid for pid in processes.tree(container.pid) if _is_stopped(pid))
+        self.stopped = frozenset(pid for pid in _all(container) if _is_stopped(pid))
         self._start_helper()
         self._began = time.monotonic()
         try:
@@ -142,6 +142,11 @@ def _call(low_level: Runc, command: str, container_id: str, *inherited: int) -> 
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CaptureError(f"{command} container", container_id, str(error)) from error
+
+
+def _all(container: Container) -> set[int]:
+    """The init's tree and what `runc exec` put beside it: all of that is frozen."""
+    return {*processes.tree(container.pid), *processes.in_cgroups(container.cgroup_paths)}
 
 
 def _is_stopped(pid: int) -> bool:

@@ -8,15 +8,18 @@ from rewarm.errors import RestoreError
 
 
 def apply(layer: str, root: str, undo: str) -> None:
-    """Apply the layer file to the directory tree `root`; `undo` becomes the layer that turns it back."""
+    """Add what is in the layer file to the directory tree `root`; `undo` becomes the layer that turns it back.
+
+    Containers of one pod share such a tree, so what is there already is never changed. Raises RestoreError.
+    """
     from rewarm_hooks.layer import LayerError, apply_layer  # few restores come here
 
     fd = _open(root)
     try:
         with open(layer, "rb") as file:
-            apply_layer(file, fd, undo)
+            apply_layer(file, fd, undo, replace=False)
     except LayerError as error:
-        raise RestoreError("apply layer to", root, str(error), "capture the snapshot again") from error
+        raise RestoreError("apply layer to", root, str(error)) from error
     finally:
         os.close(fd)
 

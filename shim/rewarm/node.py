@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 
-from rewarm import installation
+from rewarm import installation, private
 from rewarm.errors import RewarmError
 from rewarm.settings import Settings
 
@@ -102,8 +102,9 @@ def _known(path: str) -> dict[str, str]:
 def _remember(path: str, known: dict[str, str]) -> None:
     temporary = f"{path}.{os.getpid()}"
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        with open(temporary, "w", encoding="ascii") as file:
+        private.make(os.path.dirname(path))
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="ascii") as file:
             json.dump(dict(list(known.items())[-16:]), file)
         os.rename(temporary, path)
     except OSError:

@@ -59,6 +59,16 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def running(pid: int) -> str:
+    """The first thread of a process or its descendants that no signal has stopped, in words; "" when there is none."""
+    for one in tree(pid):
+        for tid in threads(one):
+            found = stat(one, tid)
+            if found is not None and found.state not in "TZX":
+                return f"thread {namespace_pid(one, tid)} of process {namespace_pid(one)} is in state {found.state}"
+    return ""
+
+
 def namespace_pid(pid: int, tid: int | None = None) -> int:
     """The number that a process (or thread) has in its own, innermost pid namespace; 0 when it is gone."""
     path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"

@@ -10,8 +10,10 @@ import os
 import socket
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable
 
+from rewarm import processes
 from rewarm.oci.runc import Container, Runc
 from rewarm.request import http_target
 
@@ -69,16 +71,29 @@ def _status_line(connection: socket.socket) -> bytes:
 
 
 def _exec(low_level: Runc, container_id: str, command: str) -> bool:
-    words = low_level.words("exec", container_id, "/bin/sh", "-c", command)
-    try:
-        done = subprocess.run(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_EXEC_TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
+    with tempfile.TemporaryDirectory(prefix="rewarm-probe-") as directory:
+        pid_file = os.path.join(directory, "pid")
+        words = low_level.words("exec", "--pid-file", pid_file, container_id, "/bin/sh", "-c", command)
+        try:
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=_EXEC_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            _end(pid_file)
+            return False
     return done.returncode == 0
+
+
+def _end(pid_file: str) -> None:
+    """Kill what a probe that took too long has started: it would count against the container's limits for ever."""
+    try:
+        with open(pid_file, encoding="ascii") as file:
+            pid = int(file.read())
+    except (OSError, ValueError):
+        return  # runc had not started it yet
+    processes.kill_all(set(processes.tree(pid)))

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from rewarm import installation, layers, processes, settings
+from rewarm import installation, layers, private, processes, settings
 from rewarm.errors import OciError, RestoreError, RewarmError
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci.record import Record
@@ -36,7 +36,7 @@ def locked(path: str, *, wait: bool) -> Iterator[bool]:
 
     False, at once, when another has the lock and `wait` is not set.
     """
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    private.make(os.path.dirname(path))
     name = f"{path}~lock"
     while True:
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

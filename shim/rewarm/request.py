@@ -46,17 +46,15 @@ class Request:
 def parse(spec: Spec, settings: Settings) -> Request | None:
     """The request in a spec; None when the container has not opted in, is another of its pod, or is a pod's sandbox.
 
-    Raises RequestError for an unknown key under the prefix (a mistyped `snapshot` too) or a value that is not
-    allowed; the message names the key, the value and what is allowed.
+    Raises RequestError for an unknown key under the prefix or a value that is not allowed; the message
+    names the key, the value and what is allowed.
     """
     found = spec_annotations(spec)
     ours = {key[len(PREFIX) :]: value for key, value in found.items() if key.startswith(PREFIX)}
-    if found.get(_CONTAINER_TYPE) == "sandbox":
+    if "snapshot" not in ours or found.get(_CONTAINER_TYPE) == "sandbox":
         return None
     for key, value in ours.items():
         _check(key, value)
-    if "snapshot" not in ours:
-        return None
     if "container" in ours and found.get(_CONTAINER_NAME, ours["container"]) != ours["container"]:
         return None
     namespace = found.get(_SANDBOX_NAMESPACE, "default")
@@ -72,6 +70,15 @@ def parse(spec: Spec, settings: Settings) -> Request | None:
         device_memory=ours.get("device-memory", "auto"),
         engine=ours.get("engine", "none"),
     )
+
+
+def without_effect(spec: Spec) -> list[str]:
+    """A line for each annotation under the prefix of a container that has not opted in: a typing error, as a rule."""
+    found = spec_annotations(spec)
+    if f"{PREFIX}snapshot" in found or found.get(_CONTAINER_TYPE) == "sandbox":
+        return []
+    ours = sorted(key for key in found if key.startswith(PREFIX))
+    return [f"annotation {_shown(key)} has no effect without {PREFIX}snapshot" for key in ours[:8]]
 
 
 def _check(key: str, value: str) -> None:
@@ -133,7 +140,7 @@ def derived_name(spec: Spec, settings: Settings) -> str:
     identity = {
         "image": image_name(spec),
         "args": list((spec.get("process") or {}).get("args") or []),
-        "env": environment_keys(spec, settings),
+        "env": sorted((key, environment(spec)[key]) for key in environment_keys(spec, settings)),
         "mounts": sorted(m for m in mounts(spec) if m[0] != CONTROL_DESTINATION),
     }
     return "auto-" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]

@@ -42,6 +42,7 @@ SHM = "/dev/shm"
 _UNSUPPORTED_FLAGS = ("preserve-fds", "pidfd-socket")
 _HOOK_TIMEOUT = 60
 _VERIFIERS = 4
+_STOP_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ def restore(plan: Plan) -> None:
         with plan.trace.phase("restore.verify.wait"):
             verifier.join()
         container = runc.load(plan.invocation.root, plan.invocation.container_id)
+        with plan.trace.phase("restore.stop"):
+            _wait_stopped(container)
+            cgroups.take(
+                cgroups.expected(plan.spec, container.id, low_level.systemd_cgroup), processes.tree(container.pid)
+            )
         with plan.trace.phase("restore.losses"):
             notes = losses.put_right(plan.manifest.processes, container.pid)
         deadline.disarm()
@@ -214,8 +220,9 @@ def _has(plan: Plan, name: str) -> bool:
 
 def _hook(plan: Plan, change: Undo) -> list[str]:
     layer = os.path.join(plan.directory, ROOTFS_DIFF)
-    command = [sys.executable, "-I", "-m", "rewarm_hooks.rootfs_diff", "apply"]
-    return [*command, "--layer", layer, "--root", change.root, "--undo", change.layer]
+    # Not -m: runpy takes longer than a small diff.
+    code = "import sys; from rewarm_hooks.rootfs_diff import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-I", "-c", code, "apply", "--layer", layer, "--root", change.root, "--undo", change.layer]
 
 
 def _start(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
@@ -274,19 +281,22 @@ def _keep(plan: Plan, work: str) -> str:
     return f"CRIU's log is kept as {kept}"
 
 
+def _wait_stopped(container: runc.Container) -> None:
+    """CRIU has sent SIGSTOP before it let go of the processes: none runs its program, but some are still on the way."""
+    end = time.monotonic() + _STOP_TIMEOUT
+    while found := processes.running(container.pid):
+        if time.monotonic() > end:
+            raise RestoreError("restore container", container.id, f"{found}, not stopped", "look at CRIU's log")
+        time.sleep(0.001)
+    if processes.start_time(container.pid) != container.start_time:
+        raise RestoreError("restore container", container.id, "its init has ended", "look at CRIU's log")
+
+
 def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
     """From here on the container is what `create` was asked for: created, not started, its init stopped.
 
     The record keeps what there is to undo: a rewarm that is killed before the guard has been told leaves that to it.
     """
-    state = processes.stat(container.pid)
-    if state is None or state.state != "T":
-        raise RestoreError(
-            "restore container",
-            container.id,
-            f"its init is in state {state.state if state else 'gone'}, not stopped",
-            "look at CRIU's log",
-        )
     # runc takes a container with this file for `created`: state, delete and exec then do what they do for any other.
     os.mkfifo(container.exec_fifo, 0o622)
     spec.save(plan.invocation.bundle, _prepared(plan))

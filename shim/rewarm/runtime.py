@@ -58,6 +58,8 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
             return _taken(invocation)
         recover.forget(directory)  # of a container that runc no longer knows
     if wanted is None:
+        for line in requests.without_effect(bundle_spec):
+            log.write(invocation, "warning", f"rewarm: {line}")
         runc.replace_process(binary, invocation.words)
         return 127
     kept = _record(invocation, wanted)

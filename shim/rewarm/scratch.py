@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
+from rewarm import private
 from rewarm.errors import CaptureError
 
 _PREFIX = "capture-"
@@ -34,8 +35,8 @@ class Scratch:
 
     def __enter__(self) -> Scratch:
         try:
-            self._base.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Between mkdir and flock it would look like a dead one's to another capture, which keeps this lock meanwhile.
+            private.make(str(self._base))
+            # Between mkdir and flock it would look like a dead one's to another capture: this lock keeps that away.
             gate = _open(self._base)
             try:
                 fcntl.flock(gate, fcntl.LOCK_EX)

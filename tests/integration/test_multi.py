@@ -193,8 +193,12 @@ def placement(init: int) -> Placement:
             key = mine, own_id(task)
             affinity[key] = status_of(task)["Cpus_allowed_list"]
             # A mapping without a policy of its own shows the thread's: the stack of the process is one.
-            policy[key] = next(line.split()[1] for line in (task / "numa_maps").open() if " stack " in line)
-        mappings[mine] = {line.split()[0]: line.split()[1] for line in Path(f"/proc/{pid}/numa_maps").open()}
+            policy[key] = next(
+                line.split()[1] for line in (task / "numa_maps").read_text().splitlines() if " stack " in line
+            )
+        mappings[mine] = {
+            line.split()[0]: line.split()[1] for line in Path(f"/proc/{pid}/numa_maps").read_text().splitlines()
+        }
     return Placement(affinity, policy, mappings)
 
 
@@ -230,7 +234,7 @@ def test_affinity_and_memory_policy_in_proc(copies: Copies) -> None:
     after = placement(copies.pid("copy"))
     assert after.affinity == before.affinity
     assert after.policy == before.policy
-    assert {p for p in before.policy.values()} > {"default"}, "the source has a thread with another policy"
+    assert set(before.policy.values()) > {"default"}, "the source has a thread with another policy"
     for process, own in before.mappings.items():
         bound = {start: policy for start, policy in own.items() if policy != "default"}
         assert {s: p for s, p in after.mappings[process].items() if p != "default"} == bound

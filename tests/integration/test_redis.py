@@ -128,7 +128,7 @@ def device_of(network: NetworkNamespace) -> str:
 
 def server_id(client: Client) -> str:
     found = dict(line.split(":", 1) for line in client.ask("INFO", "server").splitlines() if ":" in line)
-    return found["run_id"]
+    return str(found["run_id"])
 
 
 def test_the_file_on_disk_is_a_database(source: Server, other: tuple[NetworkNamespace, NetworkNamespace]) -> None:

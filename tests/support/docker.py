@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,8 @@ from support.node import Node
 from support.proc import CommandFailed, kill, wait_for
 
 RUNTIME = "rewarm"
+# dockerd before version 24 writes a key here, wherever its other files are.
+_KEY = Path("/etc/docker/key.json")
 IMAGE = "rewarm.test/base:1"
 # Without Ryuk, which testcontainers would pull: `Docker.stop` removes every container. The other two keep it from
 # asking the bridge, which is not there, for an address.
@@ -53,6 +56,7 @@ class Docker:
         # The runc root of all of dockerd's runtimes, whatever their name; moby is its containerd namespace.
         self.runc_root = self._run / "exec" / "runtime-runc" / "moby"
         self.log = self.directory / "dockerd.log"
+        self._had_key = _KEY.exists()
         self._process: subprocess.Popen[bytes] | None = None
         self._containerd: Containerd | None = None
         node.configure(runtime_roots=[str(self._run / "exec" / "runtime-*" / "moby")])
@@ -118,7 +122,7 @@ class Docker:
         with subprocess.Popen(words, stdout=subprocess.PIPE) as tar:
             assert tar.stdout is not None
             repository, tag = IMAGE.split(":")
-            pieces = iter(lambda pipe=tar.stdout: pipe.read(1 << 20), b"")
+            pieces = iter(partial(tar.stdout.read, 1 << 20), b"")
             said = self.api.import_image(src=pieces, repository=repository, tag=tag)
         if tar.returncode != 0:
             raise CommandFailed(words, tar.returncode, str(said))
@@ -174,14 +178,13 @@ class Docker:
         found: dict[str, Any] = self.api.inspect_container(container_id)
         return found
 
-    def runtime_of(self, container_id: str) -> Path | None:
-        """The runtime binary that containerd has on record for a container: a field of the shim's options."""
+    def under_rewarm(self, container_id: str) -> bool:
+        """Whether containerd has this node's rewarm-runc on record as a container's runtime binary."""
         assert self._containerd is not None
         said = self._containerd.ctr("containers", "info", container_id, namespace="moby").stdout
-        # ctr does not know the message's type and prints its bytes.
+        # The shim's options, a protobuf message that ctr prints as its bytes.
         options = base64.b64decode(json.loads(said)["Runtime"]["Options"]["value"])
-        known = self.node.prefix / "bin" / "rewarm-runc"
-        return known if str(known).encode() in options else None
+        return str(self.node.prefix / "bin" / "rewarm-runc").encode() in options
 
     def stop(self) -> None:
         """Removes containers, ends the daemons, unmounts, removes directories but logs. A second call does nothing."""
@@ -198,6 +201,8 @@ class Docker:
                 kill(pid)
             self._containerd.stop()
             self._containerd = None
+        if not self._had_key:
+            _KEY.unlink(missing_ok=True)
         for place in (self._run, self.directory):
             unmount_below(place)
         for place in (self._run, self.directory / "data"):

@@ -52,21 +52,23 @@ class Podman:
         self.stop()
 
     def _write_runtime(self) -> Path:
-        """What Podman has as its runtime: a script that sets REWARM_CONFIG and becomes rewarm-runc.
+        """What Podman has as its runtime: a script that sets REWARM_CONFIG and runc's root, and becomes rewarm-runc.
 
         Podman starts conmon, and so `create`, with a short list of variables of its own, and `start` and `delete`
         with almost none: what this process has in its environment does not arrive. A node has its settings in
-        /etc/rewarm/config.yaml and needs no such script.
+        /etc/rewarm/config.yaml and needs no such script. The root is given here and not by `--runtime-flag`, which
+        the podman that conmon calls when a container has ended is not told.
         """
         script = self.directory / "rewarm-runc"
         launcher = self.node.prefix / "bin" / "rewarm-runc"
-        script.write_text(f"#!/bin/sh\nREWARM_CONFIG='{self.node.config}' exec '{launcher}' \"$@\"\n")
+        words = f"REWARM_CONFIG='{self.node.config}' exec '{launcher}' --root '{self.runc_root}' \"$@\""
+        script.write_text(f"#!/bin/sh\n{words}\n")
         script.chmod(0o755)
         return script
 
     def _write_config(self) -> Path:
-        # Unless told, Podman raises limits to the kernel's, which needs CAP_SYS_RESOURCE. It lowers its own first (32768
-        # processes): what a container gets has to be below that and below this process's.
+        # Unless told, Podman raises limits to the kernel's, which needs CAP_SYS_RESOURCE. It lowers its own first (to
+        # 32768 processes): what a container gets has to be below that and below this process's.
         limits = []
         for name, number in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
             given = [value for value in resource.getrlimit(number) if value != resource.RLIM_INFINITY]
@@ -77,6 +79,7 @@ class Podman:
             "engine": {
                 "cgroup_manager": "cgroupfs",
                 "events_logger": "file",
+                "lock_type": "file",  # in tmp_dir; the default is one segment in /dev/shm for the whole machine
                 "runtime": str(self._runtime),
                 "runtime_supports_json": [self._runtime.name],  # its errors come by --log-format json, as runc's do
                 "static_dir": str(self._graph / "libpod"),  # the only place that Podman takes beside --root
@@ -94,15 +97,14 @@ class Podman:
         )
         return config
 
-    def run(
-        self, *args: str | Path, check: bool = True, timeout: float = 120.0
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str | Path, check: bool = True, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
         """One call of podman. Raises CommandFailed if `check` is set."""
         return command(*self._words(*args), check=check, timeout=timeout, env=self._environment())
 
     def _words(self, *args: str | Path) -> list[str]:
         words = ["podman", "--root", self._graph, "--runroot", self._run / "storage", "--storage-driver", "overlay"]
-        words += ["--runtime-flag", f"root={self.runc_root}"]
+        # Else a bind mount of the storage on itself comes and goes with the podmans that run.
+        words += ["--storage-opt", "overlay.skip_mount_home=true"]
         return [str(word) for word in (*words, *args)]
 
     def _environment(self) -> dict[str, str]:

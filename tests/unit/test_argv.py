@@ -21,7 +21,7 @@ def test_the_shims_create() -> None:
     found = parse(
         f"{SHIM} create --bundle /b --pid-file /b/init.pid --console-socket /s --no-pivot --preserve-fds 2 id"
     )
-    assert (found.command, found.container_id, found.bundle, found.pid_file) == ("create", "x", "/b", "/b/init.pid")
+    assert (found.command, found.container_id, found.bundle, found.pid_file) == ("create", "id", "/b", "/b/init.pid")
     assert (found.root, found.log, found.log_format) == ("/run/containerd/runc/k8s.io", "/b/log.json", "json")
     assert found.systemd_cgroup and found.flags["preserve-fds"] == "2" and found.flags["console-socket"] == "/s"
     assert found.is_set("no-pivot") and not found.is_set("no-new-keyring")

@@ -23,6 +23,7 @@ ROOMS = {
     "rewarm.trace": 1,
     "rewarm.deadline": 1,
     "rewarm.installation": 1,
+    "rewarm.private": 1,
     "rewarm.processes": 1,
     "rewarm.oci": 2,
     "rewarm.criu": 2,

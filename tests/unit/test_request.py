@@ -28,7 +28,11 @@ def test_no_annotation_is_no_request() -> None:
 
 def test_presence_of_snapshot_is_the_opt_in() -> None:
     """Without it even a wrong key is none of rewarm's business: the container is runc's."""
-    assert request.parse(spec(capture="on-ready", nonsense="x"), SETTINGS) is None
+    typed = spec(snapshott="x", capture="on-ready")
+    assert request.parse(typed, SETTINGS) is None
+    said = request.without_effect(typed)
+    assert len(said) == 2 and "rewarm.dev/snapshott" in said[1] and "no effect without rewarm.dev/snapshot" in said[1]
+    assert request.without_effect(spec(snapshot="x", nonsense="y")) == []
 
 
 def test_defaults_and_all_keys() -> None:
@@ -135,7 +139,7 @@ def name_of(made: dict[str, Any]) -> str:
 def test_auto_is_the_same_for_containers_that_one_snapshot_serves() -> None:
     name = name_of(container())
     assert re.fullmatch(r"auto-[0-9a-f]{20}", name)
-    same = container(process={"args": ["serve"], "env": ["B=3", "A=other", "REDIS_SERVICE_HOST=10.0.0.9"]})
+    same = container(process={"args": ["serve"], "env": ["B=2", "A=1", "REDIS_SERVICE_HOST=10.0.0.9", "HOSTNAME=x"]})
     assert name_of(same) == name
     control = {"destination": "/run/rewarm", "type": "bind", "source": "/y", "options": ["bind"]}
     assert name_of(container(mounts=[*container()["mounts"], control])) == name
@@ -146,10 +150,11 @@ def test_auto_is_the_same_for_containers_that_one_snapshot_serves() -> None:
     [
         {"process": {"args": ["serve", "--other"], "env": ["A=1", "B=2"]}},
         {"process": {"args": ["serve"], "env": ["A=1"]}},
+        {"process": {"args": ["serve"], "env": ["A=1", "B=another model"]}},
         {"mounts": []},
         {"annotations": {"rewarm.dev/snapshot": "auto", "io.kubernetes.cri.image-name": "ocr:2"}},
     ],
-    ids=["args", "env", "mounts", "image"],
+    ids=["args", "env", "value", "mounts", "image"],
 )
 def test_auto_differs_where_a_snapshot_would_not_fit(changes: dict[str, Any]) -> None:
     assert name_of(container(**changes)) != name_of(container())

@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from rewarm.errors import OciError
 from rewarm.oci import spec
 
-DENIED = {"names": ["io_uring_setup", "io_uring_enter", "io_uring_register"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}
+DENIED: dict[str, Any] = {
+    "names": ["io_uring_setup", "io_uring_enter", "io_uring_register"],
+    "action": "SCMP_ACT_ERRNO",
+    "errnoRet": 1,
+}
 
 
 def test_without_a_profile_only_io_uring_is_denied() -> None:

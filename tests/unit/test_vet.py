@@ -25,8 +25,16 @@ def mount(where: str, kind: int, *, external: bool = False, key: bytes = b"") ->
     return made + (field(13, 1) if external else b"") + (field(18, key) if key else b"")
 
 
-def creds(uid: int = 0, caps: int = 1 << KILL, no_new_privs: int = 0, lsm: bytes = b"") -> bytes:
+def creds(
+    uid: int = 0,
+    caps: int = 1 << KILL,
+    no_new_privs: int = 0,
+    lsm: bytes = b"",
+    gid: int = 0,
+    groups: tuple[int, ...] = (),
+) -> bytes:
     made = b"".join(field(number, uid) for number in (1, 3, 5, 7))
+    made += b"".join(field(number, gid) for number in (2, 4, 6, 8)) + b"".join(field(14, group) for group in groups)
     made += b"".join(field(number, caps & 0xFFFFFFFF) + field(number, caps >> 32) for number in (9, 10, 11, 12, 19))
     return made + field(18, no_new_privs) + (field(15, lsm) if lsm else b"")
 
@@ -85,6 +93,45 @@ def test_the_user_of_a_container_that_cannot_change_it(tmp_path: Path) -> None:
     with pytest.raises(Unfit, match="runs as user 0"):
         check(tmp_path, live, cores=core(creds(uid=0)))
     check(tmp_path, spec(user={"uid": 1000}), cores=core(creds(uid=33)))
+
+
+def test_the_groups_of_a_container_that_cannot_change_them(tmp_path: Path) -> None:
+    live = spec(user={"uid": 0, "gid": 7, "additionalGids": [8, 9]})
+    check(tmp_path, live, cores=core(creds(gid=7, groups=(7, 9))))
+    for made in (creds(gid=0, groups=()), creds(gid=7, groups=(42,)), creds(gid=8)):
+        with pytest.raises(Unfit, match="has group"):
+            check(tmp_path, live, cores=core(made))
+    setgid = {"bounding": ["CAP_KILL", "CAP_SETGID"]}
+    check(tmp_path, spec(user={"uid": 0, "gid": 7}, capabilities=setgid), cores=core(creds(gid=0)))
+
+
+def test_another_user_without_new_privileges_has_its_ambient_capabilities_alone(tmp_path: Path) -> None:
+    """Its bounding set says nothing: it can never get what is in it."""
+    bounding = ["CAP_KILL", "CAP_SETUID", "CAP_SETGID"]
+    live = spec(user={"uid": 5, "gid": 5}, capabilities={"bounding": bounding}, noNewPrivileges=True)
+    quiet = b"".join(field(n, 5) for n in range(1, 9)) + field(12, 1 << KILL) + field(18, 1)
+    check(tmp_path, live, cores=core(quiet))
+    with pytest.raises(Unfit, match="CAP_KILL"):
+        check(tmp_path, live, cores=core(quiet + field(11, 1 << KILL)))
+    with pytest.raises(Unfit, match="runs as user 0"):
+        check(tmp_path, live, cores=core(b"".join(field(n, 0) for n in range(1, 9)) + field(18, 1)))
+
+
+def test_numbers_that_criu_would_cut_off_are_refused(tmp_path: Path) -> None:
+    """protobuf-c keeps the low 32 bits: 1 << 32 is true here and false there."""
+    with pytest.raises(ImageError, match="32 bits"):
+        check(tmp_path, spec(noNewPrivileges=True), cores=core(creds(no_new_privs=1 << 32)))
+    with pytest.raises(ImageError, match="32 bits"):
+        check(tmp_path, spec(), cores=core(creds(uid=1 << 32)))
+
+
+def test_mount_points_that_begin_with_a_dot(tmp_path: Path) -> None:
+    (tmp_path / "core-1.img").write_bytes(core())
+    (tmp_path / "pstree.img").write_bytes(image(field(1, 1) + field(5, 1)))
+    (tmp_path / "mountpoints-12.img").write_bytes(image(mount("./.models", UNSUPPORTED, key=b"/.models")))
+    vet.vet(tmp_path, spec(), {"/.models"})
+    with pytest.raises(Unfit, match=r"/\.models"):
+        vet.vet(tmp_path, spec(), {"/models"})
 
 
 def test_no_new_privileges_stays(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ def number(message: Message, field: int, default: int = 0) -> int:
     return value
 
 
+def u32(message: Message, field: int, default: int = 0) -> int:
+    """An unsigned 32-bit field. CRIU would take the low 32 bits of a larger number: such a one is refused."""
+    value = number(message, field, default)
+    if value >> 32:
+        raise ImageError(f"field {field} has more than 32 bits")
+    return value
+
+
 def text(message: Message, field: int) -> str:
     value = message.get(field, [b""])[-1]
     if not isinstance(value, bytes):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from rewarm import processes
@@ -37,6 +37,26 @@ def expected(spec: dict[str, Any], container_id: str, systemd: bool) -> list[str
         found.append(mount + os.path.normpath(os.path.join("/", base, path)))
     # A hierarchy's root holds the whole machine: it is never a container's own.
     return [directory for directory in found if not os.path.ismount(directory)]
+
+
+def take(directories: Iterable[str], pids: Collection[int]) -> None:
+    """See to it that processes are in these cgroups or below, which is where the container's limits are.
+
+    CRIU puts a tree where its images say. On the v2 hierarchy that was seen to be the source's cgroup, so
+    there the processes are moved; on v1, where runc has CRIU begin at the container's, one that is elsewhere
+    was put there by images that say so, and is refused. Raises OciError.
+    """
+    for directory in directories:
+        if not os.path.isdir(directory):
+            continue  # a hierarchy that runc makes no cgroup on
+        outside = set(pids) - processes.in_cgroups((directory,))
+        if outside and os.path.exists(os.path.join(directory, "cgroup.controllers")):
+            for pid in outside:
+                with open(os.path.join(directory, "cgroup.procs"), "w", encoding="ascii") as file:
+                    file.write(str(pid))
+            outside = set(pids) - processes.in_cgroups((directory,))
+        if outside:
+            raise OciError("check cgroup of process", str(min(outside)), f"it is not in {directory}")
 
 
 def kill(directories: Iterable[str], timeout: float = _TIMEOUT) -> None:

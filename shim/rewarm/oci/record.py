@@ -13,7 +13,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 
-from rewarm import processes
+from rewarm import private, processes
 from rewarm.errors import OciError
 from rewarm.oci import mounts
 from rewarm.oci.spec import write_atomically
@@ -24,7 +24,8 @@ STARTED = "started"
 COLD = "cold"
 _PHASES = (RESTORING, RESTORED, STARTED, COLD)
 _LARGEST = 4 << 20
-_ID = re.compile(r"[A-Za-z0-9_+,.-]+")
+_ID = re.compile(r"[A-Za-z0-9_+,.][A-Za-z0-9_+,.-]*")
+_LONGEST_ID = 200  # a file name has 255 bytes, and the names beside the container directory are longer than its own
 
 
 def escape(root: str) -> str:
@@ -37,10 +38,13 @@ def directory(state_dir: str, root: str, container_id: str) -> str:
 
 
 def check_id(container_id: str) -> None:
-    """Refuse what runc refuses (`^[\\w+-\\.]+$`): such an id names no container, but perhaps another directory."""
-    if container_id in (".", "..") or not _ID.fullmatch(container_id):
+    """Refuse what runc refuses (`^[\\w+-\\.]+$`): such an id names no container, but perhaps another directory.
+
+    And what runc takes only behind `--`: an id must not be a flag wherever it is passed on.
+    """
+    if container_id in (".", "..") or not _ID.fullmatch(container_id) or len(container_id) > _LONGEST_ID:
         raise OciError(
-            "check container id", repr(container_id[:80]), "it is not a name", "use letters, digits, - _ + ."
+            "check container id", repr(container_id[:80]), "rewarm has no part in it", "use letters, digits, - _ + ."
         )
 
 
@@ -102,7 +106,7 @@ def make_directory(path: str, record: Record) -> None:
     container has one already, and OSError.
     """
     scratch = f"{path}~{os.getpid()}"  # no container id holds a `~`
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    private.make(os.path.dirname(path))
     shutil.rmtree(scratch, ignore_errors=True)  # of an earlier process with this number
     try:
         os.mkdir(scratch, mode=0o700)
@@ -149,5 +153,18 @@ def remove(path: str) -> None:
     CRIU mounts the cgroup hierarchies below its work directory: what a killed one left there goes first.
     """
     if os.path.isdir(path):
+        from rewarm_hooks.errors import LayerError  # `start` does without
+        from rewarm_hooks.walk import Walker
+        from rewarm_hooks.walk import remove as remove_below
+
         mounts.unmount_below(path)
-        shutil.rmtree(path)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            # Not shutil.rmtree: it recurses, and a container may nest directories as deep as it likes.
+            with Walker(fd) as walker:
+                remove_below(walker, (), keep_top=True)
+        except LayerError as error:
+            raise OciError("remove container directory", path, str(error)) from error
+        finally:
+            os.close(fd)
+        os.rmdir(path)
