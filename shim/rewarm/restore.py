@@ -89,9 +89,7 @@ def restore(plan: Plan) -> None:
         container = runc.load(plan.invocation.root, plan.invocation.container_id)
         with plan.trace.phase("restore.stop"):
             _wait_stopped(container)
-            cgroups.take(
-                cgroups.expected(plan.spec, container.id, low_level.systemd_cgroup), processes.tree(container.pid)
-            )
+            _take_cgroup(plan, container)
         with plan.trace.phase("restore.losses"):
             notes = losses.put_right(plan.manifest.processes, container.pid)
         deadline.disarm()
@@ -290,6 +288,12 @@ def _wait_stopped(container: runc.Container) -> None:
         time.sleep(0.001)
     if processes.start_time(container.pid) != container.start_time:
         raise RestoreError("restore container", container.id, "its init has ended", "look at CRIU's log")
+
+
+def _take_cgroup(plan: Plan, container: runc.Container) -> None:
+    # The kernel lists no zombie in a cgroup's processes.
+    alive = [pid for pid in processes.tree(container.pid) if processes.start_time(pid) is not None]
+    cgroups.take(cgroups.expected(plan.spec, container.id, plan.invocation.systemd_cgroup), alive)
 
 
 def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:

@@ -1,0 +1,80 @@
+"""The cgroup that a container will have, as runc works it out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rewarm.errors import OciError
+from rewarm.oci import cgroups
+
+V1 = [("/sys/fs/cgroup/pids", 1, frozenset({"rw", "pids"})), ("/sys/fs/cgroup/unified", 2, frozenset({"rw"}))]
+V2 = [("/sys/fs/cgroup", 2, frozenset({"rw", "nsdelegate"}))]
+
+
+@pytest.fixture(params=[V1, V2], ids=["v1", "v2"])
+def mounted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(cgroups, "_hierarchies", lambda: request.param)
+    monkeypatch.setattr(cgroups, "_own", lambda version, controllers: "/own/scope")
+    return [mount for mount, _, _ in request.param]
+
+
+def expected(wanted: str | None, systemd: bool = False) -> list[str]:
+    return cgroups.expected({"linux": {} if wanted is None else {"cgroupsPath": wanted}}, "id", systemd)
+
+
+@pytest.mark.parametrize("wanted", ["/kubepods/pod1/id", "/kubepods//pod1/./id/", "/kubepods/x/../pod1/id"])
+def test_absolute(mounted: list[str], wanted: str) -> None:
+    assert expected(wanted) == [f"{mount}/kubepods/pod1/id" for mount in mounted]
+
+
+def test_relative_to_the_callers_own(mounted: list[str]) -> None:
+    for wanted, name in (("a/b", "a/b"), (None, "id"), ("", "id")):
+        for found, mount in zip(expected(wanted), mounted, strict=True):
+            v2 = mount != "/sys/fs/cgroup/pids"
+            assert found == (f"{mount}/own/{name}" if v2 else f"{mount}/own/scope/{name}")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path"),
+    [
+        ("system.slice:cri-containerd:id", "system.slice/cri-containerd-id.scope"),
+        (
+            "kubepods-burstable-pod1.slice:cri-containerd:id",
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-id.scope",
+        ),
+        ("-.slice:docker:id", "docker-id.scope"),
+        (":docker:id", "system.slice/docker-id.scope"),
+        ("", "system.slice/runc-id.scope"),
+    ],
+)
+def test_systemd(mounted: list[str], wanted: str, path: str) -> None:
+    assert expected(wanted, systemd=True) == [f"{mount}/{path}" for mount in mounted]
+
+
+@pytest.mark.parametrize("wanted", ["/", "/..", "/../../..", "//"])
+def test_never_a_whole_hierarchy(wanted: str) -> None:
+    """Every process of the machine is below it, and what is in these directories gets killed."""
+    assert expected(wanted) == []
+
+
+def test_never_above_a_hierarchy(mounted: list[str]) -> None:
+    assert all(os.path.dirname(path) in mounted for path in expected("/../../etc"))
+
+
+def test_killing_waits_until_nobody_is_left(tmp_path: Path) -> None:
+    """By a directory that looks like a cgroup, with a process that will not die: the caller itself is none."""
+    process = subprocess.Popen(["sleep", "100"])
+    (tmp_path / "cgroup.procs").write_text(f"{process.pid}\n")
+    cgroups.kill([str(tmp_path)])
+    assert process.wait(5) == -9
+    cgroups.kill([str(tmp_path / "nowhere")])
+
+
+def test_a_cgroup_that_stays_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OciError, match="remove cgroup"):
+        cgroups.remove([str(tmp_path)], timeout=0.1)

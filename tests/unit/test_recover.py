@@ -1,0 +1,328 @@
+"""The way back from a restore: by the record, by whoever walks it, as often as it takes, and nothing but its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rewarm import processes, recover
+from rewarm.errors import OciError
+from rewarm.oci import mounts, record, runc, spec
+from rewarm.oci.record import Record, Undo
+from rewarm_hooks.layer import apply_layer
+from support import tars
+
+DEAD = 2**22 + 1  # above the largest pid that Linux gives
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    made = tmp_path / "bundle"
+    (made / "rootfs/etc").mkdir(parents=True)
+    (made / "rootfs/etc/issue").write_text("the image's\n")
+    (made / "config.json").write_text('{"as": "it was"}')
+    return made
+
+
+@pytest.fixture
+def path(tmp_path: Path, bundle: Path) -> Path:
+    """A container directory whose rewarm was killed before it changed anything."""
+    made = Path(record.directory(str(tmp_path / "state"), str(tmp_path / "root"), "c1"))
+    record.make_directory(str(made), of(tmp_path, bundle))
+    return made
+
+
+def of(tmp_path: Path, bundle: Path, owner: int = DEAD) -> Record:
+    kept = Record("c1", str(tmp_path / "root"), str(bundle), record.RESTORING, owner_pid=owner, owner_start=1)
+    if owner == os.getpid():
+        kept.own()
+    return kept
+
+
+def changed(path: Path, bundle: Path) -> Record:
+    """Change what a restore changes, as far as it gets before runc; returns the record, which is saved."""
+    kept = record.load(str(path))
+    assert kept is not None
+    backup = path / "config.json.orig"
+    backup.write_bytes((bundle / "config.json").read_bytes())
+    (bundle / "config.json").write_text('{"prepared": true}')
+    (bundle / "rootfs/run/rewarm").mkdir(parents=True)
+    pid_file = bundle / "init.pid"
+    pid_file.write_text("12345")
+    kept = replace(
+        kept,
+        config_backup=str(backup),
+        config_written=[spec.digest_of(b'{"prepared": true}')],
+        rootfs=str(bundle / "rootfs"),
+        undo=[Undo(str(bundle / "rootfs"), str(path / "rootfs.undo"))],
+        places=[str(bundle / "rootfs/run"), str(bundle / "rootfs/run/rewarm")],
+        pid_file=str(pid_file),
+    )
+    record.save(str(path), kept)
+    fd = os.open(bundle / "rootfs", os.O_RDONLY)
+    try:
+        diff = tars.file(b"etc/issue", b"the snapshot's\n") + tars.file(b"etc/new") + tars.END
+        apply_layer(io.BytesIO(diff), fd, path / "rootfs.undo")
+    finally:
+        os.close(fd)
+    return kept
+
+
+def is_as_it_was(bundle: Path) -> bool:
+    files = {str(item.relative_to(bundle)) for item in bundle.rglob("*")}
+    return (
+        files == {"config.json", "rootfs", "rootfs/etc", "rootfs/etc/issue"}
+        and (bundle / "rootfs/etc/issue").read_text() == "the image's\n"
+        and (bundle / "config.json").read_text() == '{"as": "it was"}'
+    )
+
+
+def test_everything_is_put_back(path: Path, bundle: Path) -> None:
+    changed(path, bundle)
+    assert recover.recover(str(path), "/no/runc", wait=True)
+    assert is_as_it_was(bundle)
+    assert not path.exists() and list(path.parent.iterdir()) == []
+    assert not recover.recover(str(path), "/no/runc", wait=True)
+
+
+def test_undoing_twice_does_no_harm(path: Path, bundle: Path) -> None:
+    kept = changed(path, bundle)
+    for _ in range(2):
+        recover.undo(kept, runc.Runc("/no/runc", kept.root))
+        assert is_as_it_was(bundle)
+
+
+def test_a_living_rewarm_is_left_alone(path: Path, bundle: Path, tmp_path: Path) -> None:
+    record.save(str(path), replace(changed(path, bundle), **vars(of(tmp_path, bundle, os.getpid())) | {"undo": []}))
+    recover.settle(str(path), "/no/runc")
+    assert recover.sweep(str(tmp_path / "state"), "/no/runc") == []
+    assert path.exists() and (bundle / "init.pid").exists()
+
+
+def test_the_guard_undoes_what_it_has_killed(path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a restore that was complete but for the last byte to the guard, and of a rewarm that waits for it."""
+    monkeypatch.setenv("REWARM_CONFIG", "/no/config")
+    kept = replace(changed(path, bundle), phase=record.RESTORED, init_pid=DEAD)
+    kept.own()
+    record.save(str(path), kept)
+    assert recover.main([str(path)]) == 0
+    assert is_as_it_was(bundle) and not path.exists()
+
+
+@pytest.mark.parametrize("phase", [record.STARTED, record.COLD])
+def test_the_guard_never_touches_a_container(
+    path: Path, bundle: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARM_CONFIG", "/no/config")
+    record.save(str(path), replace(changed(path, bundle), phase=phase))
+    assert recover.main([str(path)]) == 0
+    assert path.exists() and (bundle / "rootfs/etc/new").exists()
+
+
+def test_a_config_of_somebody_else_stays(path: Path, bundle: Path) -> None:
+    """The engine may have made the bundle anew since the crash."""
+    changed(path, bundle)
+    (bundle / "config.json").write_text('{"the engine": "again"}')
+    assert recover.recover(str(path), "/no/runc", wait=True)
+    assert (bundle / "config.json").read_text() == '{"the engine": "again"}'
+
+
+def test_config_keeps_its_mode(path: Path, bundle: Path) -> None:
+    kept = changed(path, bundle)
+    os.chmod(kept.config_backup, 0o640)
+    recover.undo(kept, runc.Runc("/no/runc", kept.root))
+    assert (bundle / "config.json").stat().st_mode & 0o7777 == 0o640
+
+
+def test_half_written_config_goes(path: Path, bundle: Path) -> None:
+    changed(path, bundle)
+    Path(spec.scratch(str(bundle / "config.json"), DEAD)).write_text("half")
+    assert recover.recover(str(path), "/no/runc", wait=True)
+    assert is_as_it_was(bundle)
+
+
+def test_a_place_that_holds_something_stays(path: Path, bundle: Path) -> None:
+    kept = changed(path, bundle)
+    (bundle / "rootfs/run/rewarm/file").write_text("somebody's")
+    recover.undo(kept, runc.Runc("/no/runc", kept.root))
+    assert (bundle / "rootfs/run/rewarm/file").read_text() == "somebody's"
+
+
+def test_a_tree_that_was_unmounted_is_left(path: Path, bundle: Path) -> None:
+    """What was a mounted root filesystem is now the empty directory below: no place for originals."""
+    kept = changed(path, bundle)
+    kept = replace(kept, undo=[replace(change, mounted=True) for change in kept.undo], places=[])
+    (bundle / "rootfs/etc/issue").unlink()
+    recover.undo(kept, runc.Runc("/no/runc", kept.root))
+    assert not (bundle / "rootfs/etc/issue").exists()
+
+
+def test_a_bundle_that_is_gone_is_no_failure(path: Path, bundle: Path) -> None:
+    changed(path, bundle)
+    bundle.rename(bundle.with_name("elsewhere"))
+    assert recover.recover(str(path), "/no/runc", wait=True)
+
+
+def test_what_cannot_be_undone_is_kept_and_said(path: Path, bundle: Path, tmp_path: Path) -> None:
+    changed(path, bundle)
+    undo = path / "rootfs.undo"
+    undo.write_bytes(b"no layer" * 200)
+    problems = recover.sweep(str(tmp_path / "state"), "/no/runc")
+    assert len(problems) == 1 and "undo restore c1" in problems[0] and str(bundle / "rootfs") in problems[0]
+    assert path.exists() and undo.exists()
+
+
+def test_mounts_go_before_anything_is_deleted(path: Path, bundle: Path, tmp_path: Path) -> None:
+    """A killed runc leaves the rootfs bind-mounted below its own directory, which `runc delete` removes recursively."""
+    kept = changed(path, bundle)
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "precious").write_text("data")
+    engine = bundle / "rootfs/etc/engines"
+    for target in (Path(kept.root, "c1/criu-root"), bundle / "rootfs/data", path / "work/.criu.cgyard", engine):
+        target.mkdir(parents=True)
+        subprocess.run(["mount", "--bind", volume, target], check=True)
+    script = tmp_path / "runc"
+    script.write_text(f"#!/bin/sh\nrm -rf {kept.root}/c1\n")
+    script.chmod(0o755)
+    record.save(str(path), replace(kept, mounts=[str(engine)]))
+    try:
+        assert recover.recover(str(path), str(script), wait=True)
+        assert (volume / "precious").read_text() == "data"
+        assert not Path(kept.root, "c1").exists() and not path.exists()
+        assert mounts.below(str(tmp_path)) == [str(engine)], "a mount from before the restore is not its own"
+    finally:
+        mounts.unmount_below(str(tmp_path))
+
+
+def test_a_container_directory_with_mounts_is_removed_without_them(path: Path, tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "precious").write_text("data")
+    target = path / "work with space"
+    target.mkdir()
+    for _ in range(2):  # one upon the other
+        subprocess.run(["mount", "--bind", volume, target], check=True)
+    recover.forget(str(path))
+    assert (volume / "precious").exists() and not path.exists()
+
+
+def test_processes_of_a_container_that_runc_knows_not(path: Path, bundle: Path) -> None:
+    """Killed before it wrote state.json, runc has left CRIU and what it made in the cgroup alone."""
+    directory = Path("/sys/fs/cgroup/pids") / f"rewarm-test-{os.getpid()}"
+    if not directory.parent.is_dir():
+        directory = Path("/sys/fs/cgroup") / directory.name
+    below = directory / "nested"
+    below.mkdir(parents=True)
+    stopped = subprocess.Popen(["sleep", "100"])
+    (below / "cgroup.procs").write_text(str(stopped.pid))
+    try:
+        record.save(str(path), replace(changed(path, bundle), cgroups=[str(directory)]))
+        assert recover.recover(str(path), "/no/runc", wait=True)
+        assert not directory.exists()
+        assert stopped.wait(5) == -9
+    finally:
+        stopped.kill()
+        stopped.wait()
+        for one in (below, directory):
+            if one.exists():
+                one.rmdir()
+
+
+def test_sweep_forgets_what_nobody_has(tmp_path: Path, bundle: Path) -> None:
+    state, root = str(tmp_path / "state"), str(tmp_path / "root")
+    kinds = {
+        "gone": of(tmp_path, bundle),
+        "begins": of(tmp_path, bundle, os.getpid()),
+        "known": of(tmp_path, bundle),
+    }
+    for name, kept in kinds.items():
+        record.make_directory(record.directory(state, root, name), replace(kept, id=name, phase=record.COLD))
+    Path(root, "known").mkdir(parents=True)
+    parent = Path(record.directory(state, root, "x")).parent
+    (parent / f"half~{DEAD}").mkdir()
+    (parent / f"half~{os.getpid()}").mkdir()
+    (parent / "broken").mkdir()
+    (parent / "broken" / "record.json").write_text("{")
+    assert ["record.json" in line for line in recover.sweep(state, "/no/runc")] == [True]
+    assert {item.name for item in parent.iterdir()} == {"begins", "known", "broken", f"half~{os.getpid()}"}
+
+
+def test_sweep_of_no_state_is_no_failure(tmp_path: Path) -> None:
+    assert recover.sweep(str(tmp_path / "nowhere"), "/no/runc") == []
+    (tmp_path / "file").write_text("")
+    assert recover.sweep(str(tmp_path / "file"), "/no/runc") == []
+
+
+def test_one_at_a_time(path: Path) -> None:
+    with recover.locked(str(path), wait=True) as first:
+        assert first
+        with recover.locked(str(path), wait=False) as second:
+            assert not second
+    with recover.locked(str(path), wait=False) as again:
+        assert again
+
+
+def test_a_lock_that_was_removed_is_no_lock(path: Path) -> None:
+    """Who waited for the lock of a directory that was forgotten meanwhile must not share it with the next one."""
+    lock = Path(f"{path}~lock")
+    with recover.locked(str(path), wait=True):
+        child = os.fork()
+        if child == 0:
+            with recover.locked(str(path), wait=True):
+                os._exit(0 if lock.exists() else 1)
+        while "locks_lock" not in Path(f"/proc/{child}/wchan").read_text() and not blocked(child):
+            pass
+        lock.unlink()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def blocked(pid: int) -> bool:
+    """Whether the process waits for a flock: it is in /proc/locks behind an arrow."""
+    return any(f" {pid} " in line and "->" in line for line in Path("/proc/locks").read_text().splitlines())
+
+
+def test_directory_appears_whole_or_not_at_all(path: Path, tmp_path: Path, bundle: Path) -> None:
+    with pytest.raises(FileExistsError):
+        record.make_directory(str(path), of(tmp_path, bundle))
+    assert {item.name for item in path.parent.iterdir()} == {"c1"}
+    assert (path / "control").stat().st_mode & 0o7777 == 0o1777
+    assert path.stat().st_mode & 0o7777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "container_id", ["", ".", "..", "a/b", "../x", "a b", "a\n", "ü", "a~1", "-x", "--force", "x" * 201, "\0"]
+)
+def test_ids_that_rewarm_has_no_part_in(container_id: str) -> None:
+    with pytest.raises(OciError, match="container id"):
+        record.check_id(container_id)
+
+
+@pytest.mark.parametrize("container_id", ["a", "A_9", "a.b", "a+b", "a,b", "a-b", "...", "0" * 64, "x" * 200])
+def test_ids(container_id: str) -> None:
+    record.check_id(container_id)
+
+
+def test_records_are_read_as_written(path: Path, bundle: Path) -> None:
+    kept = changed(path, bundle)
+    assert record.load(str(path)) == kept
+    older = json.loads((path / "record.json").read_text())
+    for key in ("cgroups", "mounts", "places", "rootfs", "config_written"):
+        older.pop(key)
+    (path / "record.json").write_text(json.dumps(older))
+    found = record.load(str(path))
+    assert found is not None and found.cgroups == [] and found.undo == kept.undo
+
+
+@pytest.fixture(autouse=True)
+def no_processes_left() -> Iterator[None]:
+    before = set(processes.tree(os.getpid()))
+    yield
+    assert set(processes.tree(os.getpid())) == before
