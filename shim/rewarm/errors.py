@@ -60,3 +60,7 @@ class CaptureError(RewarmError):
 
 class RestoreError(RewarmError):
     """A snapshot could not be restored."""
+
+
+class NotUndone(RewarmError):
+    """A failed restore could not be undone, so nothing may be started in its place."""

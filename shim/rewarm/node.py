@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 
 from rewarm import installation, private
 from rewarm.errors import RewarmError
@@ -79,6 +78,8 @@ def version_of(binary: str, settings: Settings) -> str:
     known = _known(path)
     if key in known:
         return known[key]
+    import subprocess  # the first call of a boot only
+
     try:
         done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

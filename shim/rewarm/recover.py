@@ -18,16 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from rewarm import installation, layers, private, processes, settings
-from rewarm.errors import OciError, RestoreError, RewarmError
+from rewarm.errors import NotUndone, OciError, RestoreError, RewarmError
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci.record import Record
 from rewarm.settings import Settings
 
 _GUARD_TIMEOUT = 20.0
-
-
-class NotUndone(RewarmError):
-    """A failed restore could not be undone, so nothing may be started in its place."""
 
 
 @contextmanager

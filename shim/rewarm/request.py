@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import re
 from dataclasses import dataclass
 
 from rewarm.errors import RequestError
-from rewarm.oci.spec import CONTROL_DESTINATION, Spec, mounts, spec_annotations
+from rewarm.oci.spec import CONTROL_DESTINATION, Spec, digest, mounts, spec_annotations
 from rewarm.settings import Settings
 from rewarm.store.names import ALLOWED, is_name
 
@@ -143,4 +141,4 @@ def derived_name(spec: Spec, settings: Settings) -> str:
         "env": sorted((key, environment(spec)[key]) for key in environment_keys(spec, settings)),
         "mounts": sorted(m for m in mounts(spec) if m[0] != CONTROL_DESTINATION),
     }
-    return "auto-" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+    return "auto-" + digest(identity)[:20]

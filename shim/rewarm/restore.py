@@ -64,7 +64,7 @@ class Plan:
 def restore(plan: Plan) -> None:
     """Make the container out of the snapshot.
 
-    Raises what went wrong, a RewarmError or OSError as a rule, after everything was undone; recover.NotUndone
+    Raises what went wrong, a RewarmError or OSError as a rule, after everything was undone; NotUndone
     if that could not be done. A signal handler may raise in here too: it is undone like every failure.
     """
     kept = _record(plan)

@@ -1,25 +1,27 @@
 """The OCI entry: create, start and delete of containers that rewarm has to do with; everything else is exec'ed.
 
 The launcher (native/launcher.c) calls this as `python -m rewarm.runtime` with the words it got itself.
-Whatever happens here, a container that can start cold does.
+Whatever happens here, a container that can start cold does. Each command imports what it needs, since
+importing is most of what its time goes to.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+from typing import TYPE_CHECKING
 
-from rewarm import processes, recover, start
-from rewarm import request as requests
+from rewarm import processes
 from rewarm import settings as configuration
-from rewarm.errors import OciError, RequestError, RewarmError, SettingsError
+from rewarm.errors import NotUndone, OciError, RequestError, RewarmError, SettingsError
 from rewarm.oci import argv, log, mounts, record, runc, spec
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record
-from rewarm.request import Request
 from rewarm.settings import Settings
+
+if TYPE_CHECKING:
+    from rewarm.request import Request
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -33,6 +35,8 @@ def main(words: list[str]) -> int:
     if invocation.command == "create":
         return create(invocation, settings, binary, problem)
     if invocation.command == "start":
+        from rewarm import start
+
         return start.start(invocation, settings, binary)
     if invocation.command == "delete":
         return delete(invocation, settings, binary)
@@ -42,6 +46,9 @@ def main(words: list[str]) -> int:
 
 def create(invocation: Invocation, settings: Settings, binary: str, problem: SettingsError | None) -> int:
     """Restore where the container asks for it and a snapshot fits, else become `runc create`."""
+    from rewarm import recover
+    from rewarm import request as requests
+
     record.check_id(invocation.container_id)
     directory = record.directory(settings.state_dir, invocation.root, invocation.container_id)
     if os.path.lexists(directory):
@@ -106,14 +113,16 @@ def _record(invocation: Invocation, wanted: Request) -> Record:
 def _warm(
     invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, settings: Settings, binary: str, directory: str
 ) -> str:
-    """Restore the container; "" when it is warm, else the reason why it is not. Raises recover.NotUndone."""
+    """Restore the container; "" when it is warm, else the reason why it is not. Raises NotUndone."""
+    from rewarm import recover
+
     try:
         for line in recover.sweep(settings.state_dir, binary):
             log.write(invocation, "warning", f"rewarm: a left-over restore could not be undone: {line}")
         from rewarm import warm  # a node whose settings are broken never gets here
 
         warm.attempt(invocation, bundle_spec, wanted, settings, binary, directory)
-    except recover.NotUndone:
+    except NotUndone:
         raise
     except (RewarmError, OSError) as error:
         return str(error)
@@ -152,6 +161,10 @@ def _cold(
 
 def delete(invocation: Invocation, settings: Settings, binary: str) -> int:
     """runc's delete with its own words and status; then what rewarm keeps about the container goes too."""
+    import subprocess
+
+    from rewarm import recover
+
     directory = record.directory(settings.state_dir, invocation.root, invocation.container_id)
     kept = _load(directory)
     if kept is not None and kept.phase == record.RESTORING and kept.owner_lives():
@@ -170,6 +183,8 @@ def delete(invocation: Invocation, settings: Settings, binary: str) -> int:
 
 def _forget(directory: str) -> list[str]:
     """Remove a container directory; what stands against it, if anything does."""
+    from rewarm import recover
+
     try:
         recover.forget(directory)
     except (RewarmError, OSError) as error:
@@ -201,7 +216,7 @@ def _entry() -> int:
     except KeyboardInterrupt:
         log.write(argv.parse(words), "error", "rewarm: ended by a signal, what was begun is undone")
         return _TERMINATED
-    except (RequestError, recover.NotUndone) as error:
+    except (RequestError, NotUndone) as error:
         log.write(argv.parse(words), "error", f"rewarm: {error}")
         return 1
     except (RewarmError, OSError) as error:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +42,8 @@ def _tidy(directory: str) -> list[str]:
         for name in os.listdir(directory):
             path = os.path.join(directory, name)
             if os.path.isdir(path) and name != "control":
+                import shutil
+
                 shutil.rmtree(path)
             elif name not in _KEPT:
                 os.unlink(path)
@@ -85,6 +85,8 @@ def _poststart(kept: Record) -> list[str]:
 
 
 def _run_hook(hook: dict[str, Any], state: dict[str, Any]) -> None:
+    import subprocess  # most containers have no poststart hook
+
     path = str(hook.get("path", ""))
     words = [str(word) for word in hook.get("args") or [path]]
     env = dict(str(word).partition("=")[::2] for word in hook.get("env") or [])

@@ -8,7 +8,6 @@ content of the container's rootfs and volumes (seen with runc 1.1.5). So mounts 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 from collections.abc import Collection
@@ -35,6 +34,8 @@ def unmount_below(directory: str, keep: Collection[str] = ()) -> None:
     left = [target for target in below(directory) if target not in keep]
     if not left:
         return
+    import ctypes  # a restore that goes well does without
+
     libc = ctypes.CDLL(None, use_errno=True)
     cause = ""
     for _ in range(_ROUNDS):  # several mounts may lie on one another

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from dataclasses import asdict, dataclass, field
 
 from rewarm import private, processes
@@ -107,7 +106,7 @@ def make_directory(path: str, record: Record) -> None:
     """
     scratch = f"{path}~{os.getpid()}"  # no container id holds a `~`
     private.make(os.path.dirname(path))
-    shutil.rmtree(scratch, ignore_errors=True)  # of an earlier process with this number
+    _discard(scratch)  # of an earlier process with this number
     try:
         os.mkdir(scratch, mode=0o700)
         os.mkdir(control(scratch))
@@ -116,10 +115,18 @@ def make_directory(path: str, record: Record) -> None:
         save(scratch, record)
         os.rename(scratch, path)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _discard(scratch)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileExistsError(errno.EEXIST, "is there already", path) from error
         raise
+
+
+def _discard(path: str) -> None:
+    """Remove a directory that no container has had. What is not there is no error; what stays is swept later."""
+    if os.path.lexists(path):
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def control(path: str) -> str:

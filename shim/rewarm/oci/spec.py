@@ -8,7 +8,6 @@ for, `org.criu.config`, is taken out.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from typing import Any
@@ -53,7 +52,9 @@ def encode(spec: Spec) -> bytes:
 
 
 def digest_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    from blake3 import blake3  # `start` does without
+
+    return blake3(data).hexdigest()
 
 
 def scratch(path: str, pid: int) -> str:
@@ -172,4 +173,4 @@ def digest(value: object) -> str:
     """A short name for a part of a spec, to compare it with the same part of another."""
     if not value:
         return ""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+    return digest_of(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())[:32]
