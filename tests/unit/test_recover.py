@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from rewarm.oci import mounts, record, runc, spec
 from rewarm.oci.record import Record, Undo
 from rewarm_hooks.layer import apply_layer
 from support import tars
+from support.proc import wait_for
 
+SOURCES = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("shim", "hooks"))
 DEAD = 2**22 + 1  # above the largest pid that Linux gives
 
 
@@ -273,15 +276,15 @@ def test_one_at_a_time(path: Path) -> None:
 def test_a_lock_that_was_removed_is_no_lock(path: Path) -> None:
     """Who waited for the lock of a directory that was forgotten meanwhile must not share it with the next one."""
     lock = Path(f"{path}~lock")
+    program = (
+        "import os, sys; from rewarm import recover\n"
+        "with recover.locked(sys.argv[1], wait=True): sys.exit(not os.path.exists(sys.argv[1] + '~lock'))\n"
+    )
     with recover.locked(str(path), wait=True):
-        child = os.fork()
-        if child == 0:
-            with recover.locked(str(path), wait=True):
-                os._exit(0 if lock.exists() else 1)
-        while "locks_lock" not in Path(f"/proc/{child}/wchan").read_text() and not blocked(child):
-            pass
+        child = subprocess.Popen([sys.executable, "-c", program, path], env={**os.environ, "PYTHONPATH": SOURCES})
+        wait_for("the other to wait", lambda: blocked(child.pid))
         lock.unlink()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert child.wait(10) == 0
 
 
 def blocked(pid: int) -> bool:

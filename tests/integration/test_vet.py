@@ -1,0 +1,296 @@
+"""Images of a real capture, altered: whatever asks for more than the live spec gives is refused before CRIU sees it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewarm.criu import images, vet
+from rewarm.criu.images import Message
+from rewarm.errors import Unfit
+from rewarm.oci import spec as oci_spec
+from rewarm.store.materialise import materialise
+from support import counter, criu_images, faults
+from support.node import Node
+from support.outcomes import falls_back
+
+MAGIC = 8
+ALL = 0xFFFFFFFF
+# Field numbers of CRIU's images/*.proto.
+TASK, THREAD = 3, 5
+STATE = 1
+CREDENTIALS, SECCOMP_MODE = 10, 11
+INHERITABLE, PERMITTED, EFFECTIVE, BOUNDING, NO_NEW_PRIVILEGES, AMBIENT, LSM = 9, 10, 11, 12, 18, 19, 15
+MOUNT_KIND, MOUNT_POINT, EXTERNAL, EXTERNAL_KEY = 1, 7, 13, 18
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[Node]:
+    """Holds a snapshot of a container with every limit that a spec can set for it."""
+    with Node(tmp_path_factory.mktemp("captured"), prefix) as made:
+        bundle = faults.bundle(made.directory / "source")
+        bundle.spec["process"]["noNewPrivileges"] = True
+        bundle.write()
+        counter.run(made.runtime, "source", bundle)
+        made.rewarm("capture", "source", "--name", "counter", "--stop")
+        yield made
+
+
+@pytest.fixture
+def live(node: Node) -> dict[str, Any]:
+    """The spec that the container was created with, prepared by rewarm."""
+    return oci_spec.load(str(node.directory / "source"))
+
+
+@pytest.fixture
+def checkpoint(node: Node, tmp_path: Path) -> Path:
+    store, _, manifest = faults.only(node.store)
+    materialise(store, manifest, tmp_path)
+    return tmp_path / "checkpoint"
+
+
+def check(checkpoint: Path, live: dict[str, Any]) -> None:
+    vet.vet(checkpoint, live, {destination for destination, _ in oci_spec.mounts(live)})
+
+
+def encoded(message: Message) -> bytes:
+    return b"".join(criu_images.field(number, value) for number, values in message.items() for value in values)
+
+
+def alter(path: Path, change: Callable[[list[Message]], object]) -> None:
+    """Rewrite an image file; `change` gets its records, and puts others into that list if it likes."""
+    found = list(images.records(path))
+    change(found)
+    magic = path.read_bytes()[:MAGIC]
+    path.write_bytes(magic + criu_images.image(*map(encoded, found))[MAGIC:])
+
+
+def inside(message: Message, field: int, change: Callable[[Message], object]) -> None:
+    """Change the messages in one field of another."""
+    found = images.messages(message, field)
+    for one in found:
+        change(one)
+    message[field] = [encoded(one) for one in found]
+
+
+def credentials(core: Message, change: Callable[[Message], object]) -> None:
+    inside(core, THREAD, lambda thread: inside(thread, CREDENTIALS, change))
+
+
+def set_field(field: int, *values: int | bytes) -> Callable[[Message], object]:
+    return lambda message: message.update({field: list(values)})
+
+
+def test_real_images_are_good(checkpoint: Path, live: dict[str, Any]) -> None:
+    check(checkpoint, live)
+
+
+def test_rewriting_changes_nothing(checkpoint: Path, live: dict[str, Any]) -> None:
+    """So that what follows is refused for what it changes."""
+    for path in [*checkpoint.glob("core-*.img"), *checkpoint.glob("mountpoints-*.img"), checkpoint / "cgroup.img"]:
+        alter(path, lambda records: credentials(records[0], lambda one: None) if THREAD in records[0] else None)
+    check(checkpoint, live)
+
+
+@pytest.mark.parametrize("field", [INHERITABLE, PERMITTED, EFFECTIVE, BOUNDING, AMBIENT])
+@pytest.mark.parametrize(
+    ("words", "named"), [((1 << 21, 0), "CAP_SYS_ADMIN"), ((0, 1 << 7), "CAP_BPF"), ((0, ALL), "")]
+)
+def test_capability(checkpoint: Path, live: dict[str, Any], field: int, words: tuple[int, int], named: str) -> None:
+    alter(checkpoint / "core-1.img", lambda found: credentials(found[0], set_field(field, *words)))
+    with pytest.raises(Unfit, match=f"core-1.img: a process has capability {named}"):
+        check(checkpoint, live)
+
+
+def test_capability_that_the_live_container_has_not(checkpoint: Path, live: dict[str, Any]) -> None:
+    live["process"]["capabilities"]["bounding"].remove("CAP_KILL")
+    with pytest.raises(Unfit, match="CAP_KILL"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda core: core.pop(THREAD),
+        lambda core: inside(core, THREAD, lambda thread: thread.pop(CREDENTIALS)),
+        # As of a process that has ended, but it runs: CRIU would leave it the credentials that it has itself.
+        lambda core: (core.pop(THREAD), inside(core, TASK, set_field(STATE, 3))),
+        lambda core: (core.pop(THREAD), core.pop(TASK)),
+        lambda core: (core.pop(THREAD), core[TASK].insert(0, encoded({STATE: [2]}))),
+    ],
+    ids=["no thread", "no credentials", "stopped", "no task", "merged"],
+)
+def test_process_without_credentials(
+    checkpoint: Path, live: dict[str, Any], change: Callable[[Message], object]
+) -> None:
+    alter(checkpoint / "core-1.img", lambda found: change(found[0]))
+    with pytest.raises(Unfit, match=r"core-1\.img: it has no credentials in it"):
+        check(checkpoint, live)
+
+
+def test_process_that_has_ended_needs_none(checkpoint: Path, live: dict[str, Any]) -> None:
+    """A zombie; that the only process is one is for CRIU to say."""
+
+    def change(core: Message) -> None:
+        core.pop(THREAD)
+        inside(core, TASK, set_field(STATE, 2))
+
+    shutil.copyfile(checkpoint / "core-1.img", checkpoint / "core-7.img")
+    alter(checkpoint / "core-7.img", lambda found: change(found[0]))
+    check(checkpoint, live)
+
+
+def test_second_thread_in_the_core(checkpoint: Path, live: dict[str, Any]) -> None:
+    """Protobuf merges a message that is there twice: the second one decides."""
+
+    def change(core: Message) -> None:
+        (thread,) = images.messages(core, THREAD)
+        credentials(core, lambda one: None)
+        second: Message = {CREDENTIALS: [encoded({EFFECTIVE: [ALL, ALL]})], SECCOMP_MODE: thread[SECCOMP_MODE]}
+        core[THREAD].append(encoded(second))
+
+    alter(checkpoint / "core-1.img", lambda found: change(found[0]))
+    with pytest.raises(Unfit, match="capability"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("values", [[0], [1], []], ids=["disabled", "strict", "absent"])
+def test_no_seccomp_filter(checkpoint: Path, live: dict[str, Any], values: list[int]) -> None:
+    alter(checkpoint / "core-1.img", lambda found: inside(found[0], THREAD, set_field(SECCOMP_MODE, *values)))
+    with pytest.raises(Unfit, match="no seccomp filter"):
+        check(checkpoint, live)
+
+
+def test_may_gain_privileges(checkpoint: Path, live: dict[str, Any]) -> None:
+    alter(checkpoint / "core-1.img", lambda found: credentials(found[0], set_field(NO_NEW_PRIVILEGES, 0)))
+    with pytest.raises(Unfit, match="may gain privileges"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("field", [1, 3, 5, 7], ids=["real", "effective", "saved", "file system"])
+def test_user(checkpoint: Path, live: dict[str, Any], field: int) -> None:
+    """A container of another user without CAP_SETUID could never become root by itself."""
+    live["process"]["user"] = {"uid": 1000, "gid": 1000}
+    live["process"]["capabilities"]["bounding"].remove("CAP_SETUID")
+    for one in (1, 3, 5, 7):
+        alter(checkpoint / "core-1.img", lambda found, one=one: credentials(found[0], set_field(one, 1000)))  # type: ignore[misc]
+    drop = [name for name in vet._CAPABILITIES if f"CAP_{name}" in live["process"]["capabilities"]["bounding"]]
+    words = [vet.capability_mask([f"CAP_{name}" for name in drop]) & ALL, 0]
+    for kind in (INHERITABLE, PERMITTED, EFFECTIVE, BOUNDING, AMBIENT):
+        alter(checkpoint / "core-1.img", lambda found, kind=kind: credentials(found[0], set_field(kind, *words)))  # type: ignore[misc]
+    check(checkpoint, live)
+    alter(checkpoint / "core-1.img", lambda found: credentials(found[0], set_field(field, 0)))
+    with pytest.raises(Unfit, match="this container as 1000"):
+        check(checkpoint, live)
+
+
+def test_lsm_label(checkpoint: Path, live: dict[str, Any]) -> None:
+    alter(checkpoint / "core-1.img", lambda found: credentials(found[0], set_field(LSM, b"free-for-all")))
+    with pytest.raises(Unfit, match="LSM label 'free-for-all'"):
+        check(checkpoint, live)
+
+
+def mount(**fields: object) -> Callable[[list[Message]], object]:
+    """Adds a mount like /proc's."""
+
+    def change(found: list[Message]) -> None:
+        made = copy.deepcopy(next(one for one in found if images.text(one, MOUNT_POINT).rstrip("/").endswith("proc")))
+        made.update({int(name.removeprefix("f")): [value] for name, value in fields.items()})  # type: ignore[list-item]
+        found.append(made)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "where", ["./host", "./models/../etc", "./run/rewarm2", "./proc2", "/", "./dev/../sysroot", "../x"]
+)
+def test_mount_elsewhere(checkpoint: Path, live: dict[str, Any], where: str) -> None:
+    (path,) = checkpoint.glob("mountpoints-*.img")
+    alter(path, mount(f7=where.encode(), f1=3))
+    with pytest.raises(Unfit, match="this container has none|file system of kind"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("kind", [3, 4, 7, 8, 9, 10, 11, 13, 15, 16, 17, 18, 20, 21, 22, 99])
+def test_mount_of_a_file_system_of_the_nodes(checkpoint: Path, live: dict[str, Any], kind: int) -> None:
+    """devtmpfs, debugfs, fuse and the like at a place that the container does have."""
+    (path,) = checkpoint.glob("mountpoints-*.img")
+    alter(path, mount(f7=b"./sys/x", f1=kind))
+    with pytest.raises(Unfit, match=f"file system of kind {kind}"):
+        check(checkpoint, live)
+
+
+def cgroup(change: Callable[[Message], object]) -> Callable[[list[Message]], object]:
+    return lambda found: change(found[0])
+
+
+@pytest.mark.parametrize("place", [b"/", b"/system.slice", b"/rewarm", b"/rewarm-test/../../x", b""])
+def test_cgroup_outside(checkpoint: Path, live: dict[str, Any], place: bytes) -> None:
+    """A second set of cgroups, for a process that would so leave the container's limits."""
+
+    def change(entry: Message) -> None:
+        (first,) = images.messages(entry, 1)
+        second = copy.deepcopy(first)
+        inside(second, 2, set_field(2, place))
+        entry[1].append(encoded(second))
+
+    alter(checkpoint / "cgroup.img", cgroup(change))
+    with pytest.raises(Unfit, match="outside of the container's"):
+        check(checkpoint, live)
+
+
+def test_cgroup_below_is_good(checkpoint: Path, live: dict[str, Any]) -> None:
+    def change(entry: Message) -> None:
+        (first,) = images.messages(entry, 1)
+        second = copy.deepcopy(first)
+        inside(second, 2, lambda one: one.update({2: [bytes(one[2][0]) + b"/nested"]}))  # type: ignore[arg-type]
+        entry[1].append(encoded(second))
+
+    alter(checkpoint / "cgroup.img", cgroup(change))
+    check(checkpoint, live)
+
+
+@pytest.mark.parametrize("name", [b"system.slice", b"../x", b"", b"rewarm-test-x/../.."])
+def test_cgroup_directory_outside(checkpoint: Path, live: dict[str, Any], name: bytes) -> None:
+    alter(
+        checkpoint / "cgroup.img",
+        cgroup(lambda entry: inside(entry, 2, lambda one: inside(one, 2, set_field(1, name)))),
+    )
+    with pytest.raises(Unfit, match="outside of the container's"):
+        check(checkpoint, live)
+
+
+def test_cgroup_child_that_climbs(checkpoint: Path, live: dict[str, Any]) -> None:
+    child = encoded({1: [b"../../system.slice"]})
+    alter(
+        checkpoint / "cgroup.img",
+        cgroup(lambda entry: inside(entry, 2, lambda one: inside(one, 2, set_field(2, child)))),
+    )
+    with pytest.raises(Unfit, match="outside of the container's"):
+        check(checkpoint, live)
+
+
+def test_no_process_at_all(checkpoint: Path, live: dict[str, Any]) -> None:
+    for path in checkpoint.glob("core-*.img"):
+        path.unlink()
+    with pytest.raises(Unfit, match="no core image"):
+        check(checkpoint, live)
+
+
+def test_hostile_snapshot_starts_cold(node: Node, tmp_path: Path, prefix: Path) -> None:
+    """The whole way: a snapshot whose every digest is right, and that wants to be more than its container."""
+
+    def change(directory: Path) -> None:
+        core = directory / "checkpoint" / "core-1.img"
+        alter(core, lambda found: credentials(found[0], set_field(EFFECTIVE, ALL, ALL)))
+
+    with Node(tmp_path / "node", prefix, store=faults.copied(node.store, tmp_path / "store")) as other:
+        faults.altered(other.store, tmp_path / "altered", change)
+        made = faults.bundle(other.directory / "copy")
+        made.spec["process"]["noNewPrivileges"] = True
+        falls_back(other, "restore snapshot core-1.img: a process has capability CAP_", made=made)
