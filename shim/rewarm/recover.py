@@ -88,6 +88,10 @@ def _kill(kept: Record) -> None:
         if not processes.kill_all(set(tree)):
             raise RestoreError("kill processes of", kept.id, "they do not die", "look for state D in `ps`")
     cgroups.kill(kept.cgroups)
+    # A hook is in no cgroup of the container's. One that outlived its runc and guard would go on changing the rootfs.
+    hooks = {pid for change in kept.undo for pid in _running((sys.executable,), change.layer)}
+    if not processes.kill_all(hooks):
+        raise RestoreError("kill hook of", kept.id, "it does not die", "look for state D in `ps`")
 
 
 def _unmount(kept: Record) -> None:
@@ -207,13 +211,18 @@ def _remove_scratch(path: str) -> None:
 
 def _guards(path: str) -> list[int]:
     """The guards, or the recoveries that they became, of one container directory: they have its path as an argument."""
-    wanted = b"\0" + os.fsencode(path) + b"\0"
+    return _running((installation.guard(), sys.executable), path)
+
+
+def _running(programs: tuple[str, ...], argument: str) -> list[int]:
+    """Processes that run one of the programs with an argument that is exactly this."""
+    wanted = b"\0" + os.fsencode(argument) + b"\0"
     # By the file that runs, not by its name: a container may call its processes as it likes.
-    programs = {_identity(program) for program in (installation.guard(), sys.executable)}
+    files = {_identity(program) for program in programs} - {None}
     found = []
     for name in os.listdir("/proc"):
         other = name.isdigit() and int(name) != os.getpid()
-        if other and wanted in _words(name) and _identity(f"/proc/{name}/exe") in programs - {None}:
+        if other and wanted in _words(name) and _identity(f"/proc/{name}/exe") in files:
             found.append(int(name))
     return found
 

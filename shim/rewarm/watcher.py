@@ -30,24 +30,24 @@ _POLL = 0.1
 _CREATE_TIMEOUT = 120.0
 
 
-def watch(directory: str, configured: Settings) -> str:
-    """Capture the container of `directory` once it is ready; returns what came of it, in one line."""
+def watch(directory: str, configured: Settings) -> tuple[bool, str]:
+    """Capture the container of `directory` once it is ready; whether that was done, and one line on what came of it."""
     kept = record.load(directory)
     if kept is None:
-        return "its container directory has no record"
+        return False, "its container directory has no record"
     wanted = Request(**kept.request)
     container = _wait_for_start(directory, kept)
     if container is None:
-        return "the container was not started"
+        return False, "the container was not started"
     low_level = Runc(runc.find(configured), kept.root, kept.systemd_cgroup)
     if _has_fitting(wanted, container, configured, low_level.binary):
-        return "a fitting snapshot exists"
+        return False, "a fitting snapshot exists"
     if not _wait_until_ready(directory, wanted, container, low_level, configured.ready_timeout):
-        return f"the container was not ready within {configured.ready_timeout:.0f} s, or has ended"
+        return False, f"the container was not ready within {configured.ready_timeout:g} s, or has ended"
     if _has_fitting(wanted, container, configured, low_level.binary):
-        return "a fitting snapshot exists"
+        return False, "a fitting snapshot exists"
     made = capture(container, wanted.namespace, wanted.snapshot, configured, systemd_cgroup=kept.systemd_cgroup)
-    return f"captured {made.ref.namespace}/{made.ref.name}/{made.ref.id[:12]}, paused for {made.paused:.2f} s"
+    return True, f"captured {made.ref.namespace}/{made.ref.name}/{made.ref.id[:12]}, paused for {made.paused:.2f} s"
 
 
 def _wait_for_start(directory: str, kept: Record) -> Container | None:
@@ -96,13 +96,13 @@ def main(words: list[str]) -> int:
     directory = words[0]
     status = 0
     try:
-        said = watch(directory, settings.load())
+        captured, said = watch(directory, settings.load())
     except RewarmError as error:
-        said, status = f"not captured: {error}", 1
+        captured, said, status = False, f"not captured: {error}", 1
     print(said, file=sys.stderr, flush=True)
     if os.path.isdir(directory):
         outcome = os.path.join(directory, "capture.json")
-        write_atomically(outcome, json.dumps({"captured": status == 0, "text": said}).encode(), 0o644)
+        write_atomically(outcome, json.dumps({"captured": captured, "text": said}).encode(), 0o644)
     return status
 
 

@@ -305,10 +305,12 @@ def test_guard_killed_as_well(other: Node, snapshot: Snapshot) -> None:
     process, _ = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
     guard, runc, _ = family(process.pid)
+    hook = sleeping(process.pid)
     os.kill(process.pid, signal.SIGSTOP)
     kill(guard)
     process.kill()
     process.wait()
+    kill(hook)  # the user's own, which outlives a killed runc too
     wait_for("end of runc", lambda: state_of(runc) in (None, "Z"))
     works(other, "other", bundle(other, "other", snapshot), snapshot)
     reap_orphans()
@@ -328,13 +330,10 @@ def test_a_helper_killed(other: Node, snapshot: Snapshot, victim: str, kind: str
     process, container = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
     found = dict(zip(("guard", "runc", "criu"), family(process.pid), strict=True))
-    others = descendants(process.pid)
-    if victim == "criu":
-        # It waits for the hook by way of runc, which would wait on: end that too.
-        kill(found["criu"])
-        kill(next(pid for pid in others if command_line(pid).startswith("sleep")))
-    else:
-        kill(found[victim])
+    hook = sleeping(process.pid)
+    kill(found[victim])
+    # The user's own: of a dead criu too runc waits for it, and it outlives a killed runc.
+    kill(hook)
     assert process.wait(30) == 0
     other.runtime.settle(container)
     assert other.outcome("copy")["outcome"] == "cold", other.outcome("copy")
@@ -347,6 +346,11 @@ def test_a_helper_killed(other: Node, snapshot: Snapshot, victim: str, kind: str
     other.runtime.delete("copy", force=True)
 
 
+def sleeping(rewarm: int) -> int:
+    """The hook of `blocking`."""
+    return next(pid for pid in descendants(rewarm) if command_line(pid).startswith("sleep"))
+
+
 def family(rewarm: int) -> tuple[int, int, int]:
     """Guard, runc and criu of a restore that goes on."""
     below = descendants(rewarm)
@@ -355,6 +359,25 @@ def family(rewarm: int) -> tuple[int, int, int]:
     # CRIU writes over its own arguments.
     criu = next(pid for pid in children(runc) if not command_line(pid).startswith("sleep"))
     return guard, runc, criu
+
+
+def test_guard_killed_while_the_diff_is_applied(large: Snapshot, tmp_path: Path, prefix: Path) -> None:
+    """The hook is nobody's child then; it must not go on changing what is put back."""
+    with Node(tmp_path / "node", prefix, store=large.store) as node:
+        made = bundle(node, "copy", large)
+        before = faults.Before(made)
+        undo = node.container_directory("copy") / "rootfs.undo"
+        process, container = node.runtime.spawn("create", "copy", made)
+        wait_for("undo layer", undo.exists, interval=0)
+        hook = next(pid for pid in descendants(process.pid) if str(undo) in command_line(pid).split(" "))
+        os.kill(hook, signal.SIGSTOP)
+        kill(next(pid for pid in descendants(process.pid) if "rewarm-guard" in command_line(pid).split(" ")[0]))
+        assert process.wait(30) == 0
+        assert state_of(hook) in (None, "Z")
+        node.runtime.settle(container)
+        assert node.outcome("copy")["outcome"] == "cold"
+        before.check_files(mount_points=True)
+        node.runtime.delete("copy", force=True)
 
 
 def test_terminated(other: Node, snapshot: Snapshot) -> None:
@@ -405,7 +428,7 @@ def test_two_creates_of_one_id(other: Node, snapshot: Snapshot) -> None:
         assert "container with given ID already exists" in other.runtime.last_error()
         before.check_files()
         before.check_config()
-    kill(next(pid for pid in descendants(process.pid) if command_line(pid).startswith("sleep")))
+    kill(sleeping(process.pid))
     assert process.wait(30) == 0  # its hook failed: cold
     other.runtime.settle(container)
     other.runtime.start("copy")

@@ -38,8 +38,10 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
     `destinations` are the live spec's mount points. Raises images.ImageError for an image that is none.
     """
     for path in sorted(directory.glob("mountpoints-*.img")):
-        for mount in images.records(path):
-            _check_mount(mount, destinations)
+        found = [_check_mount(mount, destinations) for mount in images.records(path)]
+        # The first is what runc has mounted there; one upon it would be the snapshot's own.
+        if found.count("/") > 1:
+            raise Unfit("restore snapshot", "mount '/'", f"its images want {found.count('/')} of them")
     _check_cgroups(directory)
     cores = sorted(directory.glob("core-*.img"))
     if not cores:
@@ -47,10 +49,10 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
     limits = _Limits(spec)
     followers = _followers(directory)
     for path in cores:
-        found = list(images.records(path))
-        if found and all(_is_dead(core) for core in found):
+        records = list(images.records(path))
+        if records and all(_is_dead(core) for core in records):
             continue
-        threads = [thread for core in found for thread in images.messages(core, 5)]
+        threads = [thread for core in records for thread in images.messages(core, 5)]
         # CRIU takes what is missing here from an image of another name (criu/cr-restore.c: creds-PID.img).
         if not threads or not all(images.messages(thread, 10) for thread in threads):
             raise Unfit("restore snapshot", path.name, "it has no credentials in it")
@@ -121,7 +123,8 @@ def _followers(directory: Path) -> set[str]:
     return found
 
 
-def _check_mount(mount: Message, destinations: set[str]) -> None:
+def _check_mount(mount: Message, destinations: set[str]) -> str:
+    """Returns where it is mounted."""
     where = os.path.normpath("/" + images.text(mount, 7).lstrip("/"))
     kind = images.u32(mount, 1)
     # What CRIU takes from the caller's map of external mounts: runc makes that from the live spec.
@@ -132,7 +135,7 @@ def _check_mount(mount: Message, destinations: set[str]) -> None:
             "restore snapshot", f"mount {where[:200]!r}", "it is in the snapshot's images, this container has none"
         )
     if external or where == "/" or kind in _VIRTUAL:
-        return
+        return where
     raise Unfit(
         "restore snapshot", f"mount {where[:200]!r}", f"its images want a file system of kind {kind} mounted there"
     )
