@@ -169,13 +169,13 @@ def settle(path: str, binary: str) -> None:
     end = time.monotonic() + _GUARD_TIMEOUT
     try:
         kept = record.load(path)
-        if kept is None or kept.owner_lives():
+        if kept is not None and kept.owner_lives():
             return
     except OciError:
         return  # a record that cannot be read tells nothing that could be undone
     while _guards(path):
         if time.monotonic() > end:
-            raise NotUndone("wait for guard of", kept.id, "it does not end", "look for state D in `ps`")
+            raise NotUndone("wait for guard of", os.path.basename(path), "it does not end", "look for state D in `ps`")
         time.sleep(0.005)
     recover(path, binary, wait=True)
 

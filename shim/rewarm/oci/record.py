@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import stat
 from dataclasses import asdict, dataclass, field
 
 from rewarm import private, processes
@@ -159,19 +160,41 @@ def remove(path: str) -> None:
 
     CRIU mounts the cgroup hierarchies below its work directory: what a killed one left there goes first.
     """
-    if os.path.isdir(path):
-        from rewarm_hooks.errors import LayerError  # `start` does without
-        from rewarm_hooks.walk import Walker
-        from rewarm_hooks.walk import remove as remove_below
+    if not os.path.isdir(path):
+        return
+    mounts.unmount_below(path)
+    # It goes at once: whoever comes meanwhile finds it whole or not at all. A name with `~` is swept if this is killed.
+    if "~" not in os.path.basename(path):
+        os.rename(path, f"{path}~{os.getpid()}")
+        path = f"{path}~{os.getpid()}"
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _empty(top)
+    finally:
+        os.close(top)
+    os.rmdir(path)
 
-        mounts.unmount_below(path)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            # Not shutil.rmtree: it recurses, and a container may nest directories as deep as it likes.
-            with Walker(fd) as walker:
-                remove_below(walker, (), keep_top=True)
-        except LayerError as error:
-            raise OciError("remove container directory", path, str(error)) from error
-        finally:
-            os.close(fd)
-        os.rmdir(path)
+
+def _empty(top: int) -> None:
+    """Remove everything in an open directory, however deep a container has nested directories in it.
+
+    Neither recursion nor long paths: each directory's own directories are moved up beside it before it goes.
+    No symbolic link is followed.
+    """
+    moved = 0
+    while names := os.listdir(top):
+        for name in names:
+            if not stat.S_ISDIR(os.stat(name, dir_fd=top, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=top)
+                continue
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+            try:
+                for inner in os.listdir(fd):
+                    if stat.S_ISDIR(os.stat(inner, dir_fd=fd, follow_symlinks=False).st_mode):
+                        moved += 1
+                        os.rename(inner, f".rewarm-{os.getpid()}-{moved}", src_dir_fd=fd, dst_dir_fd=top)
+                    else:
+                        os.unlink(inner, dir_fd=fd)
+            finally:
+                os.close(fd)
+            os.rmdir(name, dir_fd=top)

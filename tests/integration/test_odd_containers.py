@@ -1,0 +1,105 @@
+"""Containers that make it hard on purpose, or by sharing things with others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from support import counter, proc
+from support.bundle import bind
+from support.node import Node
+
+LOOP = "\nimport time\nn = 0\nwhile True: n += 1; print(n, 'x', flush=True); time.sleep(0.05)\n"
+
+
+def test_a_control_directory_nested_deeper_than_python_recurses(node: Node) -> None:
+    program = (
+        "import os\nos.chdir('/run/rewarm')\nfor n in range(3000): os.mkdir('d'); os.chdir('d')\nos.chdir('/')" + LOOP
+    )
+    args = ["python3", "-c", program]
+    for _ in range(2):
+        counter.run(node.runtime, "deep", counter.bundle(node.directory / f"deep-{_}", args=args))
+        node.runtime.kill("deep", "KILL")
+        node.runtime.wait_stopped("deep")
+        node.runtime.delete("deep")
+        assert not node.container_directory("deep").exists()
+
+
+def test_a_stopped_process_that_was_execed_into_the_container(node: Node) -> None:
+    """Control-Z in `kubectl exec`: it is no descendant of the container's init, and CRIU must not wait for it."""
+    made = counter.run(node.runtime, "source", counter.bundle(node.directory / "source"))
+    pid_file = node.directory / "exec.pid"
+    # Its streams are this call's at first, and must not be waited for.
+    quiet = "exec sleep 1000 </dev/null >/dev/null 2>&1"
+    node.runtime.run("exec", "--detach", "--pid-file", pid_file, "source", "sh", "-c", quiet)
+    execed = int(pid_file.read_text())
+    os.kill(execed, signal.SIGSTOP)
+    proc.wait_for("the stop", lambda: proc.state_of(execed) == "T")
+    node.rewarm("capture", "source", "--name", "counter", timeout=60)
+    proc.wait_for("the stop again", lambda: proc.state_of(execed) == "T")
+    before = counter.numbers(made)[-1]
+    proc.wait_for("the source to count on", lambda: counter.numbers(made)[-1] > before)
+    # The end of its pid namespace waits until whoever adopted it, this process, has reaped it.
+    os.kill(execed, signal.SIGKILL)
+    proc.reap(execed)
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["free", "taken"])
+def test_a_shared_dev_shm_is_added_to_and_never_changed(node: Node, taken: bool) -> None:
+    """The containers of a pod share it: what a sibling has there stays as it is."""
+    args = ["python3", "-c", "open('/dev/shm/mine', 'w').write('source')" + LOOP]
+    pods = {name: node.directory / f"shm-{name}" for name in ("a", "b")}
+    for path in pods.values():
+        path.mkdir(mode=0o1777)
+    mounts = {name: [bind(path, "/dev/shm")] for name, path in pods.items()}
+    counter.run(node.runtime, "source", counter.bundle(node.directory / "source", args=args, mounts=mounts["a"]))
+    node.rewarm("capture", "source", "--name", "counter")
+    sibling = pods["b"] / ("mine" if taken else "siblings")
+    sibling.write_text("sibling")
+    inode = sibling.stat().st_ino
+    node.runtime.create("copy", counter.bundle(node.directory / "copy", args=args, mounts=mounts["b"]))
+    outcome = node.outcome("copy")
+    assert (sibling.read_text(), sibling.stat().st_ino) == ("sibling", inode)
+    if taken:
+        assert outcome["outcome"] == "cold" and "mine: it is there already" in outcome["reason"]
+    else:
+        assert outcome["outcome"] == "warm", outcome
+        assert (pods["b"] / "mine").read_text() == "source"
+
+
+def test_a_shared_pid_namespace_is_refused(node: Node) -> None:
+    pause = counter.run(node.runtime, "pause", counter.bundle(node.directory / "pause", {}))
+    made = counter.bundle(node.directory / "source")
+    for namespace in made.spec["linux"]["namespaces"]:
+        if namespace["type"] == "pid":
+            namespace["path"] = f"/proc/{pause.pid}/ns/pid"
+    made.write()
+    counter.run(node.runtime, "source", made)
+    done = node.rewarm("capture", "source", "--name", "counter", check=False)
+    assert done.returncode == 1 and "shares a pid namespace" in done.stderr
+    node.runtime.stop("source")
+
+
+def test_a_mistyped_annotation_is_said(node: Node) -> None:
+    counter.run(node.runtime, "typo", counter.bundle(node.directory / "typo", {"rewarm.dev/snapshott": "x"}))
+    said = [line["msg"] for line in node.runtime.log_lines() if line.get("level") == "warning"]
+    assert any("rewarm.dev/snapshott" in line and "no effect" in line for line in said), said
+
+
+def test_everything_of_the_state_is_private(node: Node) -> None:
+    before = os.umask(0)
+    try:
+        counter.captured(node)
+    finally:
+        os.umask(before)
+    for path in (
+        node.state,
+        node.state / "containers",
+        node.directory / "work",
+        node.store,
+        node.container_directory("source"),
+    ):
+        assert Path(path).stat().st_mode & 0o077 == 0, path
