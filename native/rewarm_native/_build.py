@@ -11,7 +11,7 @@ from pathlib import Path
 from cffi import FFI  # type: ignore[import-untyped, unused-ignore]
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("process.c", "mempolicy.c")
+_SOURCES = ("process.c", "mempolicy.c", "memory.c")
 
 # The declarations of native.h that Python uses; the compiler checks them against it.
 _DECLARATIONS = """
@@ -27,6 +27,11 @@ int rw_set_child_subreaper(int on);
 int rw_set_pdeathsig(int signal);
 int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
+size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
+size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);
+size_t rw_pack_pages(void *data, size_t pages, const uint8_t *mask);
+int rw_write_pages(int pid, int pidfd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
+int rw_write_forced(int memory_fd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
 """
 
 
@@ -44,7 +49,7 @@ ffibuilder.cdef(_DECLARATIONS)
 ffibuilder.set_source(
     "rewarm_native._native",
     _source(),
-    extra_compile_args=["-std=gnu17", "-O2", "-Wall", "-Wextra", "-fstack-protector-strong", "-pthread"],
+    extra_compile_args=["-std=gnu17", "-O3", "-Wall", "-Wextra", "-fstack-protector-strong", "-pthread"],
     extra_link_args=["-pthread", "-Wl,-z,relro,-z,now"],
 )
 

@@ -27,4 +27,18 @@ int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
  * index, or `count` when the thread could not be made to run anything. Afterwards the thread is as it was. */
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
 
+/* Memory, in pages of 4096 bytes. A mask has bit N % 8 of byte N / 8 for page N. Data is page-aligned. */
+
+/* Sets the bits of the pages that hold anything but zeros (that are equal); returns how many. */
+size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
+size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);
+
+/* Moves the pages of the mask together, to the beginning; returns how many. */
+size_t rw_pack_pages(void *data, size_t pages, const uint8_t *mask);
+
+/* Writes `length` bytes to the pages of a mask of 512 bits that counts from `base`: as the process itself could, or
+ * (through an open /proc/PID/mem) to private pages that it cannot write too. */
+int rw_write_pages(int pid, int pidfd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
+int rw_write_forced(int memory_fd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
+
 #endif

@@ -19,6 +19,10 @@ DEFAULT_PATH = "/etc/rewarm/config.yaml"
 MAX_BYTES = 1 << 20
 ON_MISS = ("cold-start", "fail")
 MAX_SECONDS = 86400.0
+COMPRESSIONS = ("auto", "zstd", "off")
+MAX_THREADS = 1024
+MAX_SIZE = 1 << 60
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 # Kubernetes adds variables for every service of the namespace, so they differ from pod to pod and from day to day.
 _IGNORE_ENV = (
@@ -62,6 +66,14 @@ class Settings:
     ready_timeout: float = 600.0
     """How long a watcher waits for a container to become ready."""
     capture_timeout: float = 600.0
+    compression: str = "auto"
+    """Of memory in the store: auto, zstd or off. auto measures whether it makes restores faster."""
+    threads: int = 0
+    """Threads that move memory in a restore or capture; 0: as many as there are processors for the process."""
+    cache: str = "auto"
+    """The node's own copy of packs: a directory, off, or auto: /var/lib/rewarm/cache if the store is not local."""
+    cache_size: int = 50 * 10**9
+    """Bytes that the cache may take."""
     ignore_env: tuple[str, ...] = _IGNORE_ENV
     """Globs of environment keys that may differ between a snapshot and a container."""
 
@@ -187,6 +199,36 @@ def _criu(value: object) -> str:
     return "auto" if value == "auto" else _path(value)
 
 
+def _cache(value: object) -> str:
+    # YAML 1.1 makes false of an off that is not quoted.
+    return "off" if value is False else str(value) if value in ("auto", "off") else _path(value)
+
+
+def _compression(value: object) -> str:
+    if value is False:
+        return "off"
+    if value not in COMPRESSIONS:
+        raise ValueError
+    return str(value)
+
+
+def _threads(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_THREADS:
+        raise ValueError
+    return value
+
+
+def _size(value: object) -> int:
+    if isinstance(value, str):
+        found = re.match(r"([0-9]{1,18})([KMGT]?)\Z", value)
+        if not found:
+            raise ValueError
+        value = int(found[1]) * _UNITS[found[2]]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
+        raise ValueError
+    return value
+
+
 def _seconds(value: object) -> float:
     # The comparison also refuses NaN.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
@@ -229,5 +271,9 @@ _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "work_dir": _ABSOLUTE,
     "ready_timeout": _SECONDS,
     "capture_timeout": _SECONDS,
+    "compression": (_compression, "auto, zstd or off"),
+    "threads": (_threads, f"a whole number from 0 (all processors) to {MAX_THREADS}"),
+    "cache": (_cache, "auto, off, or an absolute path"),
+    "cache_size": (_size, "bytes above 0, or a number with K, M, G or T behind it, like 50G"),
     "ignore_env": (lambda value: _list(value, lambda glob: "=" not in glob), "a list of globs of environment keys"),
 }

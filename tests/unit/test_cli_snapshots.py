@@ -13,6 +13,7 @@ from rewarm.cli import inspect, pick
 from rewarm.errors import SnapshotNotFound, StoreError
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore, SnapshotRef
+from support.chunked import flip, some, write_chunks
 from support.cli import filled_store, newest, on, one_line, spoil
 from support.snapshots import FILES, MIB, manifest, write_snapshot
 
@@ -203,6 +204,57 @@ def test_rm_of_a_name_in_two_namespaces(store: DirectoryStore, tmp_path: Path) -
     assert "several namespaces" in one_line(on(store, "rm", "other", "--all-of-name"))
     assert on(store, "rm", "other", "-n", "team").exit_code == 0
     assert [str(ref.namespace) for ref in store.list() if ref.name == "other"] == ["default"]
+
+
+# gc
+
+
+def test_gc(store: DirectoryStore) -> None:
+    assert on(store, "gc").stdout == "0 B freed: 0 packs, 0 dead captures\n"
+    orphan = store.root / "v1/packs/ee" / ("ee" + "0" * 62)
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_bytes(bytes(2048))
+    assert on(store, "gc", "--dry-run").stdout == "2.0 KiB would be freed: 1 pack, 0 dead captures\n"
+    document = json.loads(on(store, "gc", "--dry-run", "--json").stdout)
+    assert document == {"freed_bytes": 2048, "packs": 1, "workspaces": 0, "dry_run": True}
+    assert orphan.exists()
+    dead = store.root / "v1/tmp/0123"
+    dead.mkdir()
+    (dead / "lock").write_text("")
+    assert json.loads(on(store, "gc", "--json").stdout) == {
+        "freed_bytes": 2048,
+        "packs": 1,
+        "workspaces": 1,
+        "dry_run": False,
+    }
+    assert not orphan.exists() and not dead.exists()
+    assert on(store, "verify").exit_code == 0
+
+
+def test_gc_of_no_store(tmp_path: Path) -> None:
+    nowhere = DirectoryStore(str(tmp_path / "nowhere"))
+    assert "does not exist" in one_line(on(nowhere, "gc"))
+    assert on(nowhere, "gc", "model").exit_code == 2
+
+
+# chunks
+
+
+def test_sizes_count_packs_of_chunks(store: DirectoryStore) -> None:
+    ref, written = write_chunks(store, some(40), name="chunked")
+    (pack,) = written.packs
+    row = next(row for row in json.loads(on(store, "ls", "--json").stdout) if row["name"] == "chunked")
+    assert row["size_bytes"] == pack.size + sum(entry.size for entry in written.files)
+    assert "in 2 files, 2 packs" in on(store, "inspect", "chunked").stdout
+    document = json.loads(on(store, "inspect", "chunked", "--json").stdout)
+    assert document["packs"] == [{"digest": pack.digest, "size": pack.size, "raw_size": pack.raw_size}]
+    assert json.loads(on(store, "verify", "chunked", "--json").stdout)["bytes_read"] == row["size_bytes"]
+    flip(store.pack_path(pack.digest), 5)
+    result = on(store, "verify", "chunked")
+    assert result.exit_code == 1
+    assert f"{ref} memory/chunks: pack {pack.digest} was changed: its chunk 0 does not have" in result.stdout
+    freed = json.loads(on(store, "rm", "chunked", "--json").stdout)[0]["freed_bytes"]
+    assert freed == row["size_bytes"]
 
 
 # verify

@@ -433,6 +433,8 @@ def test_odd_settings_without_python_do_not_stop_other_containers(node: Node) ->
         "runtimes: [ runc , \"crun\" , 'a b' ]   # comment",
         "runtimes:   ['missing', runc]\r\nstore: \"/x\" # y\r\n",
         "---\nruntimes: [missing, /nowhere/crun, runc]\non_miss: fail\n",
+        "compression: auto\nthreads: 0\ncache: /var/cache/x\ncache_size: 50G\nruntimes: [runc]\n",
+        "cache: off  # none\ncache_size: '500M'\ncompression: \"zstd\"\n",
     ],
 )
 def test_simple_settings_are_read_without_python(node: Node, text: str) -> None:

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 
 from rewarm.errors import SnapshotDamaged
 from rewarm.store import manifest as module
-from rewarm.store.manifest import FileEntry, Manifest, digest_of, load, parse, timestamp
+from rewarm.store.manifest import ChunkPack, FileEntry, Manifest, digest_of, load, parse, timestamp
 from support.snapshots import manifest
 
 A, B = digest_of(b"a"), digest_of(b"b")
 WHOLE = FileEntry(name="checkpoint/pages-1.img", size=1 << 20, digest=A, pack=A, offset=0)
 SMALL = FileEntry(name="checkpoint/core-1.img", size=10, digest=A, pack=B, offset=0)
 NEXT = FileEntry(name="rootfs-diff.tar", size=5, digest=A, pack=B, offset=10)
-FULL = replace(manifest(created="2026-01-31T12:00:00Z"), files=(SMALL, WHOLE, NEXT))
+TABLE = FileEntry(name="memory/chunks", size=64, digest=A, pack=B, offset=15)
+PACK = ChunkPack(digest=digest_of(b"c"), size=4096 + 80, raw_size=8192)
+FULL = replace(manifest(created="2026-01-31T12:00:00Z"), files=(SMALL, WHOLE, NEXT, TABLE), packs=(PACK,))
 
 
 def document() -> Any:
@@ -220,7 +222,7 @@ def test_empty_files_may_share_the_pack_of_the_only_other_file() -> None:
     empty = digest_of(b"")
     only = FileEntry(name="a", size=3, digest=A, pack=A, offset=0)
     none = FileEntry(name="b", size=0, digest=empty, pack=A, offset=3)
-    assert parse(replace(FULL, files=(only, none)).to_bytes()).files == (only, none)
+    assert parse(replace(FULL, files=(only, none), packs=()).to_bytes()).files == (only, none)
 
 
 @pytest.mark.parametrize(
@@ -275,8 +277,37 @@ def test_creation_times_sort_by_time() -> None:
     assert parse(now.to_bytes()) == now
 
 
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"digest": "A" * 64}, "packs[0].digest is not a BLAKE3 digest"),
+        ({"digest": "../" + "a" * 61}, "packs[0].digest is not a BLAKE3 digest"),
+        ({"digest": B}, "packs[0].digest is there twice, or is a pack of files"),
+        ({"raw_size": 0}, "packs[0].raw_size is not a multiple of 4096 above 0"),
+        ({"raw_size": 4097}, "packs[0].raw_size is not a multiple"),
+        ({"raw_size": (64 << 20) + 4096}, "packs[0].raw_size must be in 0..67108864"),
+        ({"raw_size": 1 << 63}, "packs[0].raw_size must be in"),
+        ({"size": 0}, "packs[0].size must be in 4176..8320 for 8192 raw bytes"),
+        ({"size": 4175}, "packs[0].size must be in"),
+        ({"size": 8321}, "packs[0].size must be in"),
+        ({"size": 1 << 63}, "packs[0].size must be in"),
+        ({"size": -1}, "packs[0].size must be in"),
+    ],
+)
+def test_a_bad_pack_of_chunks_is_named(change: dict[str, Any], cause: str) -> None:
+    value = document()
+    value["packs"][0].update(change)
+    assert cause in damage(encode(value))
+
+
+def test_packs_of_chunks_and_their_table_belong_together() -> None:
+    assert "has 1 entries, and files has no 'memory/chunks'" in damage(replace(FULL, files=(SMALL,)).to_bytes())
+    assert "has 0 entries, and files has a 'memory/chunks'" in damage(replace(FULL, packs=()).to_bytes())
+    assert "packs[1].digest is there twice" in damage(replace(FULL, packs=(PACK, PACK)).to_bytes())
+
+
 def test_convenience() -> None:
-    assert FULL.stored_bytes == 15 + (1 << 20)
+    assert FULL.stored_bytes == 15 + 64 + (1 << 20) + PACK.size
     assert FULL.file("rootfs-diff.tar") == NEXT
     assert FULL.file("x") is None
     assert not module.is_digest(A + "\n")

@@ -69,6 +69,10 @@ state_dir: /run/other
 work_dir: /scratch
 ready_timeout: 1.5
 capture_timeout: 7
+compression: zstd
+threads: 6
+cache: /var/cache/rewarm
+cache_size: 500M
 ignore_env: ["X_*"]
 """
     assert load(write(file, text)) == Settings(
@@ -82,8 +86,27 @@ ignore_env: ["X_*"]
         work_dir="/scratch",
         ready_timeout=1.5,
         capture_timeout=7.0,
+        compression="zstd",
+        threads=6,
+        cache="/var/cache/rewarm",
+        cache_size=500_000_000,
         ignore_env=("X_*",),
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12345", 12345), ("50G", 50 * 10**9), ('"2T"', 2 * 10**12), ("7K", 7000), ("500M", 500 * 10**6), ("1", 1)],
+)
+def test_sizes(file: Path, text: str, size: int) -> None:
+    assert load(write(file, f"cache_size: {text}\n")).cache_size == size
+    assert Settings().cache_size == 50 * 10**9
+
+
+@pytest.mark.parametrize("off", ["off", '"off"'])
+def test_off_needs_no_quotes(file: Path, off: str) -> None:
+    found = load(write(file, f"cache: {off}\ncompression: {off}\n"))
+    assert (found.cache, found.compression) == ("off", "off")
 
 
 def test_the_environment_names_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +149,27 @@ def test_an_unknown_key_is_named_with_the_allowed_ones(file: Path) -> None:
         ("ready_timeout", "soon", "seconds"),
         ("capture_timeout", "100000", "86400"),
         ("ignore_env", "[A=B]", "globs"),
+        ("compression", "lz4", "auto, zstd or off"),
+        ("compression", "[]", "auto, zstd or off"),
+        ("compression", "true", "auto, zstd or off"),
+        ("threads", "-1", "whole number from 0"),
+        ("threads", "1025", "to 1024"),
+        ("threads", "1.5", "whole number"),
+        ("threads", "true", "whole number"),
+        ("threads", "'2'", "whole number"),
+        ("cache", "var/cache", "an absolute path"),
+        ("cache", "true", "auto, off"),
+        ("cache", "{}", "auto, off"),
+        ("cache", "0", "auto, off"),
+        ("cache_size", "0", "bytes above 0"),
+        ("cache_size", "-5", "bytes above 0"),
+        ("cache_size", "50GB", "like 50G"),
+        ("cache_size", "1.5G", "like 50G"),
+        ("cache_size", "''", "like 50G"),
+        ("cache_size", "G", "like 50G"),
+        ("cache_size", "99999999T", "bytes above 0"),
+        ("cache_size", "true", "bytes above 0"),
+        ("cache_size", "[1]", "bytes above 0"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(file: Path, key: str, value: str, allowed: str) -> None:

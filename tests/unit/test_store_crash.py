@@ -20,6 +20,7 @@ import sys, time
 from pathlib import Path
 from rewarm.store import writer as module
 from rewarm.store.directory import DirectoryStore
+from support.chunked import some
 from support.snapshots import manifest
 
 store, work, stage = DirectoryStore(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -44,6 +45,8 @@ if stage == "leaving":  # stands still for a second when all but the workspace's
 with store.writer("default", "model") as writer:
     for number, name in enumerate(["big", "small"]):
         writer.add_file(name, work / name)
+    for chunk in some(3):
+        writer.add_chunk(chunk)
     if stage == "files":
         stop()
     if stage != "leaving":
@@ -107,7 +110,7 @@ def test_captures_of_other_names_run_at_the_same_time(store: DirectoryStore, wor
         store.remove(refs.pop())
         assert store.list() == refs
         (workspace,) = (store.root / "v1" / "tmp").iterdir()
-        assert {"lock", "large0", "shared"} == {path.name for path in workspace.iterdir()}
+        assert {"lock", "large0", "shared", "chunks0"} == {path.name for path in workspace.iterdir()}
     finally:
         child.kill()
         child.communicate()
@@ -134,9 +137,11 @@ def test_a_killed_capture_leaves_nothing_that_matters(
 STEPS = """
 import os, signal, sys
 from pathlib import Path
-import rewarm.store.remove, rewarm.store.verify, rewarm.store.writer  # once, not in every child
+# Once, not in every child.
+import rewarm.store.gc, rewarm.store.remove, rewarm.store.verify, rewarm.store.writer, zstandard
 from rewarm.store.directory import DirectoryStore
-from support.snapshots import pattern, tree, write_snapshot
+from support.chunked import some, write_chunks
+from support.snapshots import manifest, pattern, tree, write_snapshot
 
 store, work = DirectoryStore(sys.argv[1]), Path(sys.argv[2])
 WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod",
@@ -164,13 +169,27 @@ def capture(step):
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
-    write_snapshot(store, work / f"victim{step}", {"big": pattern(1 << 20, step), "small": b"small"})
+    work.mkdir(exist_ok=True)
+    (work / "big").write_bytes(pattern(1 << 20, step))
+    with store.writer("default", "model") as writer:
+        writer.add_file("big", work / "big")
+        writer.add_bytes("small", b"small")
+        for chunk in (*some(2), *some(2, seed=step + 2)):  # two that "base" has, two new
+            writer.add_chunk(chunk)
+        writer.publish(manifest())
+    (work / "big").unlink()
+
+def collect():
+    if step % 2:  # else the next capture does it
+        store.gc()
+        assert list((store.root / "v1" / "tmp").iterdir()) == []
 
 def check():
     assert list(store.verify()) == []
     write_snapshot(store, work / f"after{step}", {"other": b"other"}, name="after")
     refs = store.list()
     packs = {entry.pack for ref in refs for entry in store.load(ref).files}
+    packs |= {pack.digest for ref in refs for pack in store.load(ref).packs}
     expected = {f"v1/packs/{pack[:2]}/{pack}" for pack in packs}
     expected |= {f"v1/snapshots/{ref.namespace}/{ref.name}/{ref.id}.json" for ref in refs}
     assert tree(store.root) == expected, tree(store.root) ^ expected
@@ -180,8 +199,10 @@ step, visible = 0, 0
 store.root.mkdir()
 while True:
     step += 1
+    assert forked(lambda: write_chunks(store, some(2), name="base")) == 0, step
     outcome = forked(lambda: capture(step))
     visible += any(ref.name == "model" for ref in store.list())
+    assert forked(collect) == 0, step
     assert forked(check) == 0, step
     for ref in store.list():
         assert forked(lambda: store.remove(ref)) == 0, step

@@ -21,6 +21,7 @@ COMMANDS = {
     "ls": "List the snapshots of the store.",
     "inspect": "Show what a snapshot holds and what it needs.",
     "rm": "Remove snapshots.",
+    "gc": "Free what no snapshot needs.",
     "verify": "Read snapshots completely and name what is damaged.",
     "doctor": "Check whether this node can capture and restore.",
 }

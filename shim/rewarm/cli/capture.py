@@ -130,6 +130,7 @@ def interruptible() -> Iterator[_Proceed]:
 
 
 def _show(made: Captured, source: Container, as_json: bool, stopped: bool) -> None:
+    memory = made.manifest.memory
     if as_json:
         output.document(
             {
@@ -141,7 +142,10 @@ def _show(made: Captured, source: Container, as_json: bool, stopped: bool) -> No
                 "runtime_root": source.root,
                 "stopped": stopped,
                 "memory_bytes": made.manifest.memory_bytes,
+                "filled_bytes": memory.filled,
+                "zero_bytes": memory.zeros,
                 "stored_bytes": made.stored,
+                "added_bytes": made.added,
                 "paused_seconds": round(made.paused, 3),
                 "total_seconds": round(made.total, 3),
                 "notes": list(made.notes),
@@ -152,8 +156,8 @@ def _show(made: Captured, source: Container, as_json: bool, stopped: bool) -> No
     output.fields(
         [
             ("id", made.ref.id),
-            ("memory", output.size(made.manifest.memory_bytes)),
-            ("stored", output.size(made.stored)),
+            ("memory", f"{output.size(made.manifest.memory_bytes)}, {output.size(memory.zeros)} of it zeros"),
+            ("stored", f"{output.size(made.stored)}, {output.size(made.added)} of it new in the store"),
             ("container", f"{'stopped' if stopped else 'running'}, paused for {output.seconds(made.paused)}"),
             ("took", output.seconds(made.total)),
         ],

@@ -73,7 +73,7 @@ def misfit(needed: Requires, settings: Settings) -> str:
 
 def _show(ref: SnapshotRef, manifest: Manifest) -> None:
     source = manifest.source
-    packs = len({entry.pack for entry in manifest.files})
+    packs = len({entry.pack for entry in manifest.files}) + len(manifest.packs)
     click.echo(f"{ref.namespace}/{ref.name}")
     output.fields(
         [

@@ -68,4 +68,5 @@ def _bytes(store: DirectoryStore, refs: Iterable[SnapshotRef]) -> int:
             continue  # verify will say it
         for entry in manifest.files:
             sizes[entry.pack] = max(sizes.get(entry.pack, 0), entry.offset + entry.size)
+        sizes.update((pack.digest, pack.size) for pack in manifest.packs)
     return sum(sizes.values())

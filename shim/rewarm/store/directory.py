@@ -15,14 +15,18 @@ from rewarm.errors import RewarmError, SnapshotDamaged, SnapshotNotFound, StoreE
 from rewarm.settings import store_directory
 
 from . import files, manifest
-from .manifest import Manifest
+from .manifest import Manifest, digest_of
 from .names import check_name, check_namespace, is_name
+from .pack_file import PackFile
 
 if TYPE_CHECKING:
+    from .gc import GcStats
     from .verify import Finding
     from .writer import SnapshotWriter
 
 SHORTEST_PREFIX = 6
+MAX_FILE = 512 << 20
+"""Bytes of the largest file that is read into memory: the longest chunk table."""
 _RECAPTURE = "capture it again"
 
 
@@ -151,11 +155,48 @@ class DirectoryStore:
         except OSError as error:
             raise files.store_error("open pack", self.root.joinpath(*parts), error) from None
 
-    def writer(self, namespace: str, name: str, progress: Callable[[int], None] | None = None) -> SnapshotWriter:
+    def open_chunk_pack(self, digest: str) -> PackFile:
+        """A pack of chunks; the caller closes it. Raises SnapshotDamaged if it is missing or no regular file."""
+        fd = self.open_pack(digest)
+        try:
+            return PackFile(fd, self.pack_path(digest))
+        except OSError as error:
+            os.close(fd)
+            raise files.store_error("open pack", self.pack_path(digest), error) from None
+
+    def read_file(self, manifest: Manifest, name: str) -> bytes:
+        """A whole file of a snapshot, of at most 512 MiB, verified. Raises SnapshotDamaged, StoreError."""
+        where = f"{name[:80]!r} of {manifest.namespace}/{manifest.name}"
+        entry = manifest.file(name)
+        if entry is None:
+            raise SnapshotDamaged("read file", where, "is not in the snapshot", _RECAPTURE)
+        if entry.size > MAX_FILE:
+            raise SnapshotDamaged("read file", where, f"has {entry.size} bytes, more than {MAX_FILE}", _RECAPTURE)
+        pack = self.open_chunk_pack(entry.pack)
+        try:
+            if pack.size < entry.offset + entry.size:
+                cause = f"pack {entry.pack} is short: {pack.size} of {entry.offset + entry.size} bytes"
+                raise SnapshotDamaged("read file", where, cause, _RECAPTURE)
+            data = pack.read(entry.offset, entry.size)
+        finally:
+            pack.close()
+        if len(data) != entry.size or digest_of(data) != entry.digest:
+            raise SnapshotDamaged("read file", where, f"its bytes in pack {entry.pack} were changed", _RECAPTURE)
+        return data
+
+    def writer(
+        self,
+        namespace: str,
+        name: str,
+        progress: Callable[[int], None] | None = None,
+        *,
+        compression: str = "auto",
+        threads: int = 0,
+    ) -> SnapshotWriter:
         """A writer of one snapshot, to be used in a `with`. See writer.SnapshotWriter."""
         from .writer import SnapshotWriter  # a restore never writes
 
-        return SnapshotWriter(self.root, namespace, name, progress)
+        return SnapshotWriter(self.root, namespace, name, progress, compression=compression, threads=threads)
 
     def remove(self, ref: SnapshotRef) -> int:
         """Remove a snapshot, whole or damaged, and every pack that no manifest names then. Returns the bytes freed.
@@ -166,6 +207,15 @@ class DirectoryStore:
 
         _check(ref)
         return remove(self, ref)
+
+    def gc(self, progress: Callable[[int], None] | None = None, *, dry_run: bool = False) -> GcStats:
+        """Remove what no snapshot needs: packs that no manifest names and what dead captures left.
+
+        `dry_run` only counts. `progress` gets bytes freed. Waits for captures that are publishing. Raises StoreError.
+        """
+        from .gc import collect
+
+        return collect(self, progress, dry_run=dry_run)
 
     def verify(
         self, ref: SnapshotRef | None = None, progress: Callable[[int], None] | None = None

@@ -17,41 +17,54 @@ from blake3 import blake3
 from rewarm.errors import SnapshotDamaged
 
 from . import fields
+from .carved import HugeMapping, Memory, read_memory
+from .entries import (
+    LARGE,
+    MAX_SHARED,
+    ChunkPack,
+    FileEntry,
+    check_file_name,
+    check_files,
+    check_packs,
+    is_digest,
+    read_chunk_pack,
+    read_file_entry,
+)
 from .fields import Bad, Reader
 from .names import is_name
 
+__all__ = [
+    "LARGE",
+    "MAX_BYTES",
+    "MAX_SHARED",
+    "ChunkPack",
+    "FileEntry",
+    "HugeMapping",
+    "Manifest",
+    "Memory",
+    "MemoryPolicy",
+    "Mount",
+    "Process",
+    "Requires",
+    "Thread",
+    "check_file_name",
+    "digest_of",
+    "is_digest",
+    "load",
+    "parse",
+    "timestamp",
+]
+
 VERSION = 1
-LARGE = 1 << 20
-"""A file of this many bytes or more is a pack of its own; smaller ones share a pack."""
 MAX_BYTES = 64 << 20
 """No manifest is longer. A real one has some 100 KB."""
-MAX_SHARED = 1 << 30
-"""All small files of a snapshot together. Real ones have a few MB."""
 MAX_VALUES = 4_000_000
 """No manifest has more JSON values: 64 MiB of `[],[],…` would need gigabytes once parsed."""
 
-_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-_FILE_NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}\Z")
 _CREATED = re.compile(
     r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d{1,9})?Z\Z"
 )
 _NEXT_STEP = "remove it with `rewarm rm` and capture again"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file: `size` bytes at `offset` (bytes) of pack `pack`; `digest` and `pack` are BLAKE3-256 hex."""
-
-    name: str
-    size: int
-    digest: str
-    pack: str
-    offset: int
-
-    @property
-    def whole_pack(self) -> bool:
-        """Whether the file is all of its pack, so that the pack can stand in for it."""
-        return self.pack == self.digest
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,8 @@ class Manifest:
     processes: tuple[Process, ...]
     memory_bytes: int
     files: tuple[FileEntry, ...] = field(default=())
+    packs: tuple[ChunkPack, ...] = field(default=())
+    memory: Memory = field(default=Memory())
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -146,8 +161,8 @@ class Manifest:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.size for entry in self.files)
+        """Bytes of all files and of the packs of chunks, also where other snapshots share them."""
+        return sum(entry.size for entry in self.files) + sum(pack.size for pack in self.packs)
 
     def file(self, name: str) -> FileEntry | None:
         """The entry of that name."""
@@ -157,11 +172,6 @@ class Manifest:
 def digest_of(data: bytes) -> str:
     """BLAKE3-256 in hex."""
     return blake3(data).hexdigest()
-
-
-def is_digest(text: str) -> bool:
-    """Whether `text` is a digest as the store writes them: 64 lower-case hex digits, so no `/` and no `..`."""
-    return _DIGEST.match(text) is not None
 
 
 def timestamp() -> str:
@@ -215,12 +225,15 @@ def _manifest(top: Reader) -> Manifest:
         rewarm=top.text("rewarm", 128),
         source=top.mapping("source"),
         requires=_requires(top.object("requires")),
-        files=tuple(_file(reader) for reader in top.objects("files")),
+        files=tuple(read_file_entry(reader) for reader in top.objects("files")),
+        packs=tuple(read_chunk_pack(reader) for reader in top.objects("packs")),
         processes=tuple(_process(reader) for reader in top.objects("processes")),
         memory_bytes=top.integer("memory_bytes"),
+        memory=read_memory(top.object("memory")),
     )
     top.done()
-    _check_files(manifest.files)
+    check_files(manifest.files)
+    check_packs(manifest.packs, manifest.files)
     return manifest
 
 
@@ -296,73 +309,3 @@ def _policy(reader: Reader) -> MemoryPolicy:
     if policy.start >= policy.end:
         raise Bad(f"field {reader.path('end')} must be above start")
     return policy
-
-
-def _file(reader: Reader) -> FileEntry:
-    entry = FileEntry(
-        name=reader.text("name", 512),
-        size=reader.integer("size"),
-        digest=reader.text("digest", 64),
-        pack=reader.text("pack", 64),
-        offset=reader.integer("offset"),
-    )
-    reader.done()
-    for key, value in (("digest", entry.digest), ("pack", entry.pack)):
-        if not is_digest(value):
-            raise Bad(f"field {reader.path(key)} is not a BLAKE3 digest of 64 hex digits: {value!r}")
-    if entry.offset + entry.size > fields.MAX_I64:
-        raise Bad(f"field {reader.path('offset')} is too large")
-    if entry.whole_pack and entry.offset:
-        raise Bad(f"field {reader.path('offset')} must be 0 for a file that is a pack of its own")
-    if entry.size >= LARGE and not entry.whole_pack:
-        raise Bad(f"field {reader.path('pack')} must equal digest for a file of {LARGE} bytes or more")
-    return entry
-
-
-def check_file_name(name: str) -> str:
-    """What is wrong with a file name inside a snapshot, or ""."""
-    if not _FILE_NAME.match(name):
-        return "has characters other than A-Z a-z 0-9 . _ / - or is too long"
-    parts = name.split("/")
-    if "" in parts or "." in parts or ".." in parts:
-        return "is not a plain relative path"
-    if any(len(part) > 255 for part in parts):
-        return "has a component of more than 255 characters"
-    return ""
-
-
-def _check_files(entries: tuple[FileEntry, ...]) -> None:
-    names = set()
-    for index, entry in enumerate(entries):
-        problem = check_file_name(entry.name)
-        if problem:
-            raise Bad(f"field files[{index}].name {problem}: {entry.name[:80]!r}")
-        if entry.name in names:
-            raise Bad(f"field files[{index}].name is there twice: {entry.name[:80]!r}")
-        names.add(entry.name)
-    for name in names:
-        parents = name.split("/")[:-1]
-        for depth in range(1, len(parents) + 1):
-            if "/".join(parents[:depth]) in names:
-                raise Bad(f"field files has {name[:80]!r} and one of its parents as a file")
-    _check_shared_packs(entries)
-
-
-def _check_shared_packs(entries: tuple[FileEntry, ...]) -> None:
-    """Files must lie in a shared pack one after the other, from its beginning.
-
-    Overlapping ones would let a small pack fill a disk when the files are taken out of it.
-    """
-    ends: dict[str, int] = {}
-    whole: dict[str, int] = {}
-    for entry in entries:
-        if entry.whole_pack and whole.setdefault(entry.pack, entry.size) != entry.size:
-            raise Bad(f"field files: {entry.name[:80]!r} gives its pack another size than a file before it")
-    # Empty files take no place, and do not turn the only other file's pack into a shared one.
-    shared = [entry for entry in entries if entry.size and not entry.whole_pack]
-    for entry in sorted(shared, key=lambda entry: entry.offset):
-        if entry.offset != ends.get(entry.pack, 0) or entry.pack in whole:
-            raise Bad(f"field files: the place of {entry.name[:80]!r} in its pack is not right after another file's")
-        ends[entry.pack] = entry.offset + entry.size
-    if sum(ends.values()) > MAX_SHARED:
-        raise Bad(f"field files: more than {MAX_SHARED} bytes in small files")

@@ -1,13 +1,15 @@
 """Putting a snapshot's files where CRIU and the hooks read them.
 
-Small files are copied and verified at once. A large file becomes a symbolic link to its pack, which costs nothing,
-and is verified while CRIU already runs: the restored tree stays stopped until every verification has passed.
+Files are copied and verified at once: what CRIU reads is then no longer the store's to change. Only a very large one (a
+large change of the root filesystem, or memory that a process and its children share) becomes a symbolic link to its
+pack and is verified while CRIU already runs: the restored tree stays stopped until every verification has passed.
 """
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +18,13 @@ from blake3 import blake3
 from rewarm.errors import SnapshotDamaged, StoreError
 
 from . import files
-from .manifest import LARGE, FileEntry, Manifest
+from .manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
     from .directory import DirectoryStore
 
+LINKED = 64 << 20
+"""A file of this many bytes or more is linked instead of copied: the directory is in memory as a rule."""
 _NEXT_STEP = "capture it again"
 
 
@@ -60,11 +64,18 @@ class PendingVerification:
 
 
 def materialise(
-    store: DirectoryStore, manifest: Manifest, directory: Path, *, large: int = LARGE
+    store: DirectoryStore,
+    manifest: Manifest,
+    directory: Path,
+    *,
+    large: int | None = None,
+    without: Collection[str] = (),
 ) -> list[PendingVerification]:
-    """Put every file of `manifest` at `directory`/<its name>; `directory` must exist and be empty and private.
+    """Put every file of `manifest` but those of names `without` at `directory`/<its name>.
 
-    Files of `large` bytes or more that have a pack of their own become links to it, and are returned for
+    `directory` must exist and be empty and private.
+
+    Files of `large` bytes (LINKED) or more that have a pack of their own become links to it, and are returned for
     verification; every other file is copied, and its digest is right. That all packs are there and have
     their size is checked for both.
 
@@ -73,9 +84,13 @@ def materialise(
 
     Raises SnapshotDamaged that names file and pack, StoreError if store or directory cannot be read or written.
     """
+    large = LINKED if large is None else large
     packs: defaultdict[str, list[FileEntry]] = defaultdict(list)
+    sizes: defaultdict[str, int] = defaultdict(int)
     for entry in manifest.files:
-        packs[entry.pack].append(entry)
+        sizes[entry.pack] = max(sizes[entry.pack], entry.offset + entry.size)
+        if entry.name not in without:
+            packs[entry.pack].append(entry)
     base = Path(os.path.realpath(directory))
     made: set[Path] = {base}
     pending = []
@@ -84,9 +99,8 @@ def materialise(
         fd = store.open_pack(pack)
         try:
             size = os.fstat(fd).st_size
-            expected = max(entry.offset + entry.size for entry in entries)
             for entry in entries:
-                _check_pack_size(entry, size, expected)
+                _check_pack_size(entry, size, sizes[pack])
                 path = base / entry.name
                 _make_parent(base, path.parent, made)
                 if entry.whole_pack and entry.size >= large:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from rewarm.errors import SnapshotNotFound, StoreError
 
 from .files import open_root, store_error
-from .locks import wait_lock
-from .sweep import named_packs, sweep_packs
+from .sweep import named_packs, sweep_locks, sweep_packs
 from .workspace import make_directories, sync_directory
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ def remove(store: DirectoryStore, ref: SnapshotRef) -> int:
     path = directory / f"{ref.id}.json"
     if not os.path.lexists(path):
         raise SnapshotNotFound("remove", str(ref), "is not in the store", "see `rewarm ls`")
-    locks = make_directories(store.root, "v1", "locks")
-    with wait_lock(locks / "store"):
+    make_directories(store.root, "v1", "locks")
+    with sweep_locks(store.root):
         # Before anything is removed, since an unreadable manifest makes it fail.
         named = named_packs(store.root, without=path)
         try:

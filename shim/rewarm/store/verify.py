@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from rewarm.errors import RewarmError, SnapshotNotFound
 
 from . import files
+from .chunks import CHUNKS
 from .manifest import FileEntry
+from .verify_chunks import ChunkPacks
 
 if TYPE_CHECKING:
     from .directory import DirectoryStore, SnapshotRef
@@ -19,7 +21,8 @@ Progress = Callable[[int], None]
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong: `object` is a snapshot, or "<snapshot> <file>"."""
+    """One thing that is wrong: `object` is a snapshot, or "<snapshot> <file>"; packs of chunks are found under the
+    file `memory/chunks`."""
 
     object: str
     problem: str
@@ -32,6 +35,7 @@ def verify(store: DirectoryStore, refs: Sequence[SnapshotRef], progress: Progres
     the only one asked for. Raises StoreError if the store itself cannot be read.
     """
     packs = _Packs(store, progress)
+    chunk_packs = ChunkPacks(store, progress)
     for ref in refs:
         try:
             manifest = store.load(ref)
@@ -43,6 +47,11 @@ def verify(store: DirectoryStore, refs: Sequence[SnapshotRef], progress: Progres
             yield Finding(str(ref), error.cause)
             continue
         findings = list(_snapshot(packs, ref, manifest.files))
+        if manifest.packs:
+            table = f"{ref} {CHUNKS}"
+            is_bad = any(finding.object == table for finding in findings)
+            problems = chunk_packs.problems(manifest, str(ref), table_is_bad=is_bad)
+            findings += [Finding(table, problem) for problem in problems]
         if findings and not _still_there(store, ref):
             continue
         yield from findings

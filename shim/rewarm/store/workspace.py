@@ -11,7 +11,7 @@ from rewarm.errors import StoreError
 
 from .files import open_root, store_error
 from .locks import Lock, try_lock, wait_lock
-from .sweep import dead_workspaces, discard, empty, sweep_packs
+from .sweep import burial, discard, empty, sweep_packs
 
 if TYPE_CHECKING:
     from .directory import DirectoryStore
@@ -101,23 +101,12 @@ def open_workspace(store: DirectoryStore) -> Workspace:
 
 
 def _bury(store: DirectoryStore, tmp: Path) -> None:
-    dead: list[tuple[Path, Lock | None]] = []
     try:
-        # First the bytes, which a full disk needs; then the packs; the workspaces themselves, which tell the next
-        # writer to do this again if it is killed here, last.
-        for entry in dead_workspaces(tmp):
-            dead.append(entry)
-            empty(entry[0])
-        if dead:
-            with wait_lock(store.root / "v1" / "locks" / "store"):
-                sweep_packs(store)
-        for path, _ in dead:
-            discard(path)
+        with burial(tmp) as dead:
+            if dead:
+                with wait_lock(store.root / "v1" / "locks" / "store"):
+                    sweep_packs(store)
     except StoreError:
         # Some other manifest cannot be read, or a dead file cannot be removed. That is no reason to refuse this
-        # capture; the workspaces that are left make the next one try again, and `rewarm rm` reports it.
+        # capture; the workspaces that are left make the next one try again, and `rewarm gc` reports it.
         return
-    finally:
-        for _, lock in dead:
-            if lock is not None:
-                lock.release()

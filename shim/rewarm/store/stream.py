@@ -1,0 +1,202 @@
+"""One thread's share of a snapshot's chunks: read, decompressed and verified in the caller's buffer."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from rewarm.errors import RewarmError, SnapshotDamaged
+
+from .cache import Busy
+from .chunks import CHUNK, RAW, Chunk
+from .files import Short, store_error
+from .packs import layout, read_index
+from .parts import CACHE, FETCH, Part
+
+if TYPE_CHECKING:
+    from .inflate import Inflater
+    from .reader import ChunkReader
+    from .source import Source
+
+Steps = Generator[tuple[int, memoryview], memoryview, memoryview]
+"""Chunks come out, buffers go in: the answer to a chunk is the buffer for the next one, and so is the result."""
+
+
+class _Bad(Exception):
+    """A chunk that is not what it should be; the argument says why."""
+
+
+class Stream:
+    """One thread's share of the chunks."""
+
+    def __init__(self, reader: ChunkReader) -> None:
+        self._reader = reader
+        self._scratch: memoryview | None = None
+        self._inflater: Inflater | None = None
+        self._steps: Steps | None = None
+
+    def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
+        """The next chunk that nobody else has taken: its number, and its verified bytes inside `buffer`.
+
+        `buffer` is CHUNK bytes, writable, at a page boundary. None at the end of the work, when `stop` is set, and
+        after an error. Raises SnapshotDamaged and StoreError, which name the chunk and the pack.
+        """
+        try:
+            if self._steps is None:
+                self._steps = self._run(buffer)
+                return next(self._steps)
+            return self._steps.send(buffer)
+        except StopIteration:
+            return None
+
+    def close(self) -> None:
+        """Give up what was begun; only for a stream whose `next` did not come to None."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def _run(self, buffer: memoryview) -> Steps:
+        for part in self._reader.parts():
+            buffer = yield from (self._fetch if part.where == FETCH else self._read)(part, buffer)
+            self._reader.done(part)
+        return buffer
+
+    def _read(self, part: Part, buffer: memoryview) -> Steps:
+        reader = self._reader
+        chunks, stop = reader.chunks, reader.stop
+        number = part.numbers[0]
+        read = 0
+        source, cached = None, part.where == CACHE
+        try:
+            if cached:
+                source = reader.source(part.pack, True)
+            if source is None:
+                source, cached = self._store(part.pack), False
+            cold = source.begin(part.start, part.end - part.start)
+            for number in part.numbers:
+                if stop.is_set():
+                    break
+                chunk = chunks[number]
+                if cached:
+                    try:
+                        cold = self._load(source, chunk, RAW, chunk.raw_offset, cold, buffer)
+                    except (OSError, Short, _Bad):
+                        # The store has it still, and this copy cannot be trusted with the rest of the part either.
+                        reader.drop_copy(part.pack)
+                        reader.counters.add(read, cached)
+                        source, cached, read, cold = self._store(part.pack), False, 0, False
+                if not cached:
+                    cold = self._load(source, chunk, chunk.encoding, chunk.offset, cold, buffer)
+                read += chunk.size if cached else chunk.stored
+                buffer = yield number, buffer[: chunk.size]
+        except (OSError, Short, _Bad) as error:
+            raise self._error(error, number) from None
+        finally:
+            reader.counters.add(read, cached)
+        return buffer
+
+    def _fetch(self, part: Part, buffer: memoryview) -> Steps:
+        """Read the whole pack, of which the snapshot may want only some chunks, and keep it in the cache."""
+        reader = self._reader
+        try:
+            fetch = reader.begin_fetch(part)
+        except Busy:
+            reader.postpone(part)
+            return buffer
+        if fetch is None:
+            reader.split(part, part.numbers)
+            return buffer
+        number = part.numbers[0]
+        read = 0
+        cold = False
+        try:
+            source = self._store(part.pack)
+            wanted = self._wanted(part, source)
+            for chunk, numbers in wanted:
+                if reader.stop.is_set():
+                    return buffer
+                number = numbers[0] if numbers else -1
+                cold = self._load(source, chunk, chunk.encoding, chunk.offset, cold, buffer)
+                read += chunk.stored
+                fetch.write(buffer[: chunk.size], chunk.raw_offset)
+                for number in numbers:
+                    if number != numbers[0]:  # the same bytes again, but the buffer may be another
+                        cold = self._load(source, chunk, chunk.encoding, chunk.offset, cold, buffer)
+                        read += chunk.stored
+                    buffer = yield number, buffer[: chunk.size]
+            if wanted:
+                fetch.commit()
+            else:
+                reader.split(part, part.numbers)
+        except (OSError, Short, _Bad) as error:
+            if number >= 0:
+                raise self._error(error, number) from None
+            # The snapshot does not need this chunk: only the cache cannot have the pack.
+            reader.split(
+                part, [number for after, numbers in wanted if after.offset > chunk.offset for number in numbers]
+            )
+        finally:
+            fetch.abandon()
+            reader.counters.add(read, False)
+        return buffer
+
+    def _wanted(self, part: Part, source: Source) -> list[tuple[Chunk, list[int]]]:
+        """Every chunk of the pack with the numbers it has in this snapshot; nothing if the pack's index is damaged or
+        not what the snapshot's table says, in which case only single chunks can be trusted."""
+        entry = self._reader.packs[part.pack]
+        try:
+            records = read_index(source.bytes, entry.size, entry.digest)
+        except SnapshotDamaged:
+            return []
+        whole: dict[int, tuple[Chunk, list[int]]] = {}
+        for (digest, encoding, stored, size), (offset, raw_offset) in zip(records, layout(records), strict=True):
+            whole[offset] = Chunk(digest, part.pack, encoding, offset, stored, size, raw_offset), []
+        for number in part.numbers:
+            chunk = self._reader.chunks[number]
+            found = whole.get(chunk.offset)
+            if found is None or found[0] != chunk:
+                return []
+            found[1].append(number)
+        return list(whole.values())
+
+    def _store(self, pack: int) -> Source:
+        source = self._reader.source(pack, False)
+        assert source is not None
+        return source
+
+    def _load(self, source: Source, chunk: Chunk, encoding: int, offset: int, cold: bool, buffer: memoryview) -> bool:
+        """The chunk's raw bytes in `buffer`, verified; `cold` for the next one. Raises OSError, Short, _Bad."""
+        view = buffer[: chunk.size]
+        if encoding == RAW:
+            cold = source.read(buffer, chunk.size, offset, cold)
+        else:
+            scratch = self._room()
+            cold = source.read(scratch, chunk.stored, offset, cold)
+            wrong = self._inflate(scratch[: chunk.stored], view)
+            if wrong:
+                raise _Bad(wrong)
+        if blake3(view).digest() != chunk.digest:
+            raise _Bad("its bytes are not what its digest says")
+        return cold
+
+    def _error(self, error: Exception, number: int) -> RewarmError:
+        label = self._reader.label(number)
+        if isinstance(error, OSError):
+            return store_error("read memory", label, error)
+        cause = f"the pack ends at byte {error.args[0]}" if isinstance(error, Short) else str(error)
+        return SnapshotDamaged("read memory", label, cause, "capture it again")
+
+    def _room(self) -> memoryview:
+        if self._scratch is None:
+            # A mapping begins at a page boundary, which O_DIRECT wants.
+            self._scratch = memoryview(mmap.mmap(-1, CHUNK))
+        return self._scratch
+
+    def _inflate(self, data: memoryview, into: memoryview) -> str:
+        if self._inflater is None:
+            from .inflate import Inflater  # only a snapshot with compressed chunks pays for zstandard
+
+            self._inflater = Inflater()
+        return self._inflater.inflate(data, into)
