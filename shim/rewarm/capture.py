@@ -19,17 +19,20 @@ from pathlib import Path
 
 import rewarm
 from rewarm import compat, losses, netlock, node, overlay, private, processes
-from rewarm.criu import log, options, remaps
+from rewarm.criu import images, log, options, remaps
+from rewarm.criu.carve import carve
 from rewarm.errors import CaptureError, OciError
 from rewarm.frozen import Frozen
+from rewarm.memory import places
 from rewarm.oci import runc, spec
 from rewarm.oci.runc import Container, Runc
 from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
 from rewarm.scratch import Scratch
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore, SnapshotRef
-from rewarm.store.manifest import Manifest, timestamp
+from rewarm.store.manifest import HugeMapping, Manifest, Memory, timestamp
 from rewarm.store.names import check_name, check_namespace
+from rewarm.store.writer import SnapshotWriter
 from rewarm.trace import Trace
 from rewarm_hooks.layer import LayerError, write_layer
 
@@ -40,13 +43,17 @@ _INFECTED = b"Putting parasite blob"
 
 @dataclass(frozen=True)
 class Captured:
-    """What a capture made: `paused` is how long the source was held still, in seconds, `stored` bytes in the store."""
+    """What a capture made: `paused` is how long the source was held still, in seconds.
+
+    `stored` are the bytes of its packs, `added` those that the store did not have before.
+    """
 
     ref: SnapshotRef
     manifest: Manifest
     paused: float
     total: float
     stored: int
+    added: int
     notes: tuple[str, ...]
 
 
@@ -79,7 +86,8 @@ def capture(
     trace = Trace()
     notes: list[str] = []
     with ExitStack() as stack:
-        writer = stack.enter_context(store.writer(namespace, name))
+        threads = node.threads(settings)
+        writer = stack.enter_context(store.writer(namespace, name, compression=settings.compression, threads=threads))
         scratch = stack.enter_context(Scratch(settings.work_dir))
         frozen = stack.enter_context(Frozen(low_level, container, scratch.path))
         step("dumping memory")
@@ -94,6 +102,9 @@ def capture(
         if not stop:
             frozen.resume()
         notes += _remove_network_lock(container)
+        step("storing memory")
+        with trace.phase("capture.carve"):
+            carved = _carve(container, scratch.snapshot / CHECKPOINT, writer, threads)
         step("writing the snapshot")
         with trace.phase("capture.store"):
             for path in sorted(p for p in scratch.snapshot.rglob("*") if p.is_file()):
@@ -109,15 +120,15 @@ def capture(
             ),
             processes=recorded,
             memory_bytes=memory,
+            memory=carved,
         )
         with trace.phase("capture.publish"):
             ref, published = writer.publish(manifest)
         if stop:
             step("stopping the container")
             _stop(container, low_level, frozen)
-    packs = {entry.pack for entry in published.files}
-    stored = sum(store.pack_path(pack).stat().st_size for pack in packs)
-    return Captured(ref, published, frozen.seconds, time.monotonic() - began, stored, tuple(notes))
+    total = time.monotonic() - began
+    return Captured(ref, published, frozen.seconds, total, published.stored_bytes, writer.new_bytes, tuple(notes))
 
 
 def _check_source(container: Container, low_level: Runc) -> None:
@@ -188,12 +199,12 @@ def _check_streams(container: Container) -> None:
 def _dump(
     container: Container, low_level: Runc, criu: str, scratch: Scratch, settings: Settings, frozen: Frozen
 ) -> None:
-    images = scratch.snapshot / CHECKPOINT
-    images.mkdir(mode=0o700)
+    directory = scratch.snapshot / CHECKPOINT
+    directory.mkdir(mode=0o700)
     option_file = str(scratch.work / "criu.conf")
     options.write(option_file, options.DUMP)
     words = ["checkpoint", "--leave-running", "--file-locks", "--ext-unix-sk"]
-    words += ["--image-path", str(images), "--work-path", str(scratch.work), container.id]
+    words += ["--image-path", str(directory), "--work-path", str(scratch.work), container.id]
     environment = options.environment(option_file, criu)
     inherited = (frozen.lifeline, scratch.lock)
     dump_log = scratch.work / "dump.log"
@@ -255,6 +266,18 @@ def _end(process: subprocess.Popen[str], dump_log: Path, patience: float) -> Non
             pass  # two limits long it has not moved: the processes are lost either way
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def _carve(container: Container, images_directory: Path, writer: SnapshotWriter, threads: int) -> Memory:
+    """Take the memory out of CRIU's images and into the store; the source runs again already."""
+    try:
+        found = carve(images_directory, writer.add_chunk, threads, writer.expect)
+    except images.ImageError as error:
+        raise CaptureError("read images of container", container.id, str(error), "capture it again") from error
+    if found.places:
+        writer.add_bytes(places.PLACES, places.encode(found.places))
+    huge = tuple(HugeMapping(pid, vma.start, vma.end, extra) for pid, vma, extra in found.huge)
+    return Memory(filled=found.filled, zeros=found.zeros, left=found.left, huge=huge)
 
 
 def _remove_network_lock(container: Container) -> list[str]:

@@ -20,6 +20,11 @@ def architecture() -> str:
     return os.uname().machine
 
 
+def threads(settings: Settings) -> int:
+    """How many threads memory is read and written with: the setting, else the CPUs that this process may use."""
+    return settings.threads or len(os.sched_getaffinity(0))
+
+
 def kernel() -> str:
     return os.uname().release
 

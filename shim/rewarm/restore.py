@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rewarm import deadline, layers, losses, node, processes, recover
+from rewarm import aside, carved, deadline, layers, losses, node, processes, recover
 from rewarm.criu import images, log, options, vet
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
+from rewarm.memory.places import PLACES
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci import log as oci_log
 from rewarm.oci.argv import Invocation
@@ -29,10 +30,12 @@ from rewarm.oci.record import Record, Undo
 from rewarm.oci.spec import CONTROL_DESTINATION, Spec
 from rewarm.request import Request
 from rewarm.settings import Settings
+from rewarm.store.chunks import CHUNKS
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import Manifest
 from rewarm.store.materialise import PendingVerification, materialise
 from rewarm.trace import Trace
+from rewarm.verifier import Verifier
 
 CHECKPOINT = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff.tar"
@@ -41,7 +44,6 @@ SHM = "/dev/shm"
 # What runc's own restore flags cannot say for this call; a cold start can.
 _UNSUPPORTED_FLAGS = ("preserve-fds", "pidfd-socket")
 _HOOK_TIMEOUT = 60
-_VERIFIERS = 4
 _STOP_TIMEOUT = 10.0
 
 
@@ -71,27 +73,37 @@ def restore(plan: Plan) -> None:
     low_level = runc.Runc(plan.binary, plan.invocation.root, plan.invocation.systemd_cgroup)
     guard = Guard()
     stop = threading.Event()
-    verifier = _Verifier(stop, plan.trace)
+    verifier = Verifier(stop, plan.trace)
+    memory: carved.CarvedMemory | None = None
     try:
         _check_call(plan)
+        with plan.trace.phase("restore.tables"):
+            memory = aside.run(lambda: _begin_memory(plan, stop))
         with plan.trace.phase("restore.materialise"):
-            pending = materialise(plan.store, plan.manifest, Path(plan.directory))
+            pending = aside.run(lambda: _materialise(plan))
         verifier.start(pending)
         with plan.trace.phase("restore.vet"):
-            _vet(plan)
+            _vet(plan, memory)
         with plan.trace.phase("restore.prepare"):
             kept = _prepare(plan, kept)
         with plan.trace.phase("restore.runc"):
             _start(plan, low_level, guard)
             _wait(plan, guard)
-        with plan.trace.phase("restore.verify.wait"):
-            verifier.join()
         container = runc.load(plan.invocation.root, plan.invocation.container_id)
         with plan.trace.phase("restore.stop"):
             _wait_stopped(container)
+            # Before the fill: memory is charged to the cgroup in which its process is then.
             _take_cgroup(plan, container)
         with plan.trace.phase("restore.losses"):
+            # Before the fill as well: pages go to the NUMA node that the policy names then.
             notes = losses.put_right(plan.manifest.processes, container.pid)
+        with plan.trace.phase("restore.fill"):
+            verifier.join()
+            if memory is not None:
+                memory.release(container.pid)
+                memory.join()
+                memory.report(plan.trace)
+            _wait_stopped(container)
         deadline.disarm()
         with plan.trace.phase("restore.commit"):
             _commit(plan, kept, container)
@@ -102,6 +114,8 @@ def restore(plan: Plan) -> None:
             stop.set()
             undone = guard.recover()
             verifier.abandon()
+            if memory is not None:
+                memory.abandon()
             if not undone:
                 # What is on disk: `_prepare` may have been interrupted between writing it and returning it.
                 recover.undo(record.load(plan.directory) or kept, low_level)
@@ -149,12 +163,27 @@ def _check_call(plan: Plan) -> None:
             raise RestoreError("restore container", plan.invocation.container_id, f"runc restore has no --{flag}")
 
 
-def _vet(plan: Plan) -> None:
+def _begin_memory(plan: Plan, stop: threading.Event) -> carved.CarvedMemory | None:
+    """Read what is carved, and begin to fetch it: nothing has to wait for CRIU but the writing."""
+    memory = carved.load(plan.store, plan.ref, plan.manifest, plan.settings, plan.trace, stop)
+    if memory is not None:
+        memory.start()
+    return memory
+
+
+def _materialise(plan: Plan) -> list[PendingVerification]:
+    return materialise(plan.store, plan.manifest, Path(plan.directory), without=(CHUNKS, PLACES))
+
+
+def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
     destinations = {destination for destination, _ in spec.mounts(plan.spec)} | {CONTROL_DESTINATION}
+    checkpoint = Path(plan.directory, CHECKPOINT)
     try:
-        vet.vet(Path(plan.directory, CHECKPOINT), plan.spec, destinations)
+        vet.vet(checkpoint, plan.spec, destinations)
     except images.ImageError as error:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
+    if memory is not None:
+        memory.check(checkpoint, spec.memory_limit(plan.spec))
 
 
 def _prepare(plan: Plan, kept: Record) -> Record:
@@ -331,51 +360,3 @@ def _report(plan: Plan, notes: list[str]) -> None:
 def _seconds(trace: Trace) -> dict[str, float]:
     now = time.monotonic_ns()
     return {phase.name: round(((phase.end_ns or now) - phase.start_ns) / 1e9, 6) for phase in trace.phases()}
-
-
-class _Verifier:
-    """Verifies the large files in threads while CRIU reads them; `join` raises the first failure."""
-
-    def __init__(self, stop: threading.Event, trace: Trace) -> None:
-        self._stop = stop
-        self._trace = trace
-        self._lock = threading.Lock()
-        self._all: list[PendingVerification] = []
-        self._pending: list[PendingVerification] = []
-        self._threads: list[threading.Thread] = []
-        self._failure: Exception | None = None
-
-    def start(self, pending: list[PendingVerification]) -> None:
-        self._all = pending
-        self._pending = list(pending)
-        for _ in range(min(len(pending), _VERIFIERS, os.cpu_count() or 1)):
-            thread = threading.Thread(target=self._run, daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        if self._failure is not None:
-            raise self._failure
-        if not all(one.verified for one in self._all):
-            raise RestoreError("verify snapshot", "memory", "a verification ended early")
-
-    def abandon(self) -> None:
-        """Have the threads end, if they can: one that hangs in a dead file system's read ends with the process."""
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(1.0)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:
-                if not self._pending:
-                    return
-                one = self._pending.pop()
-            try:
-                with self._trace.phase("restore.verify"):
-                    one.verify(self._stop)
-            except Exception as error:
-                self._failure = error  # raised by `join`
-                self._stop.set()

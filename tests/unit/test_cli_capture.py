@@ -88,7 +88,7 @@ def captured(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> list[dic
         step("dumping memory")
         calls.append({"id": found.id, "namespace": namespace, "name": name, "store": settings.store, **rest})
         ref = newest(store)
-        return Captured(ref, store.load(ref), 0.8444, 65.2, 5 * MIB, ("a note",))
+        return Captured(ref, store.load(ref), 0.8444, 65.2, 5 * MIB, 3 * MIB, ("a note",))
 
     monkeypatch.setattr("rewarm.capture.capture", fake)
     return calls
@@ -120,7 +120,8 @@ def test_capture_json(store: DirectoryStore, captured: list[dict[str, object]], 
     document = json.loads(on(store, *words, "--json").stdout)
     assert (captured[0]["stop"], captured[0]["namespace"]) == (True, "mine")
     assert document["id"] == newest(store).id and document["stopped"] is True
-    assert (document["stored_bytes"], document["paused_seconds"], document["notes"]) == (5 * MIB, 0.844, ["a note"])
+    assert (document["stored_bytes"], document["added_bytes"]) == (5 * MIB, 3 * MIB)
+    assert (document["paused_seconds"], document["notes"]) == (0.844, ["a note"])
     assert "begins with '.'" in one_line(on(store, *words[:5], "..", *words[6:]))
 
 

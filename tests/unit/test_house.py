@@ -25,8 +25,10 @@ ROOMS = {
     "rewarm.installation": 1,
     "rewarm.private": 1,
     "rewarm.processes": 1,
+    "rewarm.aside": 1,
     "rewarm.oci": 2,
     "rewarm.criu": 2,
+    "rewarm.memory": 2,
     "rewarm.store": 2,
     "rewarm.node": 2,
     "rewarm.layers": 2,
@@ -41,6 +43,8 @@ ROOMS = {
     "rewarm.readiness": 3,
     "rewarm.frozen": 3,
     "rewarm.recover": 3,
+    "rewarm.verifier": 3,
+    "rewarm.carved": 3,
     "rewarm.restore": 4,
     "rewarm.capture": 4,
     "rewarm.cold": 4,
@@ -57,7 +61,13 @@ ROOMS = {
     "rewarm.cli": 7,
 }
 # Rooms at one height that know nothing of each other.
-STRANGERS = [("rewarm.criu", "rewarm.store"), ("rewarm.criu", "rewarm.oci"), ("rewarm.store", "rewarm.oci")]
+STRANGERS = [
+    ("rewarm.criu", "rewarm.store"),
+    ("rewarm.criu", "rewarm.oci"),
+    ("rewarm.store", "rewarm.oci"),
+    ("rewarm.memory", "rewarm.store"),
+    ("rewarm.memory", "rewarm.oci"),
+]
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -25,6 +25,12 @@ CORE = "checkpoint/core-1.img"
 GO_ON = threading.Event()
 
 
+@pytest.fixture(autouse=True)
+def small_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links for files of 1 MiB, so that the tests need no large ones; the real limit has a test of its own."""
+    monkeypatch.setattr("rewarm.store.materialise.LINKED", MIB)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(str(tmp_path / "store"))
@@ -63,6 +69,20 @@ def test_every_file_is_where_its_name_says(store: DirectoryStore, written: Manif
     assert (pending.entry.name, pending.path, pending.verified) == (PAGES, target / PAGES, False)
     pending.verify(GO_ON)
     assert pending.verified
+
+
+def test_files_that_need_not_be_linked_are_not(
+    store: DirectoryStore, written: Manifest, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert materialise(store, written, target) == []
+    assert not [path for path in target.rglob("*") if path.is_symlink()]
+    assert (target / PAGES).read_bytes() == FILES[PAGES]
+
+
+def test_files_can_be_left_out(store: DirectoryStore, written: Manifest, target: Path) -> None:
+    assert materialise(store, written, target, without=(PAGES,)) == []
+    assert not (target / PAGES).exists() and (target / CORE).exists()
 
 
 def test_the_limit_for_links_is_the_callers(store: DirectoryStore, written: Manifest, tmp_path: Path) -> None:

@@ -23,6 +23,17 @@ class ImageError(ValueError):
 
 def records(path: Path) -> Iterator[Message]:
     """The messages of one image file, in order."""
+    for data in _records(path):
+        yield decode(data, path.name)
+
+
+def raw_records(path: Path) -> Iterator[Iterator[tuple[int, bytes, int | bytes]]]:
+    """The messages of one image file, each as its fields in order: number, the field as it is encoded, its value."""
+    for data in _records(path):
+        yield _fields(data, path.name)
+
+
+def _records(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
     if size > _LARGEST:
         raise ImageError(f"{path.name}: {size} bytes are more than any such image has")
@@ -37,15 +48,22 @@ def records(path: Path) -> Iterator[Message]:
         at += 4
         if at + length > len(data):
             raise ImageError(f"{path.name}: a record of {length} bytes at byte {at} reaches beyond the end")
-        yield decode(data[at : at + length], path.name)
+        yield data[at : at + length]
         at += length
 
 
 def decode(data: bytes, name: str = "message") -> Message:
     """A protobuf message as field number -> values in order (integers, or bytes for anything of a length)."""
     message: Message = {}
+    for number, _, value in _fields(data, name):
+        message.setdefault(number, []).append(value)
+    return message
+
+
+def _fields(data: bytes, name: str) -> Iterator[tuple[int, bytes, int | bytes]]:
     at = 0
     while at < len(data):
+        begin = at
         key, at = _varint(data, at, name)
         number, kind = key >> 3, key & 7
         value: int | bytes
@@ -59,8 +77,7 @@ def decode(data: bytes, name: str = "message") -> Message:
             value = int.from_bytes(raw, "little")
         else:
             raise ImageError(f"{name}: field {number} has wire type {kind}")
-        message.setdefault(number, []).append(value)
-    return message
+        yield number, data[begin:at], value
 
 
 def number(message: Message, field: int, default: int = 0) -> int:

@@ -174,3 +174,9 @@ def digest(value: object) -> str:
     if not value:
         return ""
     return digest_of(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())[:32]
+
+
+def memory_limit(spec: Spec) -> int | None:
+    """The container's memory limit in bytes, None without one."""
+    limit = (((spec.get("linux") or {}).get("resources") or {}).get("memory") or {}).get("limit")
+    return int(limit) if isinstance(limit, int) and limit > 0 else None

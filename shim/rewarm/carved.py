@@ -1,0 +1,104 @@
+"""The carved memory of one snapshot on its way back: tables from the store, chunks from store or cache, the fill."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from rewarm import node, processes
+from rewarm.criu import images
+from rewarm.errors import RestoreError, SnapshotDamaged
+from rewarm.memory import places, plan
+from rewarm.memory.fill import Fill
+from rewarm.memory.places import PLACES, Place
+from rewarm.settings import Settings
+from rewarm.store import chunks
+from rewarm.store.cache import cache_for
+from rewarm.store.directory import DirectoryStore, SnapshotRef
+from rewarm.store.manifest import Manifest
+from rewarm.store.reader import ChunkReader
+from rewarm.trace import Trace
+
+_NEXT_STEP = "capture it again"
+
+
+class CarvedMemory:
+    """Made by `load`. `start`, `check`, `release`, `join` in this order, or `abandon` at any time."""
+
+    def __init__(
+        self, ref: SnapshotRef, manifest: Manifest, where: list[Place], reader: ChunkReader, fill: Fill
+    ) -> None:
+        self._ref = ref
+        self._manifest = manifest
+        self._places = where
+        self._reader = reader
+        self._fill = fill
+        self._alive: dict[int, int | None] = {}
+
+    def start(self) -> None:
+        """Start to read. Raises RuntimeError if no thread can be made."""
+        self._fill.start()
+
+    def check(self, directory: Path, limit: int | None) -> None:
+        """Check all against CRIU's images in `directory`, and choose huge pages there; `limit` is the container's
+        memory limit in bytes. Raises SnapshotDamaged."""
+        memory = self._manifest.memory
+        try:
+            plan.check(self._places, directory)
+            mappings = [(one.pid, one.start, one.end, one.extra) for one in memory.huge]
+            plan.allow_huge_pages(mappings, directory, memory.filled + memory.left, limit)
+        except (plan.Unfounded, images.ImageError) as error:
+            raise SnapshotDamaged("read memory of snapshot", str(self._ref), str(error), _NEXT_STEP) from None
+
+    def release(self, init: int) -> None:
+        """Begin to write into the stopped processes below `init`, a host pid. Raises RestoreError."""
+        found = processes.tree(init)
+        self._alive = {pid: processes.start_time(pid) for pid in found}
+        self._fill.release({processes.namespace_pid(pid): pid for pid in found})
+
+    def join(self) -> None:
+        """Wait until all memory is there and verified.
+
+        Raises what failed first: SnapshotDamaged, StoreError, RestoreError; also if a process has ended meanwhile.
+        """
+        self._fill.join()
+        self._reader.close()
+        for pid, start in self._alive.items():
+            if start is not None and processes.start_time(pid) != start:
+                raise RestoreError(
+                    "fill memory", f"process {pid}", "it has ended, as the kernel ends one without memory"
+                )
+
+    def abandon(self) -> None:
+        """End the threads, as far as they can be."""
+        self._fill.abandon()
+
+    def report(self, trace: Trace) -> None:
+        """Note in the trace what was read from where."""
+        counters = self._reader.counters
+        trace.note("filled_bytes", self._manifest.memory.filled)
+        trace.note("threads", self._reader.parallel)
+        trace.note("store_bytes", counters.store_bytes)
+        trace.note("cache_bytes", counters.cache_bytes)
+        trace.note("direct_io", counters.direct)
+
+
+def load(
+    store: DirectoryStore, ref: SnapshotRef, manifest: Manifest, settings: Settings, trace: Trace, stop: threading.Event
+) -> CarvedMemory | None:
+    """Read the snapshot's tables; None if nothing of its memory was carved. Raises SnapshotDamaged, StoreError."""
+    if manifest.file(chunks.CHUNKS) is None and manifest.file(PLACES) is None and not manifest.memory.filled:
+        return None
+    table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))
+    try:
+        where = places.decode(store.read_file(manifest, PLACES), [chunk.size for chunk in table])
+    except places.Bad as bad:
+        raise SnapshotDamaged("read memory/places of", str(ref), str(bad), _NEXT_STEP) from None
+    filled = sum(chunk.size for chunk in table)
+    if filled != manifest.memory.filled:
+        cause = f"its chunks have {filled} bytes, its manifest says {manifest.memory.filled}"
+        raise SnapshotDamaged("read memory of snapshot", str(ref), cause, _NEXT_STEP)
+    threads = node.threads(settings)
+    cache = cache_for(settings, store)
+    reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
+    return CarvedMemory(ref, manifest, where, reader, Fill(reader, where, stop, trace))

@@ -1,0 +1,61 @@
+"""Which mappings get huge pages: those that are filled densely, so that it costs next to no memory.
+
+With MADV_HUGEPAGE the first write to an empty 2 MiB of a mapping takes a huge page, however little is written there.
+Where a small page is there already the kernel takes small ones: so CRIU, which has its pages in before it calls
+madvise(2), is given one page of every 2 MiB that will be thin. khugepaged would make those huge in time all the same
+(its max_ptes_none is 511 by default), so a mapping with too many of them gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+PAGE = 4096
+HUGE = 2 << 20
+_PAGES = HUGE // PAGE
+_FULL = (1 << _PAGES) - 1
+DENSE = 502
+"""Pages of the 512 that must be filled: huge pages then cost 2 % at most."""
+_THIN_SHARE = 0.1
+
+
+class Plan(NamedTuple):
+    """`pages`: addresses of pages to leave to CRIU; `extra`: bytes that huge pages take more than small ones."""
+
+    pages: tuple[int, ...]
+    extra: int
+
+
+def masks(windows: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """(address, page mask from there) of any alignment -> number of the aligned 2 MiB -> its page mask."""
+    found: dict[int, int] = {}
+    for start, mask in windows:
+        number, within = divmod(start, HUGE)
+        bits = mask << within // PAGE
+        while bits:
+            if bits & _FULL:
+                found[number] = found.get(number, 0) | bits & _FULL
+            bits >>= _PAGES
+            number += 1
+    return found
+
+
+def plan(start: int, end: int, filled: Mapping[int, int], kept: Mapping[int, int]) -> Plan | None:
+    """For the mapping [start, end): None if it should not have huge pages. `filled` are the pages that hold
+    anything, `kept` those of them that CRIU restores anyhow; both by number of the aligned 2 MiB."""
+    pages: list[int] = []
+    dense = thin = extra = 0
+    for number in range(-(-start // HUGE), end // HUGE):
+        mask = filled.get(number, 0)
+        count = mask.bit_count()
+        if count >= DENSE:
+            dense += _PAGES
+            extra += (_PAGES - count) * PAGE
+        elif count:
+            thin += _PAGES - count
+            if not kept.get(number, 0):
+                pages.append(number * HUGE + ((mask & -mask).bit_length() - 1) * PAGE)
+    if not dense or thin > dense * _THIN_SHARE:
+        return None
+    return Plan(tuple(pages), extra)

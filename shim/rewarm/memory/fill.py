@@ -1,0 +1,150 @@
+"""Filling carved memory into the stopped processes, with many threads.
+
+Each thread reads and verifies one chunk after the other and writes it where it belongs. They begin before there are any
+processes: what is verified by then waits in a bounded buffer until `release`. Unverified bytes are never written.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from rewarm.errors import RestoreError
+from rewarm.memory.places import WINDOW, Place
+from rewarm.trace import Trace
+from rewarm_native.memory import Target
+
+AHEAD = 256 << 20
+"""Bytes of verified chunks at most that wait for the processes, over all threads."""
+
+
+class Stream(Protocol):
+    """One thread's share of the chunks."""
+
+    def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
+        """The number and the verified bytes of the next chunk, in `buffer` (WINDOW bytes); None at the end."""
+
+
+class Reader(Protocol):
+    """All chunks of a snapshot; `parallel` is how many streams pay."""
+
+    parallel: int
+
+    def stream(self) -> Stream: ...
+
+
+class Fill:
+    """Writes every chunk that `reader` gives to its place. `stop` is set by the first failure, and ends all threads."""
+
+    def __init__(self, reader: Reader, places: Sequence[Place], stop: threading.Event, trace: Trace) -> None:
+        self._reader = reader
+        self._places = places
+        self._stop = stop
+        self._trace = trace
+        self._released = threading.Event()
+        self._targets: dict[int, Target] = {}
+        self._lock = threading.Lock()
+        self._written = bytearray(len(places))
+        self._failure: Exception | None = None
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start reading. Raises RuntimeError if no thread can be made."""
+        count = min(self._reader.parallel, len(self._places))
+        ahead = max(1, AHEAD // WINDOW // max(1, count))
+        for _ in range(count):
+            thread = threading.Thread(target=self._run, args=(ahead,), name="fill", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def release(self, pids: Mapping[int, int]) -> None:
+        """Begin to write: `pids` are the processes' host pids by their numbers in the images; all are stopped.
+
+        Raises RestoreError if one that has memory to come is not there.
+        """
+        for pid in {place.pid for place in self._places}:
+            if pid not in pids:
+                raise RestoreError("fill memory", f"process {pid}", "it is not among the restored processes")
+            try:
+                self._targets[pid] = Target(pids[pid])
+            except OSError as error:
+                raise RestoreError("fill memory", f"process {pid}", error.strerror or str(error)) from None
+        for pid in {place.pid for place in self._places if place.forced}:
+            try:
+                self._targets[pid].open_forced()
+            except OSError as error:
+                raise RestoreError("open memory", f"process {pid}", error.strerror or str(error)) from None
+        self._released.set()
+
+    def join(self) -> None:
+        """Wait until everything is written; raises the first failure, or RestoreError if anything is missing."""
+        for thread in self._threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        missing = self._written.count(0)
+        if missing:
+            raise RestoreError("fill memory", f"{missing} of {len(self._places)} chunks", "they were not written")
+        self._close()
+
+    def abandon(self) -> None:
+        """Have the threads end, if they can: one that hangs in a dead file system's read ends with the process."""
+        self._stop.set()
+        self._released.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(1.0)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._close()
+
+    def _close(self) -> None:
+        for target in self._targets.values():
+            target.close()
+        self._targets.clear()
+
+    def _run(self, ahead: int) -> None:
+        try:
+            stream = self._reader.stream()
+            with self._trace.phase("memory.read"):
+                waiting, room = self._read_ahead(stream, ahead)
+            self._released.wait()
+            with self._trace.phase("memory.fill"):
+                for number, data in waiting:
+                    self._write(number, data)
+                while not self._stop.is_set() and (item := stream.next(room)) is not None:
+                    self._write(*item)
+        except Exception as error:
+            with self._lock:
+                self._failure = self._failure or error  # raised by `join`
+            self._stop.set()
+
+    def _read_ahead(self, stream: Stream, ahead: int) -> tuple[list[tuple[int, memoryview]], memoryview]:
+        """Chunks for as long as there is room and nowhere to write them, and a buffer for those that come later."""
+        space = mmap.mmap(-1, (ahead + 1) * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        space.madvise(mmap.MADV_HUGEPAGE)
+        whole = memoryview(space)
+        waiting: list[tuple[int, memoryview]] = []
+        for at in range(0, ahead * WINDOW, WINDOW):
+            if self._released.is_set() or self._stop.is_set():
+                return waiting, whole[at : at + WINDOW]
+            item = stream.next(whole[at : at + WINDOW])
+            if item is None:
+                break
+            waiting.append(item)
+        return waiting, whole[ahead * WINDOW :]
+
+    def _write(self, number: int, data: memoryview) -> None:
+        if self._stop.is_set():
+            return
+        place = self._places[number]
+        target = self._targets[place.pid]
+        try:
+            if place.forced:
+                target.write_forced(place.base, place.mask, data)
+            else:
+                target.write(place.base, place.mask, data)
+        except OSError as error:
+            raise RestoreError("fill memory", f"process {place.pid}", error.strerror or str(error)) from None
+        self._written[number] = 1

@@ -1,0 +1,64 @@
+"""What a restore is going to fill, checked before CRIU runs: places against chunks, and both against CRIU's images."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rewarm.criu import images, vmas
+from rewarm.criu.vmas import Vma
+from rewarm.memory.places import Place
+
+_THP = "/sys/kernel/mm/transparent_hugepage"
+_ROOM = 0.95
+"""Share of the memory limit above which a container gets no memory that it did not have."""
+
+
+class Unfounded(ValueError):
+    """A place is no memory of the container's own; the text says which."""
+
+
+def check(places: Sequence[Place], directory: Path) -> None:
+    """Every place is memory of the container's own in CRIU's images of it: no file's, no device's, no hole.
+
+    Raises Unfounded, and images.ImageError for an image that is none.
+    """
+    found: dict[int, list[Vma]] = {}
+    starts: dict[int, list[int]] = {}
+    for number, place in enumerate(places):
+        if place.pid not in found:
+            path = directory / f"mm-{place.pid}.img"
+            if not path.exists():
+                raise Unfounded(f"place {number} is in process {place.pid}, which has no memory")
+            found[place.pid] = vmas.load(path)
+            starts[place.pid] = [vma.start for vma in found[place.pid]]
+        first, last = place.span
+        at = bisect_right(starts[place.pid], first) - 1
+        vma = found[place.pid][at] if at >= 0 else None
+        if vma is None or last > vma.end or not vma.is_fillable or place.forced == vma.is_writable:
+            raise Unfounded(f"place {number} at {first:#x} of process {place.pid} is no memory that can be filled")
+
+
+def allow_huge_pages(
+    mappings: Iterable[tuple[int, int, int, int]], directory: Path, needed: int, limit: int | None
+) -> None:
+    """Set MADV_HUGEPAGE in CRIU's images of the mappings (process, start, end, bytes that huge pages cost more).
+
+    Left as it is where the kernel has no huge pages (madvise would fail, and CRIU with it), and for mappings that
+    would grow where the container's `needed` bytes come near its memory `limit`.
+    """
+    if not os.path.isdir(_THP):
+        return
+    chosen: dict[int, set[tuple[int, int]]] = {}
+    wanted = list(mappings)
+    near = limit is not None and needed + sum(extra for *_, extra in wanted) > limit * _ROOM
+    for pid, start, end, extra in wanted:
+        if not (near and extra):
+            chosen.setdefault(pid, set()).add((start, end))
+    for pid, ranges in chosen.items():
+        path = directory / f"mm-{pid}.img"
+        if not path.exists():
+            raise images.ImageError(f"{path.name}: it is missing")
+        vmas.allow_huge_pages(path, ranges)

@@ -1,0 +1,220 @@
+"""The fill, into real stopped processes: everything or an error."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from rewarm.errors import RestoreError, SnapshotDamaged
+from rewarm.memory.fill import Fill
+from rewarm.memory.places import FORCED, MASK_BYTES, PAGE, WINDOW, Place
+from rewarm.trace import Trace
+
+PID = 7
+"""Of the process in the images."""
+
+
+class Victim:
+    """A stopped child with a private mapping of `windows` windows; its memory can be read from outside."""
+
+    def __init__(self, windows: int, protection: int = mmap.PROT_READ | mmap.PROT_WRITE) -> None:
+        self._memory = mmap.mmap(-1, windows * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=3)
+        self.base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        if protection != 3:
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.mprotect(ctypes.c_void_p(self.base), ctypes.c_size_t(windows * WINDOW), protection) == 0
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            os._exit(0)
+        os.waitpid(self.pid, os.WUNTRACED)
+
+    def read(self, address: int, size: int) -> bytes:
+        fd = os.open(f"/proc/{self.pid}/mem", os.O_RDONLY)
+        try:
+            return os.pread(fd, size, address)
+        finally:
+            os.close(fd)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.pid = 0
+
+    def close(self) -> None:
+        if self.pid:
+            self.kill()
+
+
+@pytest.fixture
+def victim() -> Iterator[Victim]:
+    made = Victim(16)
+    yield made
+    made.close()
+
+
+class Chunks:
+    """A reader of chunks that are in memory; number N can be made to fail, or to take its time."""
+
+    def __init__(self, data: Sequence[bytes], parallel: int = 3) -> None:
+        self.parallel = parallel
+        self.data = data
+        self.bad = -1
+        self.pause = 0.0
+        self._left = iter(range(len(data)))
+        self._lock = threading.Lock()
+
+    def stream(self) -> Chunks:
+        return self
+
+    def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
+        with self._lock:
+            number = next(self._left, None)
+        if number is None:
+            return None
+        time.sleep(self.pause)
+        if number == self.bad:
+            raise SnapshotDamaged("read memory", f"chunk {number}", "it is damaged")
+        buffer[: len(self.data[number])] = self.data[number]
+        return number, buffer[: len(self.data[number])]
+
+
+def random_chunks(victim: Victim, count: int) -> tuple[list[Place], list[bytes]]:
+    """A chunk in every window, with every second page of a random number."""
+    where, data = [], []
+    for number in range(count):
+        bits = sum(1 << at for at in range(0, 512, number % 3 + 1))
+        where.append(Place(PID, 0, victim.base + number * WINDOW, bits.to_bytes(MASK_BYTES, "little")))
+        data.append(os.urandom(bits.bit_count() * PAGE))
+    return where, data
+
+
+def start(where: Sequence[Place], data: Sequence[bytes]) -> tuple[Fill, Chunks, threading.Event]:
+    stop = threading.Event()
+    reader = Chunks(data)
+    return Fill(reader, where, stop, Trace()), reader, stop
+
+
+def contents(victim: Victim, place: Place) -> bytes:
+    pages = (at for at in range(512) if place.bits >> at & 1)
+    return b"".join(victim.read(place.base + at * PAGE, PAGE) for at in pages)
+
+
+def test_everything_arrives_and_nothing_else_is_touched(victim: Victim) -> None:
+    where, data = random_chunks(victim, 16)
+    fill, _, _ = start(where, data)
+    fill.start()
+    fill.release({PID: victim.pid})
+    fill.join()
+    for place, one in zip(where, data, strict=True):
+        assert contents(victim, place) == one
+        for at in range(512):
+            if not place.bits >> at & 1:
+                assert victim.read(place.base + at * PAGE, PAGE) == bytes(PAGE)
+
+
+def test_nothing_is_written_before_the_release(victim: Victim) -> None:
+    where, data = random_chunks(victim, 8)
+    fill, _, _ = start(where, data)
+    fill.start()
+    time.sleep(0.2)
+    assert all(not any(contents(victim, place)) for place in where)
+    fill.release({PID: victim.pid})
+    fill.join()
+    assert all(contents(victim, place) == one for place, one in zip(where, data, strict=True))
+
+
+def test_no_more_than_so_much_is_read_ahead(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewarm.memory.fill.AHEAD", 3 * 2 * WINDOW)
+    where, data = random_chunks(victim, 16)
+    fill, reader, _ = start(where, data)
+    fill.start()
+    time.sleep(0.2)
+    assert len(list(reader._left)) == 16 - 6
+    fill.abandon()
+
+
+def test_memory_that_the_process_may_not_write() -> None:
+    victim = Victim(2, mmap.PROT_READ)
+    try:
+        where, data = random_chunks(victim, 2)
+        fill, _, _ = start(where, data)
+        fill.start()
+        fill.release({PID: victim.pid})
+        with pytest.raises(RestoreError, match="Bad address"):
+            fill.join()
+        forced = [place._replace(flags=FORCED) for place in where]
+        fill, _, _ = start(forced, data)
+        fill.start()
+        fill.release({PID: victim.pid})
+        fill.join()
+        assert all(contents(victim, place) == one for place, one in zip(where, data, strict=True))
+    finally:
+        victim.close()
+
+
+def test_a_bad_chunk(victim: Victim) -> None:
+    where, data = random_chunks(victim, 16)
+    fill, reader, stop = start(where, data)
+    reader.bad = 11
+    fill.start()
+    fill.release({PID: victim.pid})
+    with pytest.raises(SnapshotDamaged, match="chunk 11"):
+        fill.join()
+    assert stop.is_set()
+
+
+def test_a_process_that_vanishes(victim: Victim) -> None:
+    where, data = random_chunks(victim, 16)
+    fill, reader, _ = start(where, data)
+    reader.pause = 0.1
+    fill.start()
+    fill.release({PID: victim.pid})
+    victim.kill()
+    with pytest.raises(RestoreError, match="the process has ended"):
+        fill.join()
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_mapping_that_is_not_there(victim: Victim, forced: bool) -> None:
+    where, data = random_chunks(victim, 2)
+    where[1] = where[1]._replace(base=0x1000, flags=FORCED if forced else 0)
+    fill, _, _ = start(where, data)
+    fill.start()
+    fill.release({PID: victim.pid})
+    with pytest.raises(RestoreError, match="at 0x1000"):
+        fill.join()
+
+
+def test_a_process_that_was_not_restored(victim: Victim) -> None:
+    where, data = random_chunks(victim, 2)
+    fill, _, _ = start(where, data)
+    fill.start()
+    with pytest.raises(RestoreError, match="process 7"):
+        fill.release({PID + 1: victim.pid})
+    fill.abandon()
+
+
+def test_a_reader_that_forgets_a_chunk(victim: Victim) -> None:
+    where, data = random_chunks(victim, 4)
+    fill, _, _ = start(where, data[:3])
+    fill.start()
+    fill.release({PID: victim.pid})
+    with pytest.raises(RestoreError, match="1 of 4 chunks"):
+        fill.join()
+
+
+def test_abandoned_threads_end_and_write_nothing(victim: Victim) -> None:
+    where, data = random_chunks(victim, 16)
+    fill, _, _ = start(where, data)
+    fill.start()
+    fill.abandon()
+    assert not any(thread.is_alive() for thread in fill._threads)
+    assert all(not any(contents(victim, place)) for place in where)

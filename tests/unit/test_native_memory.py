@@ -1,0 +1,35 @@
+"""The C that finds and writes pages, against a model, built with ASan and UBSan and with all warnings as errors."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("optimised", ["-O1", "-O3"])
+def test_against_a_model(tmp_path: Path, optimised: str) -> None:
+    native = REPOSITORY / "native" / "rewarm_native"
+    program = tmp_path / "check"
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [native / "memory.c", REPOSITORY / "tests" / "support" / "memory_check.c"]
+    words: list[str | Path] = [
+        "gcc",
+        "-std=gnu17",
+        "-D_GNU_SOURCE",
+        optimised,
+        "-g",
+        *warnings,
+        *sanitizers,
+        "-I",
+        native,
+        "-o",
+        program,
+    ]
+    subprocess.run([*words, *sources], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
