@@ -13,15 +13,14 @@ import json
 import mmap
 import os
 import platform
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import cases
+from bench import restore, starts, storage
+from bench.measured import Case, Measured
 from support import proc
 
 
@@ -34,42 +33,51 @@ def touch_memory(share: float = 0.6) -> None:
             memory[at] = 1
 
 
+CASES: dict[str, Case] = {
+    "passthrough": starts.passthrough,
+    "model-server": starts.model_server,
+    "restore-1g": starts.restore_1g,
+    "restore-500m": restore.private_memory(512),
+    "restore-3g": restore.private_memory(3072),
+    "restore-6g": restore.private_memory(6144),
+    "engine": restore.engine,
+    "ocr-server": restore.ocr_server,
+    "cold": storage.cold,
+    "ten-at-once": storage.ten_at_once,
+    "sizes": storage.sizes,
+    "captures": storage.captures,
+}
+
+
 def main(prefix: Path, output: Path, names: list[str]) -> int:
     proc.become_subreaper()
     touch_memory()
-    known: dict[str, Callable[[Path, Path], cases.Measured]] = {
-        "passthrough": cases.passthrough,
-        "model-server": cases.model_server,
-        "restore-1g": cases.restore_1g,
-    }
     figures: dict[str, object] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
     missed = []
-    print(f"| what | {'|'.join(('one side', 'the other', 'ratio', 'target'))} |\n|---|---|---|---|---|")
-    for name, case in known.items():
+    print(f"| {' | '.join(('what', 'one side', 'the other', 'ratio', 'target'))} |\n| --- | --- | --- | --- | --- |")
+    for name, case in CASES.items():
         if names and name not in names:
             continue
         with tempfile.TemporaryDirectory(prefix="rewarm-bench-", dir=os.environ.get("REWARM_BENCH_DIR")) as directory:
-            done = case(Path(directory), prefix)
-        figures[done.key] = round(done.ratio, 4)
-        figures[f"{done.key}_samples_s"] = {
-            label: [round(s, 5) for s in found] for label, found in done.samples.items()
-        }
-        figures.update(done.more)
-        (first, one), (second, two) = done.samples.items()
-        print(
-            f"| {done.what} | {first} {statistics.median(one):.3f} s | {second} {statistics.median(two):.3f} s "
-            f"| {done.ratio:.2f} | {done.target} |",
-            flush=True,
-        )
-        if not done.held:
-            missed.append(done.key)
+            found = case(Path(directory), prefix)
+        for done in found:
+            figures.update(as_figures(done))
+            print(done.row(), flush=True)
+            if not done.held:
+                missed.append(done.key)
     output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
     return 1 if missed else 0
+
+
+def as_figures(done: Measured) -> dict[str, object]:
+    unit = done.unit.lower().replace("/", "_per_")
+    samples = {label: [round(sample, 5) for sample in found] for label, found in done.samples.items()}
+    return {done.key: round(done.ratio, 4), f"{done.key}_samples_{unit}": samples, **done.more}
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ requirements=$here/workloads/requirements.txt
 recipe=1
 
 packages=(
+    bindfs
     ca-certificates
     conmon
     containerd
     debian-archive-keyring
     docker.io
+    fio
     gcc
     iproute2
     iptables

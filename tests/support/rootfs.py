@@ -62,8 +62,8 @@ def workloads() -> Path:
 
 
 def layers(workload: str = "") -> list[Path]:
-    """Layers that `workload` ("ocr_server", "multi", "memory", or "" for Debian alone) needs. Raises NotPrepared."""
-    extra = {"": [], "ocr_server": ["ocr"], "multi": ["loop"], "memory": []}[workload]
+    """Layers that `workload` (a module of workloads/, or "" for Debian alone) needs. Raises NotPrepared."""
+    extra = {"ocr_server": ["ocr"], "multi": ["loop"]}.get(workload, [])
     return [base(), *(layer(name) for name in extra), *([workloads()] if workload else [])]
 
 

@@ -16,7 +16,6 @@ import ctypes
 import mmap
 import multiprocessing
 import os
-import queue
 import random
 import shutil
 import socket
@@ -30,6 +29,7 @@ from typing import Any
 from support.workloads import syscalls, web
 from support.workloads.multi_worker import SHARED_SIZE, digest, loop_worker, pipe_worker, rings
 from support.workloads.semaphore import NamedSemaphore
+from support.workloads.threads import Worker
 
 UNIX_SOCKET = "/run/multi.sock"
 CHANGED = Path("/etc/debian_version")  # of the base image
@@ -69,32 +69,6 @@ class Pipes:
                 self.wrong += 1
             self.pings += 1
             time.sleep(0.005)
-
-
-class Worker(threading.Thread):
-    """A thread that runs what it is given: policies of a thread can be read by itself alone."""
-
-    def __init__(self, name: str, prepare: Callable[[], Any]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._work: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
-        self.start()
-        self.do(prepare)
-
-    def run(self) -> None:
-        while True:
-            work, answer = self._work.get()
-            try:
-                answer.put(work())
-            except Exception as error:
-                answer.put(error)
-
-    def do(self, work: Callable[[], Any]) -> Any:
-        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._work.put((work, answer))
-        result = answer.get(timeout=20)
-        if isinstance(result, Exception):
-            raise result
-        return result
 
 
 def ask_loop(word: str) -> str:

@@ -78,7 +78,15 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def run(port: int, routes: Mapping[str, Route]) -> None:
-    """Listens, says that it is ready (file in the control directory if there is one, line on stdout), and serves."""
+    """Serves, and does not return."""
+    start(port, routes).join()
+
+
+def start(port: int, routes: Mapping[str, Route]) -> threading.Thread:
+    """Listens, says that it is ready (file in the control directory if there is one, line on stdout), and serves.
+
+    To be called by the main thread, which alone may set the handler of SIGTERM.
+    """
     began = time.monotonic()
     routes = {"/health": lambda _body: {"ok": True, "pid": os.getpid(), "serving_since": began}, **routes}
     server = Server(port, routes)
@@ -93,7 +101,7 @@ def run(port: int, routes: Mapping[str, Route]) -> None:
     if CONTROL_DIRECTORY.is_dir():
         (CONTROL_DIRECTORY / "ready").touch()
     print("ready", flush=True)
-    thread.join()
+    return thread
 
 
 def port(default: int = 8000) -> int:
