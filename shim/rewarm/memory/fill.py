@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -107,14 +108,19 @@ class Fill:
     def _run(self, ahead: int) -> None:
         try:
             stream = self._reader.stream()
-            with self._trace.phase("memory.read"):
-                waiting, room = self._read_ahead(stream, ahead)
+            began = time.monotonic_ns()
+            waiting, room = self._read_ahead(stream, ahead)
+            early = sum(len(data) for _, data in waiting)
+            self._trace.add("memory.read", began, time.monotonic_ns(), bytes=early)
             self._released.wait()
-            with self._trace.phase("memory.fill"):
-                for number, data in waiting:
-                    self._write(number, data)
-                while not self._stop.is_set() and (item := stream.next(room)) is not None:
-                    self._write(*item)
+            began, late = time.monotonic_ns(), 0
+            for number, data in waiting:
+                self._write(number, data)
+            while not self._stop.is_set() and (item := stream.next(room)) is not None:
+                self._write(*item)
+                late += len(item[1])
+            # Only what was read in this phase as well counts as its bytes, so that its rate is not flattered.
+            self._trace.add("memory.fill", began, time.monotonic_ns(), bytes=late)
         except Exception as error:
             with self._lock:
                 self._failure = self._failure or error  # raised by `join`
