@@ -101,4 +101,4 @@ def load(
     threads = node.threads(settings)
     cache = cache_for(settings, store)
     reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
-    return CarvedMemory(ref, manifest, where, reader, Fill(reader, where, stop, trace))
+    return CarvedMemory(ref, manifest, where, reader, Fill(reader, where, stop, trace, ahead=settings.read_ahead))

@@ -74,6 +74,9 @@ class Settings:
     """The node's own copy of packs: a directory, off, or auto: /var/lib/rewarm/cache if the store is not local."""
     cache_size: int = 50 * 10**9
     """Bytes that the cache may take."""
+    read_ahead: int = 4 * 10**9
+    """Bytes of memory that a restore may read before CRIU has made the processes; never more than a sixteenth of what
+    is available."""
     ignore_env: tuple[str, ...] = _IGNORE_ENV
     """Globs of environment keys that may differ between a snapshot and a container."""
 
@@ -260,6 +263,7 @@ def _runtimes(value: object) -> tuple[str, ...]:
 
 _SECONDS = (_seconds, f"seconds, above 0 and at most {MAX_SECONDS:.0f}")
 _ABSOLUTE = (_path, "an absolute path")
+_BYTES = (_size, "bytes above 0, or a number with K, M, G or T behind it, like 50G")
 _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "store": (_store, "an absolute path of a directory, or a file:// URL"),
     "runtimes": (_runtimes, "a list of at least one program name or absolute path"),
@@ -274,6 +278,7 @@ _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "compression": (_compression, "auto, zstd or off"),
     "threads": (_threads, f"a whole number from 0 (all processors) to {MAX_THREADS}"),
     "cache": (_cache, "auto, off, or an absolute path"),
-    "cache_size": (_size, "bytes above 0, or a number with K, M, G or T behind it, like 50G"),
+    "cache_size": _BYTES,
+    "read_ahead": _BYTES,
     "ignore_env": (lambda value: _list(value, lambda glob: "=" not in glob), "a list of globs of environment keys"),
 }

@@ -96,10 +96,12 @@ def random_chunks(victim: Victim, count: int) -> tuple[list[Place], list[bytes]]
     return where, data
 
 
-def start(where: Sequence[Place], data: Sequence[bytes]) -> tuple[Fill, Chunks, threading.Event]:
+def start(
+    where: Sequence[Place], data: Sequence[bytes], ahead: int = 64 * WINDOW
+) -> tuple[Fill, Chunks, threading.Event]:
     stop = threading.Event()
     reader = Chunks(data)
-    return Fill(reader, where, stop, Trace()), reader, stop
+    return Fill(reader, where, stop, Trace(), ahead=ahead), reader, stop
 
 
 def contents(victim: Victim, place: Place) -> bytes:
@@ -131,10 +133,9 @@ def test_nothing_is_written_before_the_release(victim: Victim) -> None:
     assert all(contents(victim, place) == one for place, one in zip(where, data, strict=True))
 
 
-def test_no_more_than_so_much_is_read_ahead(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rewarm.memory.fill.AHEAD", 3 * 2 * WINDOW)
+def test_no_more_than_so_much_is_read_ahead(victim: Victim) -> None:
     where, data = random_chunks(victim, 16)
-    fill, reader, _ = start(where, data)
+    fill, reader, _ = start(where, data, ahead=3 * 2 * WINDOW)
     fill.start()
     time.sleep(0.2)
     assert len(list(reader._left)) == 16 - 6

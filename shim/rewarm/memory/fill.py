@@ -12,13 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from rewarm import aside
 from rewarm.errors import RestoreError
 from rewarm.memory.places import WINDOW, Place
 from rewarm.trace import Trace
 from rewarm_native.memory import Target
 
-AHEAD = 256 << 20
-"""Bytes of verified chunks at most that wait for the processes, over all threads."""
+_SHARE = 16
+"""One part in so many of the memory that is available may hold verified chunks that wait for the processes."""
 
 
 class Stream(Protocol):
@@ -37,13 +38,19 @@ class Reader(Protocol):
 
 
 class Fill:
-    """Writes every chunk that `reader` gives to its place. `stop` is set by the first failure, and ends all threads."""
+    """Writes every chunk that `reader` gives to its place. `stop` is set by the first failure, and ends all threads.
 
-    def __init__(self, reader: Reader, places: Sequence[Place], stop: threading.Event, trace: Trace) -> None:
+    `ahead` is how many bytes may wait for the processes, over all threads.
+    """
+
+    def __init__(
+        self, reader: Reader, places: Sequence[Place], stop: threading.Event, trace: Trace, *, ahead: int
+    ) -> None:
         self._reader = reader
         self._places = places
         self._stop = stop
         self._trace = trace
+        self._ahead = min(ahead, _available() // _SHARE)
         self._released = threading.Event()
         self._targets: dict[int, Target] = {}
         self._lock = threading.Lock()
@@ -54,11 +61,12 @@ class Fill:
     def start(self) -> None:
         """Start reading. Raises RuntimeError if no thread can be made."""
         count = min(self._reader.parallel, len(self._places))
-        ahead = max(1, AHEAD // WINDOW // max(1, count))
-        for _ in range(count):
-            thread = threading.Thread(target=self._run, args=(ahead,), name="fill", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        windows = max(1, self._ahead // WINDOW // max(1, count))
+        rest = [threading.Thread(target=self._run, args=(windows,), name="fill", daemon=True) for _ in range(1, count)]
+        # Starting a thread means waiting for it to run, which takes its time where all cores are busy with the first.
+        first = threading.Thread(target=self._run, args=(windows, rest), name="fill", daemon=True)
+        self._threads = [first, *rest]
+        first.start()
 
     def release(self, pids: Mapping[int, int]) -> None:
         """Begin to write: `pids` are the processes' host pids by their numbers in the images; all are stopped.
@@ -82,7 +90,9 @@ class Fill:
     def join(self) -> None:
         """Wait until everything is written; raises the first failure, or RestoreError if anything is missing."""
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None or thread is self._threads[0]:
+                # The first has started the others when it ends.
+                thread.join()
         if self._failure is not None:
             raise self._failure
         missing = self._written.count(0)
@@ -94,9 +104,7 @@ class Fill:
         """Have the threads end, if they can: one that hangs in a dead file system's read ends with the process."""
         self._stop.set()
         self._released.set()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(1.0)
+        aside.wait(self._threads)
         if not any(thread.is_alive() for thread in self._threads):
             self._close()
 
@@ -105,8 +113,10 @@ class Fill:
             target.close()
         self._targets.clear()
 
-    def _run(self, ahead: int) -> None:
+    def _run(self, ahead: int, others: Sequence[threading.Thread] = ()) -> None:
         try:
+            for thread in others:
+                thread.start()
             stream = self._reader.stream()
             began = time.monotonic_ns()
             waiting, room = self._read_ahead(stream, ahead)
@@ -154,3 +164,12 @@ class Fill:
         except OSError as error:
             raise RestoreError("fill memory", f"process {place.pid}", error.strerror or str(error)) from None
         self._written[number] = 1
+
+
+def _available() -> int:
+    """Bytes of memory that can be had without swapping, as the kernel reckons; 0 where it does not say."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 0
