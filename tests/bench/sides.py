@@ -141,6 +141,7 @@ class Sides:
         """A restored container and the seconds until its first answer, which is compared with the source's."""
         self._turn += 1
         name = f"{self.name}-{label.split()[0]}-{self._turn}"
+        created = 0.0
         with self.program.network() as network:
             hand = label == BY_HAND
             made = self.program.bundle(self.node.directory / name, network, {} if hand else self.annotations())
@@ -150,12 +151,17 @@ class Sides:
                 runtime.restore(name, made, self.images)
             else:
                 runtime.create(name, made)
+                created = time.monotonic()
                 runtime.start(name)
+            started = time.monotonic()
             answer = self.program.answer(network)
             seconds = time.monotonic() - began
             assert answer == self.expected, "the answer is not the source's"
             assert hand or self.node.outcome(name)["outcome"] == "warm", self.node.outcome(name)
             phases = {} if hand else trace_phases(self.node.container_directory(name) / "trace.json")
+            if not hand:
+                phases |= {"create": Phase(created - began, 0), "start": Phase(started - created, 0)}
+            phases["answer"] = Phase(began + seconds - started, 0)
             yield Restored(seconds, phases, network, made)
             runtime.stop(name)
             made.close()

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -78,6 +79,19 @@ def become_subreaper() -> None:
     if _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "PR_SET_CHILD_SUBREAPER")
+
+
+def wait_exit(process: subprocess.Popen[bytes], timeout: float) -> int:
+    """The exit status, at once when there is one: Popen.wait with a timeout looks only every 50 ms.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        select.select([pidfd], [], [], timeout)
+    finally:
+        os.close(pidfd)
+    return process.wait(0.001)
 
 
 def reap(pid: int, *, timeout: float = 30.0) -> int:

@@ -25,6 +25,7 @@ from support.proc import (
     reap,
     reap_orphans,
     state_of,
+    wait_exit,
 )
 
 
@@ -207,7 +208,7 @@ class Runtime:
         known = self.containers.get(container_id)
         process, container = self.spawn(verb, container_id, bundle, *options, env=env)
         try:
-            container.status = process.wait(timeout)
+            container.status = wait_exit(process, timeout)
         except BaseException:
             process.kill()
             process.wait()

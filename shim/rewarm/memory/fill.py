@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -56,22 +57,28 @@ class Fill:
         self._lock = threading.Lock()
         self._written = bytearray(len(places))
         self._failure: Exception | None = None
+        self._ready: deque[tuple[int, memoryview]] = deque()
+        self._waiting: list[threading.Thread] = []
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start reading. Raises RuntimeError if no thread can be made."""
+        """Start to read, with one thread: more would hold up who prepares the rest (all of Python takes turns).
+
+        Raises RuntimeError if no thread can be made.
+        """
         count = min(self._reader.parallel, len(self._places))
         windows = max(1, self._ahead // WINDOW // max(1, count))
-        rest = [threading.Thread(target=self._run, args=(windows,), name="fill", daemon=True) for _ in range(1, count)]
-        # Starting a thread means waiting for it to run, which takes its time where all cores are busy with the first.
-        first = threading.Thread(target=self._run, args=(windows, rest), name="fill", daemon=True)
-        self._threads = [first, *rest]
-        first.start()
+        self._waiting = [threading.Thread(target=self._run, args=(windows,), name="fill") for _ in range(count)]
+        self._start(1)
+
+    def hurry(self) -> None:
+        """Start all threads but one, whose core is CRIU's. Raises RuntimeError."""
+        self._start(len(self._waiting) - 1)
 
     def release(self, pids: Mapping[int, int]) -> None:
         """Begin to write: `pids` are the processes' host pids by their numbers in the images; all are stopped.
 
-        Raises RestoreError if one that has memory to come is not there.
+        Raises RestoreError if one that has memory to come is not there, RuntimeError if no thread can be made.
         """
         for pid in {place.pid for place in self._places}:
             if pid not in pids:
@@ -86,19 +93,22 @@ class Fill:
             except OSError as error:
                 raise RestoreError("open memory", f"process {pid}", error.strerror or str(error)) from None
         self._released.set()
+        self._start(len(self._waiting))
 
     def join(self) -> None:
         """Wait until everything is written; raises the first failure, or RestoreError if anything is missing."""
         for thread in self._threads:
-            if thread.ident is not None or thread is self._threads[0]:
-                # The first has started the others when it ends.
-                thread.join()
-        if self._failure is not None:
-            raise self._failure
+            thread.join()
+        self.raise_failure()
         missing = self._written.count(0)
         if missing:
             raise RestoreError("fill memory", f"{missing} of {len(self._places)} chunks", "they were not written")
         self._close()
+
+    def raise_failure(self) -> None:
+        """Raise the first failure so far, if there is one."""
+        if self._failure is not None:
+            raise self._failure
 
     def abandon(self) -> None:
         """Have the threads end, if they can: one that hangs in a dead file system's read ends with the process."""
@@ -108,24 +118,28 @@ class Fill:
         if not any(thread.is_alive() for thread in self._threads):
             self._close()
 
+    def _start(self, count: int) -> None:
+        for _ in range(count):
+            thread = self._waiting.pop()
+            thread.daemon = True
+            thread.start()
+            self._threads.append(thread)
+
     def _close(self) -> None:
         for target in self._targets.values():
             target.close()
         self._targets.clear()
 
-    def _run(self, ahead: int, others: Sequence[threading.Thread] = ()) -> None:
+    def _run(self, ahead: int) -> None:
         try:
-            for thread in others:
-                thread.start()
             stream = self._reader.stream()
             began = time.monotonic_ns()
-            waiting, room = self._read_ahead(stream, ahead)
-            early = sum(len(data) for _, data in waiting)
+            room, early = self._read_ahead(stream, ahead)
             self._trace.add("memory.read", began, time.monotonic_ns(), bytes=early)
             self._released.wait()
             began, late = time.monotonic_ns(), 0
-            for number, data in waiting:
-                self._write(number, data)
+            while (ready := self._next_ready()) is not None:
+                self._write(*ready)
             while not self._stop.is_set() and (item := stream.next(room)) is not None:
                 self._write(*item)
                 late += len(item[1])
@@ -136,20 +150,30 @@ class Fill:
                 self._failure = self._failure or error  # raised by `join`
             self._stop.set()
 
-    def _read_ahead(self, stream: Stream, ahead: int) -> tuple[list[tuple[int, memoryview]], memoryview]:
-        """Chunks for as long as there is room and nowhere to write them, and a buffer for those that come later."""
-        space = mmap.mmap(-1, (ahead + 1) * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        space.madvise(mmap.MADV_HUGEPAGE)
-        whole = memoryview(space)
-        waiting: list[tuple[int, memoryview]] = []
-        for at in range(0, ahead * WINDOW, WINDOW):
+    def _read_ahead(self, stream: Stream, ahead: int) -> tuple[memoryview, int]:
+        """Make chunks ready for as long as there is room and nowhere to write them.
+
+        Returns a buffer for those that come later, and the bytes that were read.
+        """
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        early = 0
+        for _ in range(ahead):
+            # One mapping each, so that what is written can be given back.
+            room = memoryview(mmap.mmap(-1, WINDOW, flags=flags))
             if self._released.is_set() or self._stop.is_set():
-                return waiting, whole[at : at + WINDOW]
-            item = stream.next(whole[at : at + WINDOW])
+                return room, early
+            item = stream.next(room)
             if item is None:
-                break
-            waiting.append(item)
-        return waiting, whole[ahead * WINDOW :]
+                return room, early
+            self._ready.append(item)
+            early += len(item[1])
+        return memoryview(mmap.mmap(-1, WINDOW, flags=flags)), early
+
+    def _next_ready(self) -> tuple[int, memoryview] | None:
+        try:
+            return self._ready.popleft()
+        except IndexError:
+            return None
 
     def _write(self, number: int, data: memoryview) -> None:
         if self._stop.is_set():
