@@ -210,6 +210,10 @@ def trace_phases(file: Path) -> dict[str, Phase]:
         first, last, size = found.get(event["name"], (start, end, 0))
         size += int(event["args"].get("bytes", 0))
         found[event["name"]] = min(first, start), max(last, end), size
+    memory = [found[name] for name in ("memory.read", "memory.fill") if name in found]
+    if memory:
+        # From the first byte that was asked for to the last that was written.
+        found["memory"] = min(one[0] for one in memory), max(one[1] for one in memory), sum(one[2] for one in memory)
     return {name: Phase(max(last - first, 1e-9), size) for name, (first, last, size) in found.items()}
 
 

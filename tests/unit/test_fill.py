@@ -65,6 +65,7 @@ class Chunks:
 
     def __init__(self, data: Sequence[bytes], parallel: int = 3) -> None:
         self.parallel = parallel
+        self.cold = False
         self.data = data
         self.bad = -1
         self.pause = 0.0

@@ -19,6 +19,8 @@ from rewarm.memory.places import WINDOW, Place
 from rewarm.trace import Trace
 from rewarm_native.memory import Target
 
+_WARM = 256 << 20
+"""Bytes that are enough to be read ahead from memory: there it saves nothing but what CRIU leaves idle."""
 _SHARE = 16
 """One part in so many of the memory that is available may hold verified chunks that wait for the processes."""
 
@@ -31,9 +33,10 @@ class Stream(Protocol):
 
 
 class Reader(Protocol):
-    """All chunks of a snapshot; `parallel` is how many streams pay."""
+    """All chunks of a snapshot; `parallel` is how many streams pay, `cold` whether they have to wait for storage."""
 
     parallel: int
+    cold: bool
 
     def stream(self) -> Stream: ...
 
@@ -51,7 +54,7 @@ class Fill:
         self._places = places
         self._stop = stop
         self._trace = trace
-        self._ahead = min(ahead, _available() // _SHARE)
+        self._ahead = min(ahead, _available() // _SHARE, ahead if reader.cold else _WARM)
         self._released = threading.Event()
         self._targets: dict[int, Target] = {}
         self._lock = threading.Lock()

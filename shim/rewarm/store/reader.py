@@ -85,6 +85,8 @@ class ChunkReader:
         self.counters = Counters(self._ways[0])
         parts = self._plan(threads, PART)
         warm = self._is_warm(parts)
+        self.cold = not warm
+        """Whether the data has to come from storage."""
         self.parallel = threads if warm else max(threads, COLD_STREAMS)
         """Streams to run: `threads` where the data is in memory already, more where each read has to wait."""
         if not warm:
