@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rewarm import doctor_containerd, doctor_kernel, doctor_places, doctor_programs, settings
+from rewarm import doctor_containerd, doctor_kernel, doctor_memory, doctor_places, doctor_programs, settings
 from rewarm.checks import FAILED, OK, Check, Node
 from rewarm.errors import RewarmError
 from rewarm.settings import Settings
@@ -53,6 +53,8 @@ CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (
     ("store", doctor_places.store),
     ("work directory", doctor_places.work_directory),
     ("state directory", doctor_places.state_directory),
+    ("cache", doctor_memory.cache),
+    ("huge pages", doctor_memory.huge_pages),
     ("left-overs", doctor_places.left_overs),
     ("containerd", doctor_containerd.containerd),
 )

@@ -57,11 +57,31 @@ def features(node: Node) -> Check:
         os.close(os.pidfd_open(os.getpid()))
     except OSError:
         missing.append("pidfd_open (Linux 5.3)")
+    if not _can_force_writes():
+        missing.append("writes to read-only memory by /proc/PID/mem (boot parameter proc_mem.force_override)")
     if missing:
         return Check(
             "kernel", FAILED, f"Linux {facts.kernel()} without {', '.join(missing)}", "boot a kernel that has it"
         )
     return Check("kernel", OK, f"Linux {facts.kernel()}, {facts.architecture()}")
+
+
+def _can_force_writes() -> bool:
+    """Whether memory that its process may only read can be filled; kernels since 6.12 can be told to refuse it.
+
+    Found out by writing a byte of this process's own program over itself.
+    """
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        address = next((int(line.partition("-")[0], 16) for line in lines if " r--p " in line and "/" in line), None)
+    if address is None:
+        return True
+    fd = os.open("/proc/self/mem", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return os.pwrite(fd, os.pread(fd, 1, address), address) == 1
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _has_namespace(kind: str) -> bool:

@@ -24,18 +24,18 @@ _SCRATCH = re.compile(r"capture-(\d+)-\d+(\.work)?")
 def store(node: Node) -> Check:
     root = str(DirectoryStore(node.settings.store).root)
     parent = os.path.dirname(root)
-    if not os.path.lexists(root) and os.path.isdir(_real_parent(root)):
+    if not os.path.lexists(root) and os.path.isdir(real_parent(root)):
         if not os.path.isdir(parent):
             step = f"run: mkdir -p {parent}; a capture makes the store, not its parents"
             return Check("store", FAILED, f"{root} is not there, nor is {parent}", step)
         return _free("store", parent, f"{root} is not there yet: the first capture makes it")
     count = len(DirectoryStore(node.settings.store).list())
     found = f"{root}, {count} snapshot{'s' * (count != 1)}"
-    loose = _writable_by_others(root)
+    loose = writable_by_others(root)
     if loose:
         step = f"run: chown 0:0 {root} && chmod 700 {root}; who writes snapshots decides what containers run"
         return Check("store", WARNING, f"{found}, but {loose}", step)
-    problem = _cannot_write(root)
+    problem = cannot_write(root)
     if problem:
         step = "mount it writable if this node is to capture; restores work without"
         return Check("store", WARNING, f"{found}, but it cannot be written: {problem}", step)
@@ -44,13 +44,13 @@ def store(node: Node) -> Check:
 
 def work_directory(node: Node) -> Check:
     work = node.settings.work_dir
-    there = _real_parent(work)
-    problem = _cannot_write(there)
+    there = real_parent(work)
+    problem = cannot_write(there)
     if problem:
         return Check(
             "work directory", FAILED, f"{there} cannot be written: {problem}", "set `work_dir` in the settings"
         )
-    beside = _real_parent(str(DirectoryStore(node.settings.store).root))
+    beside = real_parent(str(DirectoryStore(node.settings.store).root))
     if os.stat(there).st_dev != os.stat(beside).st_dev:
         step = "set `work_dir` to a directory on the store's file system, where captures link instead of copying"
         return Check("work directory", WARNING, f"{work}, not on the file system of the store", step)
@@ -59,13 +59,13 @@ def work_directory(node: Node) -> Check:
 
 def state_directory(node: Node) -> Check:
     path = node.settings.state_dir
-    there = _real_parent(path)
+    there = real_parent(path)
     if there != path and os.path.lexists(path):
         return Check("state directory", FAILED, f"{path} is not a directory", "remove it, or set `state_dir`")
-    loose = _writable_by_others(path) if there == path else ""
+    loose = writable_by_others(path) if there == path else ""
     if loose:
         return Check("state directory", FAILED, f"{path}: {loose}", f"run: chown 0:0 {path} && chmod 700 {path}")
-    problem = _cannot_write(there)
+    problem = cannot_write(there)
     if problem:
         step = "set `state_dir` in the settings to a directory on a tmpfs"
         return Check("state directory", FAILED, f"{there} cannot be written: {problem}", step)
@@ -121,14 +121,14 @@ def _directories(path: str) -> list[str]:
         return []  # nothing was ever kept there
 
 
-def _real_parent(path: str) -> str:
+def real_parent(path: str) -> str:
     """The nearest directory at or above `path` that is there."""
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     return path
 
 
-def _cannot_write(directory: str) -> str:
+def cannot_write(directory: str) -> str:
     """Why a file cannot be made there, by making one that has no name; "" when it can."""
     try:
         tempfile.TemporaryFile(dir=directory).close()
@@ -137,7 +137,7 @@ def _cannot_write(directory: str) -> str:
     return ""
 
 
-def _writable_by_others(directory: str) -> str:
+def writable_by_others(directory: str) -> str:
     """Why others than root can put something there; "" when they cannot."""
     status = os.stat(directory)
     if status.st_uid != 0:

@@ -81,7 +81,7 @@ def installation(node: Node) -> Check:
     python = os.path.join(node.prefix, "venv", "bin", "python3")
     if not os.access(python, os.X_OK):
         return Check("installation", FAILED, f"{python}, which the launcher starts, is not there", _INSTALL)
-    for module in ("rewarm_native.process", "rewarm_hooks.rootfs_diff"):
+    for module in ("rewarm_native.process", "rewarm_native.memory", "rewarm_hooks.rootfs_diff", "blake3", "zstandard"):
         try:
             importlib.import_module(module)
         except ImportError as error:

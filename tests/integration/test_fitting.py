@@ -221,7 +221,7 @@ def test_trace_and_outcome_tell_how_long_it_took(other: Node, models: Path) -> N
     other.runtime.create("copy", target(other.directory / "copy", models))
     outcome = other.outcome("copy")
     assert outcome["outcome"] == "warm" and outcome["notes"] == []
-    assert {"find", "restore", "restore.runc", "restore.verify"} <= set(outcome["seconds"])
+    assert {"find", "restore", "restore.runc", "restore.fill", "memory.fill"} <= set(outcome["seconds"])
     assert 0 < outcome["seconds"]["restore.runc"] < outcome["seconds"]["restore"]
     trace = json.loads((other.container_directory("copy") / "trace.json").read_text())
     assert {event["name"] for event in trace["traceEvents"]} >= set(outcome["seconds"])

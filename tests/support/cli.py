@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from click.testing import CliRunner, Result
@@ -18,6 +20,16 @@ def filled_store(directory: Path) -> DirectoryStore:
     write_snapshot(store, directory / "w2", {**FILES, "rootfs-diff.tar": b"new"}, created="2026-02-01T00:00:00Z")
     write_snapshot(store, directory / "w3", name="other", namespace="team")
     return store
+
+
+def as_process(*words: str) -> list[str]:
+    """The command line of `rewarm` as a process; it needs `environment()`."""
+    return [sys.executable, "-m", "rewarm.cli", *words]
+
+
+def environment() -> dict[str, str]:
+    """This process's, in which a child imports the tree's sources as well, not those once installed beside pytest."""
+    return {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
 
 
 def call(*words: str) -> Result:

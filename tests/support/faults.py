@@ -14,11 +14,13 @@ from typing import Any
 
 from blake3 import blake3
 
+from rewarm.store.chunks import CHUNKS
 from rewarm.store.directory import DirectoryStore, SnapshotRef
-from rewarm.store.manifest import FileEntry, Manifest
+from rewarm.store.manifest import ChunkPack, FileEntry, Manifest
 from rewarm.store.materialise import materialise
 from support import cgroups, counter
 from support.bundle import Bundle
+from support.chunked import read_chunks
 from support.node import Node
 from support.proc import state_of
 from support.runtime import Container
@@ -61,6 +63,13 @@ def entry(store: Path, name: str) -> tuple[FileEntry, Path]:
     return found, opened.pack_path(found.pack)
 
 
+def memory_pack(store: Path) -> tuple[ChunkPack, Path]:
+    """The largest pack of chunks of the one snapshot, and where it lies."""
+    opened, _, manifest = only(store)
+    found = max(manifest.packs, key=lambda pack: pack.size)
+    return found, opened.pack_path(found.digest)
+
+
 def flip(path: Path, offset: int) -> None:
     """Turn over one bit, the file's times kept: nothing but its content tells."""
     status = path.stat()
@@ -98,17 +107,20 @@ def spoil(pack: Path, state: str) -> list[str]:
 def altered(store: Path, scratch: Path, change: Callable[[Path], None], **fields: object) -> None:
     """Replace the one snapshot by another whose files `change` has altered: every digest in it is right.
 
-    `change` gets a directory with the snapshot's files; `fields` are fields of its manifest.
+    `change` gets a directory with the snapshot's files but the table of chunks; `fields` are fields of its manifest.
     """
     opened, ref, manifest = only(store)
+    chunks = read_chunks(opened, manifest) if manifest.packs else []
     scratch.mkdir()
-    materialise(opened, manifest, scratch, large=1 << 60)
+    materialise(opened, manifest, scratch, large=1 << 60, without=(CHUNKS,))
     change(scratch)
     opened.remove(ref)
     with opened.writer(ref.namespace, ref.name) as writer:
+        for chunk in chunks:
+            writer.add_chunk(chunk)
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
             writer.add_file(path.relative_to(scratch).as_posix(), path)
-        writer.publish(replace(manifest, files=(), **fields))  # type: ignore[arg-type]
+        writer.publish(replace(manifest, files=(), packs=(), **fields))  # type: ignore[arg-type]
 
 
 def criu(node: Node, script: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import rewarm
 from rewarm import cli
 from rewarm.store.directory import DirectoryStore, SnapshotRef
-from support.cli import call, filled_store, on, one_line
+from support.cli import as_process, call, environment, filled_store, on, one_line
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def imported_by(*words: str) -> set[str]:
         "try: rewarm.cli.main(sys.argv[1:], prog_name='rewarm')\n"
         "except SystemExit as end: print(*sys.modules, file=sys.stderr); sys.exit(end.code)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, env=environment()
+    )
     return set(done.stderr.split())
 
 
@@ -68,8 +70,8 @@ def test_wrong_command_lines_are_usage_errors(words: list[str]) -> None:
 
 def test_as_a_process(store: DirectoryStore) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-m", "rewarm.cli", *words, "--store", str(store.root)]
-        return subprocess.run(program, capture_output=True, text=True, check=False, cwd="/")
+        command = as_process(*words, "--store", str(store.root))
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=environment())
 
     listed = run("ls", "--json")
     assert listed.returncode == 0 and not listed.stderr and len(json.loads(listed.stdout)) == 3
@@ -79,8 +81,8 @@ def test_as_a_process(store: DirectoryStore) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error_message(store: DirectoryStore) -> None:
-    program = [sys.executable, "-m", "rewarm.cli", "ls", "--json", "--store", str(store.root)]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = as_process("ls", "--json", "--store", str(store.root))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""

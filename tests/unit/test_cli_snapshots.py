@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from rewarm import node as facts
-from rewarm.cli import inspect, pick
+from rewarm.cli import inspect, output, pick
 from rewarm.errors import SnapshotNotFound, StoreError
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore, SnapshotRef
+from rewarm.store.manifest import HugeMapping, Memory
 from support.chunked import flip, some, write_chunks
 from support.cli import filled_store, newest, on, one_line, spoil
 from support.snapshots import FILES, MIB, manifest, write_snapshot
@@ -118,6 +119,37 @@ def test_inspect_escapes_what_a_terminal_would_act_on(store: DirectoryStore, tmp
         shown = on(store, *command).stdout
         assert "\x1b" not in shown and "\x07" not in shown
         assert "\\x1b]0;owned\\x07\\nrewarm" in shown
+
+
+def test_inspect_of_memory(tmp_path: Path) -> None:
+    store = DirectoryStore(str(tmp_path / "store"))
+    huge = (HugeMapping(1, 0x7F0000000000, 0x7F0000400000, 8192),)
+    with store.writer("default", "model", compression="off") as writer:
+        for chunk in some(3, 64 << 10):
+            writer.add_chunk(chunk)
+        writer.publish(replace(manifest(), memory=Memory(filled=192 << 10, zeros=2 * MIB, left=MIB // 2, huge=huge)))
+    shown = on(store, "inspect", "model").stdout
+    for text in ("192.0 KiB in 3 chunks", "2.0 MiB, not stored", "512.0 KiB", "1 mapping of 4.0 MiB"):
+        assert text in shown, shown
+    document = json.loads(on(store, "inspect", "model", "--json").stdout)
+    assert document["chunks"] == 3 and document["memory_bytes"] == 3 * MIB
+    assert document["memory"] == {
+        "filled": 192 << 10,
+        "zeros": 2 * MIB,
+        "left": MIB // 2,
+        "huge": [{"pid": 1, "start": 0x7F0000000000, "end": 0x7F0000400000, "extra": 8192}],
+    }
+    raw = sum(pack["raw_size"] for pack in document["packs"])
+    assert raw == 192 << 10
+    count = len(document["packs"])
+    stored = sum(pack["size"] for pack in document["packs"])
+    assert f"{count} of chunks: {output.size(stored)} for 192.0 KiB" in shown
+
+
+def test_inspect_of_a_snapshot_without_chunks(store: DirectoryStore) -> None:
+    shown = on(store, "inspect", "model").stdout
+    assert "0 B in 0 chunks" in shown and "huge pages     none" in shown
+    assert json.loads(on(store, "inspect", "model", "--json").stdout)["chunks"] == 0
 
 
 def fake_criu(tmp_path: Path, version: str) -> Settings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rewarm import cli, doctor, doctor_containerd
 from rewarm.checks import FAILED, OK, WARNING, Check, Node
 from rewarm.errors import OciError, RewarmError
 from rewarm.settings import Settings
+from support.cli import as_process, environment
 from support.nodes import containerd_config, killed_restore, program, says, well, with_settings
 
 
@@ -182,8 +182,8 @@ def test_command_fix(command: Callable[..., tuple[int, str, str]], node: Node, t
 
 
 def test_command_as_a_process(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "rewarm.cli", "doctor", "--json", "--store", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd="/")
+    words = as_process("doctor", "--json", "--store", str(tmp_path))
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd="/", env=environment())
     document = json.loads(done.stdout)
     assert not done.stderr and done.returncode == (0 if document["ok"] else 1)
     assert len(document["checks"]) == len(doctor.CHECKS)

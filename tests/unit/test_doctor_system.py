@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ def test_kernel_features(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_kernel, "_words", lambda path: ["allow"])
     monkeypatch.setattr(doctor_kernel, "_has_namespace", lambda kind: kind != "ipc")
     says(doctor_kernel.features(node), FAILED, "CONFIG_SECCOMP_FILTER", "ipc namespaces")
+
+
+def test_kernel_that_protects_read_only_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    says(doctor_kernel.features(node), FAILED, "/proc/PID/mem (boot parameter proc_mem.force_override)")
 
 
 def test_overlay(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

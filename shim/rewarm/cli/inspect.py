@@ -10,6 +10,7 @@ import click
 
 from rewarm.errors import Unfit
 from rewarm.settings import Settings
+from rewarm.store.chunks import CHUNKS, RECORD
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import Manifest, Process, Requires
 
@@ -44,7 +45,7 @@ def command(
     reason = misfit(manifest.requires, settings) if check else ""
     if as_json:
         fits = {"fits": not reason, "misfit": reason or None} if check else {}
-        output.document({"id": ref.id, **asdict(manifest), **fits})
+        output.document({"id": ref.id, "chunks": _chunks(manifest), **asdict(manifest), **fits})
     else:
         _show(ref, manifest)
         if check:
@@ -81,10 +82,11 @@ def _show(ref: SnapshotRef, manifest: Manifest) -> None:
             ("created", f"{manifest.created} ({output.age(manifest.created)}) by rewarm {manifest.rewarm}"),
             ("source", ", ".join(f"{key} {value}" for key, value in sorted(source.items()))),
             ("size", f"{output.size(manifest.stored_bytes)} in {len(manifest.files)} files, {packs} packs"),
-            ("memory", output.size(manifest.memory_bytes)),
         ],
         "  ",
     )
+    click.echo("\nMemory")
+    output.fields(_memory(manifest), "  ")
     click.echo("\nNeeds")
     output.fields(_needs(manifest.requires), "  ")
     click.echo("\nProcesses")
@@ -94,6 +96,30 @@ def _show(ref: SnapshotRef, manifest: Manifest) -> None:
         ("  NAME", "SIZE", "DIGEST"),
         ((f"  {entry.name}", output.size(entry.size), entry.digest[:12]) for entry in manifest.files),
     )
+
+
+def _chunks(manifest: Manifest) -> int:
+    entry = manifest.file(CHUNKS)
+    return entry.size // RECORD.size if entry else 0
+
+
+def _memory(manifest: Manifest) -> list[tuple[str, str]]:
+    memory, count = manifest.memory, _chunks(manifest)
+    stored, raw = sum(pack.size for pack in manifest.packs), sum(pack.raw_size for pack in manifest.packs)
+    larger = sum(mapping.end - mapping.start for mapping in memory.huge)
+    return [
+        ("dumped", output.size(manifest.memory_bytes)),
+        ("filled", f"{output.size(memory.filled)} in {count} chunk{'s' * (count != 1)}"),
+        ("zeros", f"{output.size(memory.zeros)}, not stored"),
+        ("left to CRIU", output.size(memory.left)),
+        ("packs", f"{len(manifest.packs)} of chunks: {output.size(stored)} for {output.size(raw)}"),
+        (
+            "huge pages",
+            f"{len(memory.huge)} mapping{'s' * (len(memory.huge) != 1)} of {output.size(larger)}"
+            if memory.huge
+            else "none",
+        ),
+    ]
 
 
 def _needs(needs: Requires) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rewarm.criu import encode, images
-from rewarm.criu.vmas import Vma
+from rewarm.criu.vmas import Vma, is_guard
 
 PAGE = 4096
 _ROUNDS = 8
@@ -93,7 +93,8 @@ def write(path: Path, vmas: Iterable[Vma]) -> None:
         out = b""
         for number, raw, value in fields:
             if number == 14 and isinstance(value, bytes):
-                mine = pieces[images.number(images.decode(value, path.name), 1)]
+                message = images.decode(value, path.name)
+                mine = [] if is_guard(message) else pieces[images.number(message, 1)]
                 if len(mine) > 1:
                     # Of a field that is there twice the last one counts.
                     edges = (encode.integer(1, vma.start) + encode.integer(2, vma.end) for vma in mine)
@@ -108,7 +109,7 @@ class _Range(NamedTuple):
 
 
 def _ranges(record: images.Message) -> list[_Range]:
-    return [_Range(images.number(message, 1)) for message in images.messages(record, 14)]
+    return [_Range(images.number(message, 1)) for message in images.messages(record, 14) if not is_guard(message)]
 
 
 def _spread(cuts: dict[int, set[int]], shared: Sequence[Overlap]) -> None:

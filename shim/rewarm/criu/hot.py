@@ -16,8 +16,9 @@ from pathlib import Path
 from rewarm.criu import images
 
 PAGE = 4096
-# More than the largest frame: registers, extended state (AVX-512 2.7 KiB, AMX 8 KiB more), red zone.
-_FRAME = 64 << 10
+# A frame has registers, extended state (AVX-512 2.7 KiB, AMX 8 KiB more) and a red zone; all signals that come before
+# SIGSTOP in the kernel's order may be pending, with one frame below the other.
+_FRAME = 256 << 10
 # Larger alternate stacks than this have their frames at the end that is used first: the top.
 _ALTERNATE = 256 << 10
 

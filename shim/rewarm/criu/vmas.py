@@ -17,6 +17,7 @@ FILE_SHARED = 1 << 7
 ANON_SHARED = 1 << 8
 ANON_PRIVATE = 1 << 9
 MEMFD = 1 << 14
+GUARD = 1 << 16
 # <asm-generic/mman.h>
 _PROT_WRITE = 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_DROPPABLE = 1, 2, 8
@@ -82,9 +83,15 @@ class Vma:
         return self.flags & (_MAP_SHARED | _MAP_PRIVATE) == sharing and not self.flags & odd
 
 
+def is_guard(message: images.Message) -> bool:
+    """Whether it is no mapping: CRIU lists guard pages (MADV_GUARD_INSTALL) behind the mappings in which they lie."""
+    return bool(images.u32(message, 7) & GUARD)
+
+
 def load(path: Path) -> list[Vma]:
     """The mappings of one process by address. Raises images.ImageError."""
-    found = [_vma(message) for record in images.records(path) for message in images.messages(record, 14)]
+    messages = [message for record in images.records(path) for message in images.messages(record, 14)]
+    found = [_vma(message) for message in messages if not is_guard(message)]
     for one, after in itertools.pairwise(found):
         if one.end > after.start:
             raise images.ImageError(f"{path.name}: the mappings at {one.start:#x} and {after.start:#x} overlap")
@@ -111,7 +118,7 @@ def allow_huge_pages(path: Path, ranges: Collection[tuple[int, int]]) -> None:
         for number, raw, value in fields:
             if number == 14 and isinstance(value, bytes):
                 message = images.decode(value, path.name)
-                if (images.number(message, 1), images.number(message, 2)) in ranges:
+                if (images.number(message, 1), images.number(message, 2)) in ranges and not is_guard(message):
                     # Of a field that is there twice the last one counts.
                     madv = images.number(message, 9) | 1 << _MADV_HUGEPAGE
                     raw = encode.nested(14, value + encode.integer(9, madv))

@@ -1,0 +1,25 @@
+"""What a restore imports: importing is a large part of the time that `create` takes on its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from support.cli import environment
+
+# The command line's, those for settings that most nodes have not written, for compressed chunks, and for captures.
+HEAVY = ("asyncio", "click", "concurrent", "email", "http", "logging", "multiprocessing", "rich", "yaml", "zstandard")
+CAPTURE = ("rewarm.capture", "rewarm.criu.align", "rewarm.criu.carve", "rewarm.store.chunk_writer")
+
+
+@pytest.mark.parametrize("modules", ["rewarm.runtime", "rewarm.runtime, rewarm.warm, rewarm.recover, rewarm.cold"])
+def test_runtime_imports_little(modules: str) -> None:
+    code = f"import sys, {modules}; print(*sys.modules)"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd="/", env=environment())
+    found = set(done.stdout.split())
+    assert "rewarm.runtime" in found
+    heavy = [name for name in found if name.partition(".")[0] in HEAVY or name in CAPTURE]
+    assert not heavy, heavy
