@@ -149,6 +149,8 @@ install_python() {
             "$directory/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, rewarm_native' >&2 || true
             die "python: the installed packages cannot be imported"
         }
+        # rewarm needs neither, and setuptools has a .pth file that every start of Python would pay for.
+        quietly "python: removing pip" "$directory/bin/python3" -I -m pip uninstall --yes setuptools pip
         # By way of the link: rewarm finds its other parts beside `venv`.
         sed -i "1s|.*|#!$prefix/venv/bin/python3 -I|" "$directory/bin/rewarm"
         : >"$directory/.complete"

@@ -108,6 +108,7 @@ static bool parse_command(struct cursor *cursor, struct call *call)
 	const struct value_flag *known = call_is(call, "create") ? create : none;
 	bool flags_ended = false;
 
+	call->only_id = cursor->argc - cursor->at == 1 && !is_flag(cursor->argv[cursor->at]);
 	while (cursor->at < cursor->argc) {
 		const char *word = cursor->argv[cursor->at];
 

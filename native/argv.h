@@ -12,6 +12,7 @@ struct call {
 	const char *command;    /* the subcommand, NULL if there is none */
 	const char *bundle;     /* --bundle of create, "." when absent or empty */
 	const char *id;         /* the container id, NULL if there is none */
+	bool only_id;           /* the subcommand has one word behind it, and no flags */
 	bool malformed;         /* runc will refuse this line (or print help): let it */
 };
 

@@ -42,8 +42,13 @@ static int read_all(int fd, char *bytes, size_t size, size_t *got)
 
 int read_file(const char *path, size_t limit, struct file_text *out)
 {
+	return read_file_at(AT_FDCWD, path, 0, limit, out);
+}
+
+int read_file_at(int directory, const char *path, int flags, size_t limit, struct file_text *out)
+{
 	/* O_NONBLOCK: opening a FIFO that stands in the file's place must not wait for its writer. */
-	autoclose int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+	autoclose int fd = openat(directory, path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | flags);
 	autofree char *bytes = NULL;
 	int error;
 

@@ -2,6 +2,7 @@
 #ifndef REWARM_COMMON_H
 #define REWARM_COMMON_H
 
+#include <dirent.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -24,8 +25,15 @@ static inline void cleanup_close(const int *fd)
 		close(*fd);
 }
 
+static inline void cleanup_dir(DIR **directory)
+{
+	if (*directory != NULL)
+		closedir(*directory);
+}
+
 #define autofree __attribute__((cleanup(cleanup_free)))
 #define autoclose __attribute__((cleanup(cleanup_close)))
+#define autoclosedir __attribute__((cleanup(cleanup_dir)))
 
 /* Like asprintf, whose pointer is undefined when it fails: NULL when memory is out. The caller frees it. */
 __attribute__((format(printf, 1, 2))) char *format_text(const char *format, ...);
@@ -40,5 +48,8 @@ struct file_text {
 /* Reads a regular file of at most `limit` bytes. Returns 0, or -errno (-EFBIG over the limit, -EINVAL if it is
  * no regular file) with nothing to free. A read, not a mapping: a file cut short meanwhile must not be a SIGBUS. */
 int read_file(const char *path, size_t limit, struct file_text *out);
+
+/* The same below an open directory, with more flags for open(2). */
+int read_file_at(int directory, const char *path, int flags, size_t limit, struct file_text *out);
 
 #endif

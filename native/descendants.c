@@ -2,7 +2,6 @@
 
 #include "common.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -11,19 +10,12 @@
 #include <sys/wait.h>
 #include <time.h>
 
-static void cleanup_dir(DIR **directory)
-{
-	if (*directory != NULL)
-		closedir(*directory);
-}
-
 static void cleanup_file(FILE **file)
 {
 	if (*file != NULL)
 		fclose(*file);
 }
 
-#define autoclosedir __attribute__((cleanup(cleanup_dir)))
 #define autofclose __attribute__((cleanup(cleanup_file)))
 
 struct process {

@@ -4,12 +4,13 @@
  * Only three calls can be rewarm's: `create` of a bundle whose config.json holds a rewarm.dev/ annotation, and
  * `create`, `start` and `delete` of a container that has a container directory. Those go to Python, with the command
  * line as it came; everything else has to cost no more than runc does. Descriptors and environment go through
- * untouched.
+ * untouched. Only the `start` of a restored container is answered here, where its `create` has prepared that.
  */
 #include "argv.h"
 #include "common.h"
 #include "runclog.h"
 #include "settings.h"
+#include "start.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -108,18 +109,27 @@ static char *escape_root(const char *root)
 }
 
 /* Ids that could name another directory are runc's to refuse. */
+static bool is_name(const char *id)
+{
+	return id != NULL && id[0] != '\0' && strchr(id, '/') == NULL && strcmp(id, ".") != 0 && strcmp(id, "..") != 0;
+}
+
+/* Returns NULL when memory is out; the caller frees it. */
+static char *container_directory(const struct call *call, const struct settings *settings)
+{
+	autofree char *root = escape_root(call->root);
+
+	return root == NULL ? NULL : format_text("%s/containers/%s/%s", settings->state_dir, root, call->id);
+}
+
 static bool has_container_directory(const struct call *call, const struct settings *settings)
 {
-	autofree char *root = NULL;
 	autofree char *path = NULL;
 	struct stat status;
 
-	if (call->id == NULL || call->id[0] == '\0' || strchr(call->id, '/') != NULL || strcmp(call->id, ".") == 0 ||
-	    strcmp(call->id, "..") == 0)
+	if (!is_name(call->id))
 		return false;
-	root = escape_root(call->root);
-	if (root != NULL)
-		path = format_text("%s/containers/%s/%s", settings->state_dir, root, call->id);
+	path = container_directory(call, settings);
 	if (path == NULL)
 		return true; /* unknown: Python looks again */
 	if (lstat(path, &status) == 0)
@@ -169,10 +179,30 @@ static bool is_for_python(const struct call *call, const struct settings *settin
 	return false;
 }
 
+/* Whether that is done; if not, it is Python's like any other call. */
+static bool start_without_python(const struct call *call, const struct settings *settings)
+{
+	autofree char *root = NULL;
+	autofree char *container = NULL;
+	autofree char *directory = NULL;
+
+	if (call->malformed || !call->only_id || !call_is(call, "start") || !is_name(call->id))
+		return false;
+	directory = container_directory(call, settings);
+	root = absolute_path(call->root);
+	if (root != NULL)
+		container = format_text("%s/%s", root, call->id);
+	return directory != NULL && container != NULL && start_restored(call, directory, container);
+}
+
+/* Not -m: runpy takes time of its own. What is imported stays, so looking for garbage among it, as Python does by
+ * default every 700 objects, finds none. */
+static const char python_code[] = "import gc; gc.set_threshold(100_000); from rewarm import runtime; runtime.entry()";
+
 /* Returns -errno, or not at all. */
 static int exec_python(const struct self *self, int argc, char **argv)
 {
-	char *const head[] = { (char *)self->python, "-I", "-m", "rewarm.runtime" };
+	char *const head[] = { (char *)self->python, "-I", "-c", (char *)python_code };
 	const size_t heads = sizeof(head) / sizeof(head[0]);
 	autofree char **words = calloc(heads + (size_t)argc, sizeof(*words)); /* argv[0] makes room for the NULL */
 	int error;
@@ -278,6 +308,8 @@ int main(int argc, char **argv)
 
 	simple = settings_read(&settings);
 	text = settings.text;
+	if (simple && start_without_python(&call, &settings))
+		return EXIT_SUCCESS;
 	if (!simple || is_for_python(&call, &settings)) {
 		error = exec_python(&self, argc, argv);
 		/* A restored container that waits for `start` is unknown to runc as such: there is no way on. */

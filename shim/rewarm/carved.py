@@ -23,7 +23,7 @@ _NEXT_STEP = "capture it again"
 
 
 class CarvedMemory:
-    """Made by `load`. `start`, `check`, `release`, `join` in this order, or `abandon` at any time."""
+    """Made by `load`. `start`, `check`, `hurry`, `release`, `join` in this order, or `abandon` at any time."""
 
     def __init__(
         self, ref: SnapshotRef, manifest: Manifest, where: list[Place], reader: ChunkReader, fill: Fill
@@ -38,6 +38,10 @@ class CarvedMemory:
     def start(self) -> None:
         """Start to read. Raises RuntimeError if no thread can be made."""
         self._fill.start()
+
+    def hurry(self) -> None:
+        """Read with all threads, now that nothing is left to prepare. Raises RuntimeError."""
+        self._fill.hurry()
 
     def check(self, directory: Path, limit: int | None) -> None:
         """Check all against CRIU's images in `directory`, and choose huge pages there; `limit` is the container's
@@ -68,6 +72,10 @@ class CarvedMemory:
                 raise RestoreError(
                     "fill memory", f"process {pid}", "it has ended, as the kernel ends one without memory"
                 )
+
+    def raise_failure(self) -> None:
+        """Raise what has failed so far, if anything has."""
+        self._fill.raise_failure()
 
     def abandon(self) -> None:
         """End the threads, as far as they can be."""

@@ -6,11 +6,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Stat:
+class Stat(NamedTuple):
     """Of /proc/PID/stat: the state letter, the parent and the start time in clock ticks since boot."""
 
     state: str

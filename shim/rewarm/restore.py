@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rewarm import aside, carved, deadline, layers, losses, node, processes, recover
+from rewarm import aside, carved, deadline, layers, losses, node, processes, recover, resume
 from rewarm.criu import images, log, options, vet
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
@@ -47,8 +47,7 @@ _HOOK_TIMEOUT = 60
 _STOP_TIMEOUT = 10.0
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Everything a restore works with. `directory` is the container directory, with a record in phase RESTORING."""
 
     invocation: Invocation
@@ -72,7 +71,7 @@ def restore(plan: Plan) -> None:
     kept = _record(plan)
     low_level = runc.Runc(plan.binary, plan.invocation.root, plan.invocation.systemd_cgroup)
     guard = Guard()
-    stop = threading.Event()
+    stop, over = threading.Event(), threading.Event()
     verifier = Verifier(stop, plan.trace)
     memory: carved.CarvedMemory | None = None
     try:
@@ -80,7 +79,7 @@ def restore(plan: Plan) -> None:
         with plan.trace.phase("restore.tables"):
             memory = aside.run(lambda: _begin_memory(plan, stop))
         with plan.trace.phase("restore.materialise"):
-            pending = aside.run(lambda: _materialise(plan))
+            pending = aside.run(lambda: _materialise(plan, over))
         verifier.start(pending)
         with plan.trace.phase("restore.vet"):
             _vet(plan, memory)
@@ -88,6 +87,8 @@ def restore(plan: Plan) -> None:
             kept = _prepare(plan, kept)
         with plan.trace.phase("restore.runc"):
             _start(plan, low_level, guard)
+            if memory is not None:
+                memory.hurry()
             _wait(plan, guard)
         container = runc.load(plan.invocation.root, plan.invocation.container_id)
         with plan.trace.phase("restore.stop"):
@@ -98,7 +99,7 @@ def restore(plan: Plan) -> None:
             # Before the fill as well: pages go to the NUMA node that the policy names then.
             notes = losses.put_right(plan.manifest.processes, container.pid)
         with plan.trace.phase("restore.fill"):
-            verifier.join()
+            _join(verifier, memory)
             if memory is not None:
                 memory.release(container.pid)
                 memory.join()
@@ -112,6 +113,8 @@ def restore(plan: Plan) -> None:
     except BaseException:
         with _left_alone():
             stop.set()
+            over.set()
+            aside.settle()
             undone = guard.recover()
             verifier.abandon()
             if memory is not None:
@@ -171,8 +174,8 @@ def _begin_memory(plan: Plan, stop: threading.Event) -> carved.CarvedMemory | No
     return memory
 
 
-def _materialise(plan: Plan) -> list[PendingVerification]:
-    return materialise(plan.store, plan.manifest, Path(plan.directory), without=(CHUNKS, PLACES))
+def _materialise(plan: Plan, over: threading.Event) -> list[PendingVerification]:
+    return materialise(plan.store, plan.manifest, Path(plan.directory), without=(CHUNKS, PLACES), stop=over)
 
 
 def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
@@ -184,6 +187,15 @@ def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
     if memory is not None:
         memory.check(checkpoint, spec.memory_limit(plan.spec))
+
+
+def _join(verifier: Verifier, memory: carved.CarvedMemory | None) -> None:
+    try:
+        verifier.join()
+    except RestoreError:
+        if memory is not None:
+            memory.raise_failure()  # which ended the verification too
+        raise
 
 
 def _prepare(plan: Plan, kept: Record) -> Record:
@@ -340,6 +352,8 @@ def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
         init_start=container.start_time,
         stopped=sorted(losses.stopped_pids(plan.manifest.processes)),
     )
+    if not (plan.spec.get("hooks") or {}).get("poststart"):
+        resume.write_down(plan.directory, done)
     record.save(plan.directory, done)
 
 

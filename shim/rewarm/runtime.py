@@ -1,6 +1,6 @@
 """The OCI entry: create, start and delete of containers that rewarm has to do with; everything else is exec'ed.
 
-The launcher (native/launcher.c) calls this as `python -m rewarm.runtime` with the words it got itself.
+The launcher (native/launcher.c) calls `entry` with the words it got itself.
 Whatever happens here, a container that can start cold does. Each command imports what it needs, since
 importing is most of what its time goes to.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rewarm import processes
 from rewarm import settings as configuration
@@ -207,7 +207,16 @@ def _settings() -> tuple[Settings, SettingsError | None]:
         return Settings(), error
 
 
-def _entry() -> int:
+def entry() -> NoReturn:
+    """The process that the launcher has become, from its words to its exit status."""
+    status = _status()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: what a restore had to say is said, and taking the interpreter down costs milliseconds.
+    os._exit(status)
+
+
+def _status() -> int:
     # A signal that ends rewarm in the middle leaves the undoing to the guard; SIGTERM gives the time to wait for it.
     signal.signal(signal.SIGTERM, _terminated)
     words = sys.argv[1:]
@@ -245,8 +254,4 @@ def _terminated(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    status = _entry()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # At once: what a restore had to say is said, and taking the interpreter down costs milliseconds.
-    os._exit(status)
+    entry()  # a launcher from before an upgrade calls `python -m rewarm.runtime`

@@ -1,4 +1,8 @@
-"""`start` of a container that was restored: the stopped tree goes on where its source was captured."""
+"""`start` of a container that was restored: the stopped tree goes on where its source was captured.
+
+The launcher (native/start.c) does the same by what `create` wrote down (resume.py). What comes here is what that
+does not cover: poststart hooks, and everything that is not as it was expected.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import signal
 from dataclasses import replace
 from typing import Any
 
-from rewarm import processes
+from rewarm import processes, resume
 from rewarm.errors import OciError
 from rewarm.oci import log, record, runc, spec
 from rewarm.oci.argv import Invocation
@@ -26,7 +30,8 @@ def start(invocation: Invocation, settings: Settings, binary: str) -> int:
         runc.replace_process(binary, invocation.words)
         return 127
     container = runc.load(kept.root, kept.id)
-    resume(kept)
+    for pid in resume.order(kept):
+        processes.send(pid, signal.SIGCONT)
     # In this order, so that a `start` that was killed can be repeated at whatever point that was.
     if os.path.lexists(container.exec_fifo):
         os.unlink(container.exec_fifo)
@@ -55,13 +60,6 @@ def _tidy(directory: str) -> list[str]:
 def _as_restored(kept: Record) -> bool:
     """Whether the init that was restored is still there (its start time tells it from another with its pid)."""
     return runc.exists(kept.root, kept.id) and processes.start_time(kept.init_pid) == kept.init_start
-
-
-def resume(kept: Record) -> None:
-    """SIGCONT to the whole tree, children before parents: a parent that waits with WUNTRACED finds them running."""
-    for pid in reversed(processes.tree(kept.init_pid)):
-        if processes.namespace_pid(pid) not in kept.stopped:
-            processes.send(pid, signal.SIGCONT)
 
 
 def _poststart(kept: Record) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from rewarm import aside
 from rewarm.errors import RestoreError
 from rewarm.trace import Trace
 
@@ -47,9 +48,7 @@ class Verifier:
 
     def abandon(self) -> None:
         """Have the threads end, if they can: one that hangs in a dead file system's read ends with the process."""
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(1.0)
+        aside.wait(self._threads)
 
     def _run(self) -> None:
         while not self._stop.is_set():

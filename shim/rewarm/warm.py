@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewarm import compat, deadline, node
+from rewarm import aside, compat, deadline, node
 from rewarm.errors import RestoreError, RewarmError, SnapshotNotFound, Unfit
 from rewarm.oci import spec
 from rewarm.oci.argv import Invocation
@@ -25,7 +25,7 @@ def attempt(
             with trace.phase("find"):
                 store = DirectoryStore(settings.store)
                 here = requirements(bundle_spec, settings, binary)
-                ref, manifest = choose(store, wanted, here)
+                ref, manifest = aside.run(lambda: choose(store, wanted, here))
             plan = Plan(invocation, bundle_spec, wanted, settings, binary, directory, store, ref, manifest, trace)
             with trace.phase("restore"):
                 restore(plan)

@@ -71,6 +71,24 @@ def test_life_and_exit_code(source: Node) -> None:
     assert not source.container_directory("copy").exists()
 
 
+def test_started_by_python(source: Node) -> None:
+    """The launcher does it by what `create` has written down; without that it is Python's, with the same result."""
+    left = {}
+    for name in ("one", "two"):
+        made = source.runtime.create(name, counter.bundle(source.directory / name))
+        prepared = source.container_directory(name) / "start"
+        assert prepared.read_text().startswith(f"1\ninit {made.pid} ")
+        if name == "two":
+            prepared.unlink()
+        source.runtime.start(name)
+        made.stdout.wait_text("\n")
+        assert source.runtime.state(name)["status"] == "running"
+        directory = source.container_directory(name)
+        phase = json.loads((directory / "record.json").read_text())["phase"]
+        left[name] = (phase, sorted(os.listdir(directory)))
+    assert left["one"] == left["two"] == ("started", ["control", "outcome.json", "record.json", "trace.json"])
+
+
 def test_deleted_before_start(source: Node) -> None:
     """containerd deletes a container whose start failed without --force: runc allows that for `created` ones."""
     source.runtime.create("copy", counter.bundle(source.directory / "copy"))
@@ -99,6 +117,7 @@ def test_hooks_run(source: Node) -> None:
     runtime = source.runtime
     runtime.create("copy", made)
     assert source.outcome("copy")["outcome"] == "warm"
+    assert not (source.container_directory("copy") / "start").exists(), "the launcher runs no hooks"
     runtime.start("copy")
     runtime.kill("copy", "KILL")
     runtime.wait_stopped("copy")

@@ -103,7 +103,7 @@ class Node:
         who, launcher, *rest = record.read_text().split("\0")[:-1] if record.exists() else ["", ""]
         assert launcher == (str(self.binary) if who == "python" else ""), "only Python is told of the launcher"
         if who == "python":
-            assert rest[:3] == ["-I", "-m", "rewarm.runtime"]
+            assert rest[:2] == ["-I", "-c"] and rest[2].endswith("; from rewarm import runtime; runtime.entry()")
             rest = rest[3:]
         return Result(done.returncode, who, rest, done.stdout, done.stderr)
 

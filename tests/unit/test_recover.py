@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rewarm import processes, recover
+from rewarm import processes, recover, resume
 from rewarm.errors import OciError
 from rewarm.oci import mounts, record, runc, spec
 from rewarm.oci.record import Record, Undo
@@ -115,6 +115,22 @@ def test_the_guard_undoes_what_it_has_killed(path: Path, bundle: Path, monkeypat
     kept = replace(changed(path, bundle), phase=record.RESTORED, init_pid=DEAD)
     kept.own()
     record.save(str(path), kept)
+    assert recover.main([str(path)]) == 0
+    assert is_as_it_was(bundle) and not path.exists()
+
+
+def test_what_start_reads_goes_with_the_directory(path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that was restored and not started yet stays, and its record alone says what it is."""
+    monkeypatch.setenv("REWARM_CONFIG", "/no/config")
+    kept = replace(changed(path, bundle), phase=record.RESTORED, init_pid=DEAD)
+    resume.write_down(str(path), kept)
+    record.save(str(path), kept)
+    (Path(kept.root) / "c1").mkdir(parents=True)
+    assert recover.sweep(str(path.parents[2]), "/no/runc") == []
+    recover.settle(str(path), "/no/runc")
+    assert {"start", "record.started.json"} <= set(os.listdir(path))
+    assert record.load(str(path)) == kept
+    (Path(kept.root) / "c1").rmdir()
     assert recover.main([str(path)]) == 0
     assert is_as_it_was(bundle) and not path.exists()
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,7 +134,7 @@ def _pieces(vmas: Sequence[Vma], cuts: list[int]) -> list[Vma]:
                 break
             edges.append(at)
         edges.append(vma.end)
-        found += [replace(vma, start=one, end=two) for one, two in itertools.pairwise(edges)]
+        found += [vma._replace(start=one, end=two) for one, two in itertools.pairwise(edges)]
     return found
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rewarm.criu import encode, images
 
@@ -27,8 +27,7 @@ _MAP_HUGETLB = 0x40000
 _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
 
 
-@dataclass(frozen=True)
-class Vma:
+class Vma(NamedTuple):
     """One mapping of [start, end); `shmid` says which shared memory (or file) it maps, from byte `pgoff` on."""
 
     start: int

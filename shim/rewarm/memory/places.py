@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import NamedTuple
 
 PLACES = "memory/places"
@@ -19,6 +20,7 @@ FORCED = 1
 TOP = 1 << 47
 """End of a process's addresses on x86-64 with four levels of page tables, which is what CRIU restores."""
 
+_FULL = b"\xff" * MASK_BYTES
 _RECORD = struct.Struct(f"<IIQ{MASK_BYTES}s")
 
 
@@ -42,6 +44,8 @@ class Place(NamedTuple):
     @property
     def span(self) -> tuple[int, int]:
         """The first address and the one after the last."""
+        if self.mask == _FULL:  # of most chunks, and a large snapshot has thousands
+            return self.base, self.base + WINDOW
         bits = self.bits
         return self.base + ((bits & -bits).bit_length() - 1) * PAGE, self.base + bits.bit_length() * PAGE
 
@@ -60,7 +64,7 @@ def decode(data: bytes, sizes: list[int]) -> list[Place]:
         raise Bad(f"it has {len(data)} bytes for {len(sizes)} chunks of {_RECORD.size} bytes each")
     found = [Place(*record) for record in _RECORD.iter_unpack(data)]
     for number, (place, size) in enumerate(zip(found, sizes, strict=True)):
-        pages = place.bits.bit_count()
+        pages = WINDOW // PAGE if place.mask == _FULL else place.bits.bit_count()
         if place.flags & ~FORCED:
             raise Bad(f"place {number} has unknown flags {place.flags:#x}")
         if not pages or pages * PAGE != size:
@@ -75,7 +79,7 @@ def _check_overlaps(places: list[Place]) -> None:
     """No address is in two chunks: which of them would count is not for threads to decide."""
     end = 0
     last = -1
-    for place in sorted(places, key=lambda place: (place.pid, place.base)):
+    for place in sorted(places, key=itemgetter(0, 2)):  # by process and address
         first, after = place.span
         if place.pid == last and first < end:
             raise Bad(f"two places overlap in process {place.pid} at {first:#x}")

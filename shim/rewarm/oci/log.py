@@ -6,9 +6,9 @@ a terminal read the text form.
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
+import time
 
 from rewarm.oci.argv import Invocation
 
@@ -16,7 +16,7 @@ from rewarm.oci.argv import Invocation
 def write(invocation: Invocation, level: str, message: str) -> None:
     """Append one line of `level` ("error", "warning", "info") in the format the caller asked for."""
     message = " ".join(message.split())
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if invocation.log_format == "json":
         line = json.dumps({"level": level, "msg": message, "time": now})
     else:

@@ -134,8 +134,8 @@ def control(path: str) -> str:
     return os.path.join(path, "control")
 
 
-def save(path: str, record: Record) -> None:
-    write_atomically(os.path.join(path, "record.json"), json.dumps(asdict(record), sort_keys=True).encode())
+def save(path: str, record: Record, name: str = "record.json") -> None:
+    write_atomically(os.path.join(path, name), json.dumps(asdict(record), sort_keys=True).encode())
 
 
 def load(path: str) -> Record | None:

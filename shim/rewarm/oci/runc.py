@@ -6,8 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rewarm.errors import OciError
 from rewarm.settings import Settings
@@ -45,8 +44,7 @@ def _which(name: str, path: str) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class Container:
+class Container(NamedTuple):
     """A container as runc's own state file describes it (`<root>/<id>/state.json`, the same from 1.1 to 1.5).
 
     `pid` is the init process on the host, `start_time` its start in clock ticks since boot (field 22 of
@@ -102,8 +100,7 @@ def load(root: str, container_id: str) -> Container:
         raise OciError("look up container", container_id, f"{path} cannot be understood ({error!r})") from error
 
 
-@dataclass(frozen=True)
-class Runc:
+class Runc(NamedTuple):
     """Calls of the low-level runtime on behalf of one root."""
 
     binary: str

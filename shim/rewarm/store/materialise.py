@@ -58,7 +58,7 @@ class PendingVerification:
         except OSError as error:
             raise files.store_error("read pack", self._store.pack_path(self.entry.pack), error) from None
         finally:
-            os.close(fd)
+            files.close(fd)
         _check_digest(self.entry, digest)
         self.verified = True
 
@@ -70,6 +70,7 @@ def materialise(
     *,
     large: int | None = None,
     without: Collection[str] = (),
+    stop: files.Stop | None = None,
 ) -> list[PendingVerification]:
     """Put every file of `manifest` but those of names `without` at `directory`/<its name>.
 
@@ -81,6 +82,8 @@ def materialise(
 
     The links are relative. CRIU opens its images relative to a descriptor of their directory when the restored
     task already has the container's root: an absolute link would be looked up inside the container.
+
+    It ends early once `stop` (a threading.Event) is set, with StoreError.
 
     Raises SnapshotDamaged that names file and pack, StoreError if store or directory cannot be read or written.
     """
@@ -107,9 +110,9 @@ def materialise(
                     _link(store, entry, path)
                     pending.append(PendingVerification(store, entry, path))
                 else:
-                    _copy(store, fd, entry, path)
+                    _copy(store, fd, entry, path, stop)
         finally:
-            os.close(fd)
+            files.close(fd)
     return pending
 
 
@@ -135,7 +138,7 @@ def _link(store: DirectoryStore, entry: FileEntry, path: Path) -> None:
         raise _write_error(path, error) from None
 
 
-def _copy(store: DirectoryStore, pack_fd: int, entry: FileEntry, path: Path) -> None:
+def _copy(store: DirectoryStore, pack_fd: int, entry: FileEntry, path: Path, stop: files.Stop | None) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -150,7 +153,8 @@ def _copy(store: DirectoryStore, pack_fd: int, entry: FileEntry, path: Path) -> 
             raise _write_error(path, error) from None
 
     try:
-        files.read_range(pack_fd, entry.offset, entry.size, take)
+        if not files.read_range(pack_fd, entry.offset, entry.size, take, stop):
+            raise StoreError("materialise", str(path), "it was given up")
     except files.Short as short:
         raise _short(entry, int(short.args[0])) from None
     except OSError as error:
