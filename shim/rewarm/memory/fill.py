@@ -20,7 +20,7 @@ from rewarm.trace import Trace
 from rewarm_native.memory import Target
 
 _WARM = 256 << 20
-"""Bytes that are enough to be read ahead from memory: there it saves nothing but what CRIU leaves idle."""
+"""Bytes that a thread reads ahead from memory at most: more than that it does not get done while CRIU works."""
 _SHARE = 16
 """One part in so many of the memory that is available may hold verified chunks that wait for the processes."""
 
@@ -54,7 +54,7 @@ class Fill:
         self._places = places
         self._stop = stop
         self._trace = trace
-        self._ahead = min(ahead, _available() // _SHARE, ahead if reader.cold else _WARM)
+        self._ahead = min(ahead, _available() // _SHARE, ahead if reader.cold else _WARM * reader.parallel)
         self._released = threading.Event()
         self._targets: dict[int, Target] = {}
         self._lock = threading.Lock()
