@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from rewarm import aside
@@ -158,11 +159,14 @@ class Fill:
 
         Returns a buffer for those that come later, and the bytes that were read.
         """
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        space = mmap.mmap(-1, (ahead + 1) * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Else the first touch of 4 GB would be a million page faults, while CRIU wants the processors.
+        with suppress(OSError):  # a kernel without them
+            space.madvise(mmap.MADV_HUGEPAGE)
+        rooms = memoryview(space)
         early = 0
-        for _ in range(ahead):
-            # One mapping each, so that what is written can be given back.
-            room = memoryview(mmap.mmap(-1, WINDOW, flags=flags))
+        for at in range(0, ahead * WINDOW, WINDOW):
+            room = rooms[at : at + WINDOW]
             if self._released.is_set() or self._stop.is_set():
                 return room, early
             item = stream.next(room)
@@ -170,7 +174,7 @@ class Fill:
                 return room, early
             self._ready.append(item)
             early += len(item[1])
-        return memoryview(mmap.mmap(-1, WINDOW, flags=flags)), early
+        return rooms[ahead * WINDOW :], early
 
     def _next_ready(self) -> tuple[int, memoryview] | None:
         try:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .entries import is_digest
-from .files import NotRegular, open_plain
+from .files import NotRegular, close, open_plain
 from .probe import file_system, is_network
 
 DEFAULT = Path("/var/lib/rewarm/cache")
@@ -70,7 +70,7 @@ class Fetch:
         """Leave nothing behind; after `commit` it does nothing."""
         if self._fd >= 0:
             _unlink(self._cache.temporary(self._digest))
-            os.close(self._fd)
+            close(self._fd)
             self._fd = -1
             _release(self._lock, self._cache.lock_path(self._digest))
 
@@ -117,8 +117,12 @@ class PackCache:
         except (OSError, NotRegular):
             self.drop(digest)
             return -1
-        if os.fstat(fd).st_size != size:
-            os.close(fd)
+        try:
+            whole = os.fstat(fd).st_size == size
+        except OSError:
+            whole = False
+        if not whole:
+            close(fd)
             self.drop(digest)
             return -1
         with suppress(OSError):  # a cache on a read-only mount serves as well
@@ -297,7 +301,7 @@ def _try_lock(path: Path) -> int | None:
 
 def _release(lock: int, path: Path) -> None:
     _unlink(path)
-    os.close(lock)
+    close(lock)
 
 
 def _unlink(path: Path) -> None:

@@ -98,7 +98,7 @@ class ChunkWriter:
         self._packs: list[_Pack] = []
         self._current: _Pack | None = None
         self._busy = 0
-        self._failed = False
+        self._failed: BaseException | None = None
         self._closed = False
         self._local = threading.local()
         self._syncers: ThreadPoolExecutor | None = None
@@ -130,10 +130,10 @@ class ChunkWriter:
                 slot.found = self._known.find(digest, size)
                 if slot.found is None:
                     self._store(slot, digest, view)
-            except BaseException:
+            except BaseException as error:
                 # Equal chunks have been given numbers that lead here: nothing of this snapshot can be published.
                 with self._changed:
-                    self._failed = True
+                    self._failed = self._failed or error
                 raise
             finally:
                 with self._changed:
@@ -173,9 +173,14 @@ class ChunkWriter:
             _close(pack)
 
     def _check_usable(self) -> None:
-        if self._failed or self._closed:
-            cause = "one before it could not be written" if self._failed else "the writer has finished"
-            raise StoreError("add chunk", str(self._directory), cause)
+        if self._failed is not None:
+            # Of many threads the caller may hear this one first: it has to say what the matter is.
+            cause, step = repr(self._failed), ""
+            if isinstance(self._failed, StoreError):
+                cause, step = self._failed.cause, self._failed.next_step
+            raise StoreError("add chunk", str(self._directory), f"one before it could not be written: {cause}", step)
+        if self._closed:
+            raise StoreError("add chunk", str(self._directory), "the writer has finished")
 
     def _store(self, slot: _Slot, digest: bytes, data: memoryview) -> None:
         pack, full = self._reserve(len(data))

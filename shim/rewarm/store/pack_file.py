@@ -48,5 +48,5 @@ class PackFile:
     def close(self) -> None:
         """Close it; again does nothing."""
         if self.fd >= 0:
-            os.close(self.fd)
+            files.close(self.fd)
             self.fd = -1

@@ -11,7 +11,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from .files import Short
+from .files import Short, close
 from .probe import IN_MEMORY, PAGE, Way, file_system, open_direct, resident
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ class Source:
     def close(self) -> None:
         """Close the file; nobody may be reading from it."""
         if self._direct >= 0:
-            os.close(self._direct)
+            close(self._direct)
         if self._pack is not None:
             self._pack.close()
         elif self._fd >= 0:
-            os.close(self._fd)
+            close(self._fd)
         self._direct = self._fd = -1
         self._pack = None
 

@@ -74,7 +74,7 @@ class Stream:
                 source = reader.source(part.pack, True)
             if source is None:
                 source, cached = self._store(part.pack), False
-            cold = source.begin(part.start, part.end - part.start)
+            cold = self._begin(source, part, cached)
             for number in part.numbers:
                 if stop.is_set():
                     break
@@ -96,6 +96,15 @@ class Stream:
         finally:
             reader.counters.add(read, cached)
         return buffer
+
+    def _begin(self, source: Source, part: Part, cached: bool) -> bool:
+        """Whether the storage has to be read; of a copy that cannot even say so, reading its first chunk tells."""
+        try:
+            return source.begin(part.start, part.end - part.start)
+        except OSError:
+            if not cached:
+                raise
+            return True
 
     def _fetch(self, part: Part, buffer: memoryview) -> Steps:
         """Read the whole pack, of which the snapshot may want only some chunks, and keep it in the cache."""
