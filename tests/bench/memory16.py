@@ -147,7 +147,8 @@ def measure(directory: Path, prefix: Path, asked: argparse.Namespace) -> dict[st
     with Node(directory / "node", prefix) as node, Sides(directory, node, program, "memory16") as sides:
         captured = sides.capture()
         say(f"captured in {captured.seconds:.1f} s: {json.dumps(captured.said)[:300]}")
-        found["capture"] = {"seconds": round(captured.seconds, 3), **captured.said}
+        figures = {key: value for key, value in captured.said.items() if key.endswith(("_bytes", "_seconds"))}
+        found["capture"] = {"seconds": round(captured.seconds, 3), **figures}
         threads = [int(word) for word in asked.threads.split(",")]
         for turn in range(asked.turns + 1):  # the first is not counted
             for label in (BY_HAND, *threads):
@@ -163,7 +164,8 @@ def measure(directory: Path, prefix: Path, asked: argparse.Namespace) -> dict[st
 
 def record(found: dict[str, Any], restored: Restored, label: str, *, counted: bool) -> None:
     name = label if label == BY_HAND else f"{label} threads"
-    rate = restored.rate()
+    # From the first byte that was asked for to the last that was written: waiting for CRIU counts.
+    rate = found["mib"] * (1 << 20) / 1e9 / restored.phases["memory"].seconds if label != BY_HAND else None
     parts = {key: round(phase.seconds, 3) for key, phase in restored.phases.items() if phase.seconds > 0.02}
     say(f"{name}: {restored.seconds:.3f} s" + (f", memory {rate:.2f} GB/s" if rate else "") + f" {parts}")
     if counted:

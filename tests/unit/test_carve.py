@@ -409,6 +409,13 @@ class TestHugePages:
         plan.allow_huge_pages(mappings, tmp_path, 96 << 20, 100 << 20)
         assert [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")] == [1 << 14, 0]
 
+    def test_not_on_a_kernel_without_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """madvise(2) would fail there, and CRIU with it."""
+        monkeypatch.setattr(plan, "_THP", str(tmp_path / "missing"))
+        made.write_mm(tmp_path / "mm-1.img", [Area(TOP, 512)])
+        plan.allow_huge_pages([(1, TOP, TOP + (2 << 20), 0)], tmp_path, 0, None)
+        assert [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")] == [0]
+
 
 class TestHostileImages:
     def test_a_short_pages_image(self, tmp_path: Path) -> None:
