@@ -89,6 +89,7 @@ class CarvedMemory:
         trace.note("store_bytes", counters.store_bytes)
         trace.note("cache_bytes", counters.cache_bytes)
         trace.note("direct_io", counters.direct)
+        trace.note("cache_fault", counters.cache_fault)
 
 
 def load(
@@ -98,6 +99,8 @@ def load(
     if manifest.file(chunks.CHUNKS) is None and manifest.file(PLACES) is None and not manifest.memory.filled:
         return None
     table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))
+    if not table:
+        raise SnapshotDamaged("read memory/chunks of", str(ref), "it has no chunks", _NEXT_STEP)
     try:
         where = places.decode(store.read_file(manifest, PLACES), [chunk.size for chunk in table])
     except places.Bad as bad:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 
-from rewarm import recover
+from rewarm import recover, scratch
 from rewarm.checks import FAILED, OK, WARNING, Check, Node
 from rewarm.errors import RewarmError
 from rewarm.oci import runc
@@ -17,8 +15,6 @@ from rewarm.store.directory import DirectoryStore
 
 LEAST_FREE = 2 << 30
 """Bytes: less does not hold the snapshot of even a small model server."""
-# The names that a capture gives its directories in work_dir.
-_SCRATCH = re.compile(r"capture-(\d+)-\d+(\.work)?")
 
 
 def store(node: Node) -> Check:
@@ -82,7 +78,7 @@ def left_overs(node: Node) -> Check:
             return Check("left-overs", WARNING, f"{error.object}: {error.cause}", error.next_step or "remove it")
         if kept is not None:
             found.append(f"restore of {kept.id} (runc root {kept.root})")
-    found += [f"capture files {path}" for path in _dead_scratch(node.settings.work_dir)]
+    found += [f"capture files {path}" for path in scratch.dead(node.settings.work_dir)]
     if found:
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         step = "run: rewarm doctor --fix (a create or delete of the same container id undoes its restore, too)"
@@ -93,9 +89,9 @@ def left_overs(node: Node) -> Check:
 def undo_left_overs(node: Node) -> list[str]:
     """Undo them; a line for each that stays. Raises OciError when there is no low-level runtime to undo with."""
     problems = recover.sweep(node.settings.state_dir, runc.find(node.settings))
-    for path in _dead_scratch(node.settings.work_dir):
+    for path in scratch.dead(node.settings.work_dir):
         try:
-            shutil.rmtree(path)
+            scratch.remove_dead(path)
         except OSError as error:
             problems.append(f"remove {path}: {error.strerror or error}")
     return problems
@@ -105,12 +101,6 @@ def _container_directories(state_dir: str) -> Iterator[str]:
     base = os.path.join(state_dir, "containers")
     for root in _directories(base):
         yield from _directories(root)
-
-
-def _dead_scratch(work_dir: str) -> list[str]:
-    """The work directories of captures that run no more. (A number that is in use again keeps one for later.)"""
-    found = [(path, _SCRATCH.fullmatch(os.path.basename(path))) for path in _directories(work_dir)]
-    return [path for path, match in found if match and not os.path.exists(f"/proc/{match[1]}")]
 
 
 def _directories(path: str) -> list[str]:

@@ -33,9 +33,8 @@ from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import Manifest
-from rewarm.store.materialise import PendingVerification, materialise
+from rewarm.store.materialise import materialise
 from rewarm.trace import Trace
-from rewarm.verifier import Verifier
 
 CHECKPOINT = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff.tar"
@@ -72,15 +71,13 @@ def restore(plan: Plan) -> None:
     low_level = runc.Runc(plan.binary, plan.invocation.root, plan.invocation.systemd_cgroup)
     guard = Guard()
     stop, over = threading.Event(), threading.Event()
-    verifier = Verifier(stop, plan.trace)
     memory: carved.CarvedMemory | None = None
     try:
         _check_call(plan)
         with plan.trace.phase("restore.tables"):
             memory = aside.run(lambda: _begin_memory(plan, stop))
         with plan.trace.phase("restore.materialise"):
-            pending = aside.run(lambda: _materialise(plan, over))
-        verifier.start(pending)
+            aside.run(lambda: _materialise(plan, over))
         with plan.trace.phase("restore.vet"):
             _vet(plan, memory)
         with plan.trace.phase("restore.prepare"):
@@ -99,14 +96,13 @@ def restore(plan: Plan) -> None:
             # Before the fill as well: pages go to the NUMA node that the policy names then.
             notes = losses.put_right(plan.manifest.processes, container.pid)
         with plan.trace.phase("restore.fill"):
-            _join(verifier, memory)
             if memory is not None:
                 memory.release(container.pid)
                 memory.join()
                 memory.report(plan.trace)
             _wait_stopped(container)
         deadline.disarm()
-        with plan.trace.phase("restore.commit"):
+        with plan.trace.phase("restore.commit"), _unsignalled():
             _commit(plan, kept, container)
             _report(plan, notes)
             guard.commit()
@@ -116,13 +112,23 @@ def restore(plan: Plan) -> None:
             over.set()
             aside.settle()
             undone = guard.recover()
-            verifier.abandon()
             if memory is not None:
                 memory.abandon()
             if not undone:
                 # What is on disk: `_prepare` may have been interrupted between writing it and returning it.
                 recover.undo(record.load(plan.directory) or kept, low_level)
                 recover.forget(plan.directory)
+        raise
+
+
+@contextmanager
+def _unsignalled() -> Iterator[None]:
+    """From here on SIGTERM comes too late: `create` answers what it has done. One that was before raises here."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, before)
         raise
 
 
@@ -174,8 +180,8 @@ def _begin_memory(plan: Plan, stop: threading.Event) -> carved.CarvedMemory | No
     return memory
 
 
-def _materialise(plan: Plan, over: threading.Event) -> list[PendingVerification]:
-    return materialise(plan.store, plan.manifest, Path(plan.directory), without=(CHUNKS, PLACES), stop=over)
+def _materialise(plan: Plan, over: threading.Event) -> None:
+    materialise(plan.store, plan.manifest, Path(plan.directory), without=(CHUNKS, PLACES), stop=over)
 
 
 def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
@@ -187,15 +193,6 @@ def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
     if memory is not None:
         memory.check(checkpoint, spec.memory_limit(plan.spec))
-
-
-def _join(verifier: Verifier, memory: carved.CarvedMemory | None) -> None:
-    try:
-        verifier.join()
-    except RestoreError:
-        if memory is not None:
-            memory.raise_failure()  # which ended the verification too
-        raise
 
 
 def _prepare(plan: Plan, kept: Record) -> Record:

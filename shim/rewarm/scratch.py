@@ -61,6 +61,24 @@ class Scratch:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def dead(work_dir: str) -> list[Path]:
+    """The directories of captures that are no more: nobody holds their lock."""
+    found = []
+    for path in sorted(Path(work_dir).glob(f"{_PREFIX}*")):
+        try:
+            fd = _open(path)
+        except OSError:
+            continue  # none of a capture's, or just removed
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(path)
+        except BlockingIOError:
+            continue  # somebody writes into it
+        finally:
+            os.close(fd)
+    return found
+
+
 def remove_dead(path: Path) -> bool:
     """Remove the directory of a capture that is no more; False when somebody still writes into it. Raises OSError."""
     try:

@@ -116,6 +116,8 @@ class Sides:
         self.expected: Any = None
         self.memory = 0
         """Bytes that the program needs."""
+        self.touched = 1.25
+        """Memory to touch before each restore, in parts of that."""
         self._turn = 0
 
     def __enter__(self) -> Sides:
@@ -162,7 +164,7 @@ class Sides:
             hand = label == BY_HAND
             made = self.program.bundle(self.node.directory / name, network, {} if hand else self.annotations())
             runtime = self.by_hand if hand else self.node.runtime
-            touch(self.memory * 5 // 4 + (512 << 20))
+            touch(int(self.memory * self.touched) + (512 << 20))
             began = time.monotonic()
             if hand:
                 runtime.restore(name, made, self.images)

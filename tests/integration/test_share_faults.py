@@ -34,7 +34,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator
 
 @pytest.fixture(scope="module")
 def vast(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[Snapshot]:
-    """With a file so large that it is linked, and verified while CRIU runs."""
+    """With a large file, which takes its time to be copied."""
     with Node(tmp_path_factory.mktemp("vast"), prefix) as node:
         yield carving.captured(node, 4, diff_mib=65)
 
@@ -95,7 +95,7 @@ def test_in_the_middle(tmp_path: Path, prefix: Path, snapshot: Snapshot, how: st
         if how == "hang":
             said(outcome["reason"], "the deadline of 4 s passed during")
         elif how == "break_off":
-            said(outcome["reason"], "pack")
+            assert "pack" in outcome["reason"] or "open store" in outcome["reason"], outcome
         # What is open when its mount vanishes can be read to the end.
         assert outcome["outcome"] == "cold" or how == "vanish", outcome
         finish(node, snapshot, made, before)
@@ -147,13 +147,3 @@ def test_too_slow(tmp_path: Path, prefix: Path, snapshot: Snapshot) -> None:
 def test_too_slow_for_files(tmp_path: Path, prefix: Path, vast: Snapshot) -> None:
     with shared(tmp_path, prefix, vast, 4 * MIB, deadline=1.5) as (_, node):
         stays_cold(node, vast.bundle(node.directory / "copy"), "the deadline of 1.5 s passed during")
-
-
-def test_hangs_when_criu_begins(tmp_path: Path, prefix: Path, vast: Snapshot) -> None:
-    """The hook that applies a linked file is then the one that hangs, in the container's own root filesystem."""
-    with shared(tmp_path, prefix, vast) as (share, node):
-        script = f'kill -STOP {share.pid}\nexec $REAL "$@"'
-        node.configure(criu=str(faults.criu(node, script)), cache="off", deadline=DEADLINE)
-        began = time.monotonic()
-        stays_cold(node, vast.bundle(node.directory / "copy"), "the deadline of 2 s passed during")
-        assert time.monotonic() - began < DEADLINE + GRACE

@@ -112,7 +112,7 @@ def altered(store: Path, scratch: Path, change: Callable[[Path], None], **fields
     opened, ref, manifest = only(store)
     chunks = read_chunks(opened, manifest) if manifest.packs else []
     scratch.mkdir()
-    materialise(opened, manifest, scratch, large=1 << 60, without=(CHUNKS,))
+    materialise(opened, manifest, scratch, without=(CHUNKS,))
     change(scratch)
     opened.remove(ref)
     with opened.writer(ref.namespace, ref.name) as writer:

@@ -379,11 +379,12 @@ class TestHugePages:
         assert not left
 
     def test_a_thin_part_gets_a_small_page_first(self) -> None:
-        found, left, _ = self.carve([512] * 10 + [400])
+        found, left, _ = self.carve([512] * 10 + [420])
         assert found.huge and set(left) == {TOP + 10 * 512 * PAGE}
 
     def test_a_thin_mapping_has_none(self) -> None:
         assert not self.carve([512, 100, 100])[0].huge
+        assert not self.carve([512] * 10 + [400])[0].huge, "khugepaged could make it 2.2 % more"
         assert not self.carve([400] * 3)[0].huge
 
     @pytest.mark.parametrize("kind", [{"madv": 1 << 15}, {"flags": made.PRIVATE | made.ANONYMOUS | made.LOCKED}])

@@ -11,6 +11,7 @@ import pytest
 from rewarm import doctor, doctor_places
 from rewarm.checks import FAILED, OK, WARNING, Node
 from rewarm.oci import record
+from rewarm.scratch import Scratch
 from rewarm.store.directory import DirectoryStore
 from support.nodes import killed_restore, says, well, with_settings
 from support.snapshots import tmpfs, write_snapshot
@@ -75,7 +76,7 @@ def test_state_directory(node: Node) -> None:
 
 
 def dead_capture(node: Node) -> Path:
-    scratch = Path(node.settings.work_dir) / "capture-99999999-12345"
+    scratch = Path(node.settings.work_dir) / "capture-0123456789abcdef"
     (scratch / "checkpoint").mkdir(parents=True)
     (scratch / "checkpoint" / "pages-1.img").write_bytes(b"x")
     return scratch
@@ -83,13 +84,12 @@ def dead_capture(node: Node) -> Path:
 
 def test_left_overs(node: Node, tmp_path: Path) -> None:
     says(doctor_places.left_overs(node), OK, "none")
-    path, scratch = killed_restore(node, tmp_path), dead_capture(node)
-    live = Path(node.settings.work_dir) / f"capture-{os.getpid()}-1"
-    live.mkdir()
-    says(doctor_places.left_overs(node), WARNING, "restore of c1", str(scratch), "--fix")
-    assert doctor.fix(node) == []
-    assert not os.path.exists(path) and not scratch.exists() and live.exists()
-    says(doctor_places.left_overs(node), OK, "none")
+    with Scratch(node.settings.work_dir) as live:
+        path, dead = killed_restore(node, tmp_path), dead_capture(node)
+        says(doctor_places.left_overs(node), WARNING, "restore of c1", str(dead), "--fix")
+        assert doctor.fix(node) == []
+        assert not os.path.exists(path) and not dead.exists() and live.path.exists()
+        says(doctor_places.left_overs(node), OK, "none")
 
 
 def test_a_restore_that_still_runs_is_no_left_over(node: Node, tmp_path: Path) -> None:

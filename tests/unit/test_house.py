@@ -44,7 +44,6 @@ ROOMS = {
     "rewarm.frozen": 3,
     "rewarm.recover": 3,
     "rewarm.resume": 3,
-    "rewarm.verifier": 3,
     "rewarm.carved": 3,
     "rewarm.restore": 4,
     "rewarm.capture": 4,

@@ -218,6 +218,7 @@ class _Workers:
         buffer = self._buffer("first")
         size = window.pages * PAGE
         present = window.source.read(window.start, window.pages, buffer)
+        window.keep &= present
         window.carved = present & ~window.keep
         window.nonzero = memory.nonzero_pages(buffer[:size]) & present
         # Behind a private mapping of a file is the file, not zeros.

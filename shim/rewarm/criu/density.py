@@ -2,8 +2,8 @@
 
 With MADV_HUGEPAGE the first write to an empty 2 MiB of a mapping takes a huge page, however little is written there.
 Where a small page is there already the kernel takes small ones: so CRIU, which has its pages in before it calls
-madvise(2), is given one page of every 2 MiB that will be thin. khugepaged would make those huge in time all the same
-(its max_ptes_none is 511 by default), so a mapping with too many of them gets none.
+madvise(2), is given one page of every 2 MiB that will be thin. khugepaged may make those huge in time all the same
+(its max_ptes_none is 511 by default), so a mapping in which that would cost more than 2 % gets none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PAGES = HUGE // PAGE
 _FULL = (1 << _PAGES) - 1
 DENSE = 502
 """Pages of the 512 that must be filled: huge pages then cost 2 % at most."""
-_THIN_SHARE = 0.1
+_COST = 0.02
 
 
 class Plan(NamedTuple):
@@ -56,6 +56,6 @@ def plan(start: int, end: int, filled: Mapping[int, int], kept: Mapping[int, int
             thin += _PAGES - count
             if not kept.get(number, 0):
                 pages.append(number * HUGE + ((mask & -mask).bit_length() - 1) * PAGE)
-    if not dense or thin > dense * _THIN_SHARE:
+    if not dense or thin * PAGE + extra > dense * PAGE * _COST:
         return None
     return Plan(tuple(pages), extra)

@@ -66,18 +66,17 @@ class Fill:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Start to read, with one thread: more would hold up who prepares the rest (all of Python takes turns).
-
-        Raises RuntimeError if no thread can be made.
+        """Start to read: with all threads if they will mostly wait for storage, else with one, since more would hold up
+        who prepares the rest (all of Python takes turns). Raises RuntimeError if no thread can be made.
         """
         count = min(self._reader.parallel, len(self._places))
         windows = max(1, self._ahead // WINDOW // max(1, count))
         self._waiting = [threading.Thread(target=self._run, args=(windows,), name="fill") for _ in range(count)]
-        self._start(1)
+        self._start(count if self._reader.cold else 1)
 
     def hurry(self) -> None:
         """Start all threads but one, whose core is CRIU's. Raises RuntimeError."""
-        self._start(len(self._waiting) - 1)
+        self._start(max(0, len(self._waiting) - 1))
 
     def release(self, pids: Mapping[int, int]) -> None:
         """Begin to write: `pids` are the processes' host pids by their numbers in the images; all are stopped.
