@@ -103,7 +103,7 @@ CHUNK_TABLES: dict[str, tuple[Callable[[Tables], object], str]] = {
     "digests swapped": (swap_digests, "in pack"),
     "sizes that do not match the masks": (swap_chunks, "place"),
     "cut": (lambda tables: tables.data.update({CHUNKS: b"x" * 63}), "not a multiple of 64"),
-    "empty": (lambda tables: tables.chunks.clear(), "memory/places"),
+    "empty": (lambda tables: tables.chunks.clear(), "it has no chunks"),
     "a chunk more": (lambda tables: tables.chunks.append(tables.chunks[0]), "memory/places"),
     "a chunk twice": (twice, "overlap"),
     "pack size": (pack_field(size=4096), "field packs[0].size"),

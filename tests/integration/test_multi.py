@@ -243,7 +243,14 @@ def test_affinity_and_memory_policy_in_proc(copies: Copies) -> None:
         assert len(set(before.affinity.values())) > 1
     copies.node.runtime.start("copy")
     network.wait_http(8000, "/health")
-    assert placement(copies.pid("copy")).affinity == before.affinity
+
+    def is_as_before() -> bool:
+        try:
+            return placement(copies.pid("copy")).affinity == before.affinity
+        except FileNotFoundError:
+            return False  # the thread that answered has just ended
+
+    proc.wait_for("the affinities of the source", is_as_before)
 
 
 def test_open_connections(copies: Copies) -> None:
