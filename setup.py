@@ -2,4 +2,4 @@
 
 from setuptools import setup  # type: ignore[import-untyped, unused-ignore]
 
-setup(cffi_modules=["native/rewarm_native/_build.py:ffibuilder"])
+setup(cffi_modules=["native/rewarm_native/_build.py:ffibuilder", "native/rewarm_native/_build.py:cuda"])

@@ -1,19 +1,25 @@
 /* rewarm-guard: outlives a SIGKILLed rewarm for long enough to clean up behind it.
  *
- *     rewarm-guard CONTROL_FD N RECOVER_ARG*N PROGRAM ARG...
+ *     rewarm-guard CONTROL_FD LIFE_FD N RECOVER_ARG*N PROGRAM ARG...
  *
  * containerd's shim runs the runtime with PDEATHSIG=SIGKILL under a timeout, and what `runc restore` and CRIU have
  * half built by then has no parent and no name. So rewarm starts them below this process, which is in a session of
- * its own and adopts every orphan of theirs (PR_SET_CHILD_SUBREAPER). It says "exit N\n" or "signal N\n" on
- * CONTROL_FD, a connected unix socket, when PROGRAM has ended, and then takes one byte:
+ * its own and adopts every orphan of theirs (PR_SET_CHILD_SUBREAPER). It takes bytes on CONTROL_FD, a connected unix
+ * socket, and says "exit N\n" or "signal N\n" there when PROGRAM has ended:
  *
+ *     's'   start: the first byte; until then PROGRAM is not run, but rewarm's death is seen, so that it can begin to
+ *           change what the RECOVER command puts back
  *     'c'   commit: exits with 0; the descendants go to the next subreaper above, alive or as zombies with their status
  *     'a'   abort: kills and reaps all descendants, says "clean\n", exits with 1; also valid while PROGRAM runs
  *     EOF   rewarm is dead: as for abort, then becomes the RECOVER command, if there is one
  *
- * Anything else, a commit before PROGRAM has ended included, is an abort. If the guard itself is killed, PROGRAM dies
- * with it. PROGRAM has the guard's stdio, environment, signal dispositions and other descriptors, but not CONTROL_FD.
- * If it cannot be run, it ends with status 127 and a line on stderr. Exit status 2: wrong use, nothing was started.
+ * Anything else, a commit before PROGRAM has ended included, is an abort; so is any first byte but 's'. LIFE_FD is the
+ * read end of a pipe whose write end nobody has but the process that the engine waits for: its hang-up is rewarm's death
+ * as well, also while a thread that no signal ends (in a FUSE server that does not answer) holds CONTROL_FD open.
+ *
+ * If the guard itself is killed, PROGRAM dies with it. PROGRAM has the guard's stdio, environment, signal dispositions and
+ * other descriptors, but neither CONTROL_FD nor LIFE_FD. If it cannot be run, it ends with status 127 and a line on
+ * stderr. Exit status 2: wrong use, nothing was started.
  */
 #include "common.h"
 #include "descendants.h"
@@ -32,13 +38,17 @@
 
 enum { EXIT_COMMITTED = 0, EXIT_ABORTED = 1, EXIT_USAGE = 2, EXIT_NOT_RUN = 127 };
 
-enum verdict { COMMIT, ABORT, ORPHANED };
+/* How long a killed rewarm may take to its end, which closes CONTROL_FD; only one that hangs takes longer. */
+enum { LAST_WORD_MS = 2000 };
+
+enum verdict { START, COMMIT, ABORT, ORPHANED };
 
 static const int ignored_signals[] = { SIGTERM, SIGINT, SIGHUP, SIGPIPE };
 enum { IGNORED_SIGNALS = sizeof(ignored_signals) / sizeof(ignored_signals[0]) };
 
 struct guard {
 	int control;
+	int life;
 	char **program;
 	char **recover; /* NULL-terminated, perhaps empty */
 	struct sigaction before[IGNORED_SIGNALS];
@@ -71,13 +81,14 @@ static bool parse(int argc, char **argv, struct guard *guard)
 {
 	int words;
 
-	if (argc < 4 || !parse_number(argv[1], INT_MAX, &guard->control) || !parse_number(argv[2], argc - 4, &words))
+	if (argc < 5 || !parse_number(argv[1], INT_MAX, &guard->control) ||
+	    !parse_number(argv[2], INT_MAX, &guard->life) || !parse_number(argv[3], argc - 5, &words))
 		return false;
-	guard->program = argv + 3 + words;
+	guard->program = argv + 4 + words;
 	guard->recover = calloc((size_t)words + 1, sizeof(*guard->recover));
 	if (guard->recover == NULL)
 		return false;
-	memcpy(guard->recover, argv + 3, (size_t)words * sizeof(*guard->recover));
+	memcpy(guard->recover, argv + 4, (size_t)words * sizeof(*guard->recover));
 	return true;
 }
 
@@ -110,6 +121,8 @@ static const char *set_up(const struct guard *guard)
 		return "use CONTROL_FD";
 	if (fcntl(guard->control, F_SETFD, FD_CLOEXEC) < 0)
 		return "close CONTROL_FD on exec";
+	if (fcntl(guard->life, F_SETFD, FD_CLOEXEC) < 0)
+		return "close LIFE_FD on exec";
 	if (setsid() < 0 && getsid(0) != getpid())
 		return "setsid";
 	if (prctl(PR_SET_CHILD_SUBREAPER, 1L, 0L, 0L, 0L) < 0)
@@ -164,7 +177,7 @@ static void report_end(const struct guard *guard, pid_t pid)
 }
 
 /* An error (a reset, because rewarm died with lines unread) is the end of the conversation too. */
-static enum verdict read_verdict(const struct guard *guard, bool ended)
+static enum verdict read_verdict(const struct guard *guard, char allowed, enum verdict meaning)
 {
 	char byte;
 	ssize_t got;
@@ -174,27 +187,61 @@ static enum verdict read_verdict(const struct guard *guard, bool ended)
 	while (got < 0 && errno == EINTR);
 	if (got <= 0)
 		return ORPHANED;
-	return byte == 'c' && ended ? COMMIT : ABORT;
+	return byte == allowed ? meaning : ABORT;
+}
+
+/* The process that the engine waits for is gone, and the one that restores dies with it: as soon as it has, it changes
+ * nothing any more. Of all that it may still have said, only a commit counts. */
+static enum verdict read_last_word(const struct guard *guard, char allowed, enum verdict meaning)
+{
+	struct pollfd control = { .fd = guard->control, .events = POLLIN };
+	int ready;
+
+	do
+		ready = poll(&control, 1, LAST_WORD_MS);
+	while (ready < 0 && errno == EINTR);
+	return ready > 0 && read_verdict(guard, allowed, meaning) == COMMIT ? COMMIT : ORPHANED;
+}
+
+static enum verdict watch_start(const struct guard *guard)
+{
+	struct pollfd polled[] = { { .fd = guard->control, .events = POLLIN }, { .fd = guard->life, .events = POLLIN } };
+
+	while (poll(polled, 2, -1) < 0)
+		if (errno != EINTR)
+			return ABORT;
+	if (polled[1].revents != 0)
+		return read_last_word(guard, '\0', ORPHANED);
+	return read_verdict(guard, 's', START);
 }
 
 static enum verdict watch(const struct guard *guard, pid_t pid)
 {
 	autoclose int program = pidfd_open(pid, 0);
-	struct pollfd polled[2] = { { .fd = guard->control, .events = POLLIN }, { .fd = program, .events = POLLIN } };
+	struct pollfd polled[] = {
+		{ .fd = guard->control, .events = POLLIN },
+		{ .fd = guard->life, .events = POLLIN },
+		{ .fd = program, .events = POLLIN },
+	};
 	bool ended = false;
 
 	if (program < 0)
 		return ABORT;
 	for (;;) {
-		if (poll(polled, 2, -1) < 0 && errno != EINTR)
-			return ABORT;
+		if (poll(polled, 3, -1) < 0) {
+			if (errno != EINTR)
+				return ABORT;
+			continue;
+		}
+		if (polled[1].revents != 0)
+			return read_last_word(guard, ended ? 'c' : '\0', ended ? COMMIT : ABORT);
 		if (polled[0].revents != 0)
-			return read_verdict(guard, ended);
-		if (polled[1].revents != 0) {
+			return read_verdict(guard, ended ? 'c' : '\0', ended ? COMMIT : ABORT);
+		if (polled[2].revents != 0) {
 			report_end(guard, pid);
 			ended = true;
-			polled[1].fd = -1;
-			polled[1].revents = 0;
+			polled[2].fd = -1;
+			polled[2].revents = 0;
 		}
 	}
 }
@@ -215,13 +262,14 @@ static int conclude(const struct guard *guard, enum verdict verdict)
 
 int main(int argc, char **argv)
 {
-	struct guard guard = { .control = -1 };
+	struct guard guard = { .control = -1, .life = -1 };
 	autofree char **recover = NULL;
+	enum verdict verdict;
 	const char *failed;
 	pid_t pid;
 
 	if (!parse(argc, argv, &guard)) {
-		dprintf(STDERR_FILENO, "usage: rewarm-guard CONTROL_FD N RECOVER_ARG*N PROGRAM ARG...\n");
+		dprintf(STDERR_FILENO, "usage: rewarm-guard CONTROL_FD LIFE_FD N RECOVER_ARG*N PROGRAM ARG...\n");
 		return EXIT_USAGE;
 	}
 	recover = guard.recover;
@@ -231,6 +279,9 @@ int main(int argc, char **argv)
 		return EXIT_USAGE;
 	}
 	take_signals(&guard);
+	verdict = watch_start(&guard);
+	if (verdict != START)
+		return conclude(&guard, verdict);
 	pid = start_program(&guard);
 	if (pid < 0) {
 		dprintf(STDERR_FILENO, "rewarm-guard: fork: %s\n", strerror(errno));

@@ -122,6 +122,21 @@ static char *container_directory(const struct call *call, const struct settings 
 	return root == NULL ? NULL : format_text("%s/containers/%s/%s", settings->state_dir, root, call->id);
 }
 
+/* Whether a process that was killed while it made or removed the directory has left one named `path`~PID. */
+static bool has_leftovers(const char *path)
+{
+	const char *name = strrchr(path, '/') + 1;
+	const size_t length = strlen(name);
+	autofree char *parent = strndup(path, (size_t)(name - path));
+	autoclosedir DIR *directory = parent != NULL ? opendir(parent) : NULL;
+	const struct dirent *entry;
+
+	while (directory != NULL && (entry = readdir(directory)) != NULL)
+		if (strncmp(entry->d_name, name, length) == 0 && entry->d_name[length] == '~')
+			return true;
+	return false;
+}
+
 static bool has_container_directory(const struct call *call, const struct settings *settings)
 {
 	autofree char *path = NULL;
@@ -134,8 +149,10 @@ static bool has_container_directory(const struct call *call, const struct settin
 		return true; /* unknown: Python looks again */
 	if (lstat(path, &status) == 0)
 		return true;
+	if (errno == ENOENT)
+		return has_leftovers(path);
 	/* EACCES: who may not look is not root, and rewarm made no container for them. */
-	return errno != ENOENT && errno != ENOTDIR && errno != ENAMETOOLONG && errno != EACCES;
+	return errno != ENOTDIR && errno != ENAMETOOLONG && errno != EACCES;
 }
 
 /* Bytes, not JSON: a key under rewarm.dev/ cannot be there without them, and a false alarm costs only Python's start.

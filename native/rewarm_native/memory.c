@@ -95,6 +95,8 @@ static int check_alive(int pidfd)
 {
 	struct pollfd state = { .fd = pidfd, .events = POLLIN };
 
+	if (pidfd < 0)
+		return -EBADF; /* poll would take that for a file on which nothing ever happens */
 	if (poll(&state, 1, 0) < 0)
 		return errno == EINTR ? 0 : -errno;
 	return state.revents != 0 ? -ESRCH : 0;

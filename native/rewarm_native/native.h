@@ -27,6 +27,18 @@ int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
  * index, or `count` when the thread could not be made to run anything. Afterwards the thread is as it was. */
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
 
+/* Addresses of instructions in a process (detour.c). */
+struct rw_way {
+	uint64_t call;
+	uint64_t restorer;
+};
+
+/* From the first call on the calling thread traces the thread `tid`, which the second lets go on; both have to be made
+ * by one thread, which then has to end. Private anonymous mappings of at least `smallest` bytes that `tid` makes, writable,
+ * are told to use huge pages. The second returns when `tid` has ended (0) or cannot be watched any longer. */
+int rw_watch_begin(int tid, struct rw_way *way);
+int rw_watch(const struct rw_way *way, uint64_t smallest);
+
 /* Memory, in pages of 4096 bytes. A mask has bit N % 8 of byte N / 8 for page N. Data is page-aligned. */
 
 /* Sets the bits of the pages that hold anything but zeros (that are equal); returns how many. */

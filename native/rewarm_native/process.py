@@ -1,4 +1,4 @@
-"""Process attributes, sockets of other network namespaces, and NUMA memory policies of other processes.
+"""Process attributes, sockets of other network namespaces, NUMA memory policies and huge pages of other processes.
 
 Every failure is an OSError with the kernel's errno (so ProcessLookupError, PermissionError, …) and a text that names
 the call and the object.
@@ -111,6 +111,30 @@ def set_memory_policies(
             call = f"mbind {start:#x}-{start + length:#x}" if length else "set_mempolicy"
             what = f"{call} to mode {mode:#x}, nodes {mask:#x} in thread {tid} of process {pid}"
         raise _error(-result, what)
+
+
+class HugePages:
+    """Large private mappings that a thread of another process makes from now on are told to use huge pages.
+
+    It is traced (ptrace, so by nobody else meanwhile), and sent to madvise(2) itself as soon as it has made one that is
+    anonymous and writable: see advise.c. The process notices nothing, also when the tracer is killed. One thread has to
+    make the object and call `work`, and then has to end, by which the other one is let go.
+    """
+
+    def __init__(self, tid: int, smallest: int) -> None:
+        """`smallest`: bytes of a mapping that counts. Waits up to 2 s for the thread to be traced; one that is in the
+        kernel for longer is traced from its return on.
+
+        Raises OSError: ESRCH (gone), EPERM (no CAP_SYS_PTRACE, or traced by another, or a zombie), ENOEXEC (no code
+        that would bring the thread back), ENOSYS (not x86-64).
+        """
+        self._smallest = smallest
+        self._way = ffi.new("struct rw_way *")
+        _check(lib.rw_watch_begin(tid, self._way), f"trace thread {tid}")
+
+    def work(self) -> None:
+        """Returns when the thread has ended, or raises OSError: ENOEXEC (it runs another program now)."""
+        _check(lib.rw_watch(self._way, self._smallest), "trace a thread")
 
 
 def _node_words(mask: int) -> list[int]:
