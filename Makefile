@@ -20,7 +20,7 @@ demo: prefix rootfs ## install into build/, then capture a model server on one n
 
 .PHONY: test
 test: prefix rootfs testenv ## install into build/, then run the linters and every test
-	$(TESTENV)/bin/pytest tests/unit tests/integration $(PYTEST_ARGS)
+	$(TESTENV)/bin/pytest tests/unit tests/integration tests/gpu $(PYTEST_ARGS)
 
 .PHONY: unit
 unit: prefix testenv ## only the linters and the unit tests

@@ -119,7 +119,7 @@ stage_source() {
     mkdir "$work/source"
     tar -C "$source_tree" -cf - \
         --exclude=__pycache__ --exclude='*.egg-info' --exclude=build --exclude='*.so' --exclude='*.o' \
-        --exclude='.*_cache' --exclude=_native.c pyproject.toml setup.py README.md shim hooks native |
+        --exclude='.*_cache' --exclude=_native.c --exclude=_cuda.py pyproject.toml setup.py README.md shim hooks native |
         tar -C "$work/source" --no-same-owner -xf -
 }
 

@@ -8,37 +8,39 @@ one moment. `stop` kills it afterwards.
 from __future__ import annotations
 
 import os
-import shutil
-import signal
-import subprocess
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import rewarm
-from rewarm import compat, losses, netlock, node, overlay, private, processes
-from rewarm.criu import images, log, options, remaps
+from rewarm import aside, compat, losses, netlock, node, overlay, processes, recover, source
+from rewarm.criu import images, remaps
 from rewarm.criu.carve import carve
-from rewarm.errors import CaptureError, OciError
+from rewarm.dump import dump
+from rewarm.errors import CaptureError, GpuError
 from rewarm.frozen import Frozen
+from rewarm.gpu import hold
+from rewarm.gpu.container import ContainerGpus
+from rewarm.gpu.hold import Hold, Users
+from rewarm.lifeline import Held, Lifeline
 from rewarm.memory import places
-from rewarm.oci import runc, spec
+from rewarm.oci import record, runc, spec
 from rewarm.oci.runc import Container, Runc
 from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
 from rewarm.scratch import Scratch
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore, SnapshotRef
-from rewarm.store.manifest import HugeMapping, Manifest, Memory, timestamp
+from rewarm.store.manifest import Cuda, HugeMapping, Manifest, Memory, timestamp
 from rewarm.store.names import check_name, check_namespace
 from rewarm.store.writer import SnapshotWriter
 from rewarm.trace import Trace
 from rewarm_hooks.layer import LayerError, write_layer
 
+GPU_MEMORY, DUMP = "moving GPU memory", "dumping memory"
+"""Steps that a signal must not end in the middle."""
 _KILL_TIMEOUT = 10.0
-# compel's word in the log for the step at which a process begins to run CRIU's code.
-_INFECTED = b"Putting parasite blob"
 
 
 @dataclass(frozen=True)
@@ -77,30 +79,46 @@ def capture(
     check_namespace(namespace)
     low_level = Runc(runc.find(settings), container.root, systemd_cgroup)
     criu = node.criu_binary(settings)
-    _check_source(container, low_level)
+    source.check_status(container, low_level)
     _check_criu(criu, settings)
+    source.check_pid_namespaces(container)
     bundle_spec = spec.load(container.bundle)
     upper = overlay.upper_directory(container.pid, bool((bundle_spec.get("root") or {}).get("readonly")))
-    _check_streams(container)
+    source.check_streams(container)
     store = DirectoryStore(settings.store)
     trace = Trace()
     notes: list[str] = []
     with ExitStack() as stack:
+        stack.enter_context(_alone(container, settings))
+        gpus, users = _look_at_gpus(container, bundle_spec, low_level.binary, settings)
         threads = node.threads(settings)
         writer = stack.enter_context(store.writer(namespace, name, compression=settings.compression, threads=threads))
         scratch = stack.enter_context(Scratch(settings.work_dir))
-        frozen = stack.enter_context(Frozen(low_level, container, scratch.path))
-        step("dumping memory")
+        lifeline = stack.enter_context(Lifeline(_held(container, low_level, scratch, settings, users)))
+        if users is not None:
+            step(GPU_MEMORY)
+            lifeline.holding()
+        frozen = Frozen(low_level, container, lifeline)
+        guard = hold.Guard(lifeline.locked, lifeline.taken, lifeline.released, lambda: frozen.frozen)
+        with trace.phase("capture.cuda"):
+            held = Hold(gpus, users, settings.gpu_lock_timeout, settings.capture_timeout, guard)
+            device_memory = stack.enter_context(held)
+        step(DUMP)
+        stack.enter_context(frozen)
         with trace.phase("capture.criu"):
-            _dump(container, low_level, criu, scratch, settings, frozen)
+            device_memory.check(processes.in_cgroups(container.cgroup_paths))
+            cuda = Cuda(tuple(map(processes.namespace_pid, device_memory.pids)), device_memory.used)
+            dump(container, low_level, criu, scratch, settings, lifeline)
+            lifeline.dumped(settings.capture_timeout)
             memory = sum(path.stat().st_size for path in (scratch.snapshot / CHECKPOINT).glob("pages-*.img"))
         step("recording files")
         with trace.phase("capture.files"):
             pids = processes.tree(container.pid)
-            recorded = losses.record(pids, frozen.stopped)
+            recorded = losses.record(pids, frozenset(frozen.stopped))
             _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
         if not stop:
             frozen.resume()
+            device_memory.resume()
         notes += _remove_network_lock(container)
         step("storing memory")
         with trace.phase("capture.carve"):
@@ -116,49 +134,80 @@ def capture(
             rewarm=rewarm.__version__,
             source={"container": container.id, "runtime_root": container.root, "node": os.uname().nodename},
             requires=compat.describe(
-                bundle_spec, node.version_of(low_level.binary, settings), node.version_of(criu, settings), settings
+                bundle_spec,
+                node.version_of(low_level.binary, settings),
+                node.version_of(criu, settings),
+                settings,
+                gpus,
             ),
             processes=recorded,
             memory_bytes=memory,
             memory=carved,
+            cuda=cuda,
         )
         with trace.phase("capture.publish"):
             ref, published = writer.publish(manifest)
         if stop:
             step("stopping the container")
             _stop(container, low_level, frozen)
+            device_memory.forget()
     total = time.monotonic() - began
-    return Captured(ref, published, frozen.seconds, total, published.stored_bytes, writer.new_bytes, tuple(notes))
+    paused = max(frozen.seconds, device_memory.seconds)
+    return Captured(ref, published, paused, total, published.stored_bytes, writer.new_bytes, tuple(notes))
 
 
-def _check_source(container: Container, low_level: Runc) -> None:
-    status = low_level.status(container.id)
-    if status == "created":
-        raise CaptureError("capture container", container.id, "it is created but not started", "start it first")
-    if status not in ("running", "paused"):
-        raise CaptureError(
-            "capture container",
-            container.id,
-            f"it is {status or 'gone'}, so it has no memory to capture",
-            "capture it while it runs",
-        )
-    if status == "paused":
-        raise CaptureError("capture container", container.id, "it is paused", "resume it first")
-    for namespace in (spec.load(container.bundle).get("linux") or {}).get("namespaces") or []:
-        if namespace.get("type") == "pid" and namespace.get("path"):
+@contextmanager
+def _alone(container: Container, settings: Settings) -> Iterator[None]:
+    """One capture of a container at a time: each would undo what the other holds."""
+    path = f"{record.directory(settings.state_dir, container.root, container.id)}~capture"
+    with recover.locked(path, wait=False) as ours:
+        if not ours:
             raise CaptureError(
-                "capture container",
-                container.id,
-                "it shares a pid namespace, in which its process ids may be taken at the restore",
-                "give it a pid namespace of its own",
+                "capture container", container.id, "another capture of it is going on", "wait for its end"
             )
-    if container.labels.get("org.criu.config"):
-        raise CaptureError(
-            "capture container",
-            container.id,
-            "its annotation org.criu.config would override rewarm's options",
-            "remove the annotation",
-        )
+        try:
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{path}~lock")
+
+
+def _look_at_gpus(
+    container: Container, bundle_spec: spec.Spec, binary: str, settings: Settings
+) -> tuple[ContainerGpus, Users | None]:
+    """The container's GPUs, and its processes that use them; refuses what the driver cannot checkpoint."""
+    tree = processes.tree(container.pid)
+    pids = {*tree, *processes.in_cgroups(container.cgroup_paths)}
+
+    def look() -> tuple[ContainerGpus, Users | None]:
+        gpus, users = hold.look(bundle_spec, tree, pids, binary, settings.libcuda)
+        if gpus.devices:
+            source.check_view(container)
+        if users is not None:
+            source.check_memory(container, users)
+        return gpus, users
+
+    try:
+        return aside.run(look, settings.capture_timeout)
+    except TimeoutError as error:
+        text = "look for Xid lines in `dmesg`"
+        raise GpuError("ask the NVIDIA driver about", container.id, str(error), text) from None
+
+
+def _held(container: Container, low_level: Runc, scratch: Scratch, settings: Settings, users: Users | None) -> Held:
+    cuda = () if users is None else tuple((one.pid, one.start_time, one.command) for one in users.contexts)
+    return Held(
+        low_level.binary,
+        container.root,
+        container.id,
+        container.pid,
+        container.start_time,
+        os.getpid(),
+        str(scratch.path),
+        settings.libcuda,
+        cuda,
+        settings.gpu_lock_timeout,
+    )
 
 
 def _check_criu(criu: str, settings: Settings) -> None:
@@ -171,101 +220,6 @@ def _check_criu(criu: str, settings: Settings) -> None:
             f"this kernel needs {needed} or newer, found {version or 'none'}",
             "run `rewarm doctor`",
         )
-
-
-def _check_streams(container: Container) -> None:
-    """Standard streams on a file or named FIFO of the node: CRIU knows no mount of the container for it."""
-    for number, stream in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            target = os.readlink(f"/proc/{container.pid}/fd/{number}")
-            status = os.stat(f"/proc/{container.pid}/fd/{number}")
-        except FileNotFoundError:
-            continue  # the program closed it
-        if not target.startswith("/") or target == "/dev/null":
-            continue
-        try:
-            inside = os.stat(f"/proc/{container.pid}/root{target}", follow_symlinks=False)
-        except OSError:
-            inside = None
-        if inside is None or (inside.st_dev, inside.st_ino) != (status.st_dev, status.st_ino):
-            raise CaptureError(
-                "capture container",
-                container.id,
-                f"its {stream} is {target}, a file outside of the container that CRIU cannot see",
-                "start it with pipes, as containerd, Docker and Podman do",
-            )
-
-
-def _dump(
-    container: Container, low_level: Runc, criu: str, scratch: Scratch, settings: Settings, frozen: Frozen
-) -> None:
-    directory = scratch.snapshot / CHECKPOINT
-    directory.mkdir(mode=0o700)
-    option_file = str(scratch.work / "criu.conf")
-    options.write(option_file, options.DUMP)
-    words = ["checkpoint", "--leave-running", "--file-locks", "--ext-unix-sk"]
-    words += ["--image-path", str(directory), "--work-path", str(scratch.work), container.id]
-    environment = options.environment(option_file, criu)
-    inherited = (frozen.lifeline, scratch.lock)
-    dump_log = scratch.work / "dump.log"
-    done = _run_checkpoint(low_level.words(*words), environment, settings.capture_timeout, inherited, dump_log)
-    if done.returncode != 0:
-        kept = _keep_log(dump_log, settings)
-        cause = log.cause(str(dump_log)) or runc.message(done)
-        raise CaptureError("dump container", container.id, cause, f"CRIU's log is kept as {kept}")
-
-
-def _run_checkpoint(
-    words: list[str], env: dict[str, str], timeout: float, inherited: tuple[int, ...], dump_log: Path
-) -> subprocess.CompletedProcess[str]:
-    """Run `runc checkpoint`. It outlives a killed rewarm: a CRIU that dies in the middle leaves broken processes.
-
-    `inherited` files stay open for as long as it or its CRIU lives.
-    """
-    try:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=env,
-            pass_fds=inherited,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise OciError("run runc checkpoint", words[-1], str(error)) from error
-    end = time.monotonic() + timeout
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        _end(process, dump_log, timeout)
-        limit = f"it did not end within {timeout:g} s"
-        raise CaptureError("dump container", words[-1], limit, "see `capture_timeout` in the settings") from error
-    except BaseException:
-        # Told to end: the processes must be whole again before they may run.
-        try:
-            process.communicate(timeout=max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _end(process, dump_log, timeout)
-        raise
-    return subprocess.CompletedProcess(words, process.returncode, said, "")
-
-
-def _end(process: subprocess.Popen[str], dump_log: Path, patience: float) -> None:
-    """End a dump that takes too long: at once while CRIU has not yet put its code into a process.
-
-    After that its death may break the process that it is in, so it has as long again to come to its end.
-    """
-    if dump_log.exists() and _INFECTED in dump_log.read_bytes():
-        try:
-            process.communicate(timeout=patience)
-            return
-        except subprocess.TimeoutExpired:
-            pass  # two limits long it has not moved: the processes are lost either way
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 def _carve(container: Container, images_directory: Path, writer: SnapshotWriter, threads: int) -> Memory:
@@ -287,14 +241,6 @@ def _remove_network_lock(container: Container) -> list[str]:
     except CaptureError as error:
         return [str(error)]
     return ["removed the network lock that an earlier dump left in the container's network"] if found else []
-
-
-def _keep_log(path: Path, settings: Settings) -> str:
-    kept = os.path.join(settings.state_dir, "last-failed-dump.log")
-    if path.exists():
-        private.make(settings.state_dir)
-        shutil.copyfile(path, kept)
-    return kept
 
 
 def _write_layers(
@@ -342,8 +288,9 @@ def _write_layer(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:
 
 def _stop(container: Container, low_level: Runc, frozen: Frozen) -> None:
     """Kill the frozen source: the signal first, so that it runs no instruction after the moment of the snapshot."""
+    frozen.keep()
     low_level.run("kill", "--all", container.id, "KILL", timeout=30)
-    frozen.resume()
+    frozen.resume(killed=True)
     end = time.monotonic() + _KILL_TIMEOUT
     while low_level.status(container.id) not in ("stopped", "") and time.monotonic() < end:
         time.sleep(0.02)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from rewarm import node, processes
+from rewarm import node, processes, slots
 from rewarm.criu import images
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.memory import places, plan
@@ -36,11 +36,11 @@ class CarvedMemory:
         self._alive: dict[int, int | None] = {}
 
     def start(self) -> None:
-        """Start to read. Raises RuntimeError if no thread can be made."""
+        """Start to read. Raises RestoreError if no thread can be made."""
         self._fill.start()
 
     def hurry(self) -> None:
-        """Read with all threads, now that nothing is left to prepare. Raises RuntimeError."""
+        """Read with all threads, now that nothing is left to prepare. Raises RestoreError."""
         self._fill.hurry()
 
     def check(self, directory: Path, limit: int | None) -> None:
@@ -50,7 +50,7 @@ class CarvedMemory:
         try:
             plan.check(self._places, directory)
             mappings = [(one.pid, one.start, one.end, one.extra) for one in memory.huge]
-            plan.allow_huge_pages(mappings, directory, memory.filled + memory.left, limit)
+            plan.allow_huge_pages(mappings, self._places, directory, memory.filled + memory.left, limit)
         except (plan.Unfounded, images.ImageError) as error:
             raise SnapshotDamaged("read memory of snapshot", str(self._ref), str(error), _NEXT_STEP) from None
 
@@ -112,4 +112,5 @@ def load(
     threads = node.threads(settings)
     cache = cache_for(settings, store)
     reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
-    return CarvedMemory(ref, manifest, where, reader, Fill(reader, where, stop, trace, ahead=settings.read_ahead))
+    ahead = settings.read_ahead if slots.take(settings.state_dir) else 0
+    return CarvedMemory(ref, manifest, where, reader, Fill(reader, where, stop, trace, ahead=ahead))

@@ -10,10 +10,16 @@ from typing import Any
 
 from rewarm import node
 from rewarm.errors import Unfit
+from rewarm.gpu.container import ContainerGpus
 from rewarm.oci.spec import CONTROL_DESTINATION, digest, mounts, without_io_uring
 from rewarm.request import environment_keys, image_name
 from rewarm.settings import Settings
-from rewarm.store.manifest import Mount, Requires
+from rewarm.store.manifest import GpuDevice, Mount, Requires
+from rewarm_hooks import gpu_pairs
+
+_NO_GPUS = ContainerGpus()
+_MAPS = (580, 0, 0)
+"""The first driver that restores to other GPUs (cuda.h 13.0: CUcheckpointRestoreArgs.gpuPairs)."""
 
 # Flags of /proc/cpuinfo that the kernel or the hypervisor adds and that no program's instructions depend on.
 _SOFT_FLAGS = frozenset(
@@ -32,7 +38,13 @@ _SOFT_FLAGS = frozenset(
 )
 
 
-def describe(spec: dict[str, Any], runc_version: str, criu_version: str, settings: Settings) -> Requires:
+def describe(
+    spec: dict[str, Any],
+    runc_version: str,
+    criu_version: str,
+    settings: Settings,
+    gpus: ContainerGpus = _NO_GPUS,
+) -> Requires:
     """What a container with this spec, on this node, has: the source's at a capture, the target's at a restore."""
     process = spec.get("process") or {}
     linux = spec.get("linux") or {}
@@ -53,9 +65,15 @@ def describe(spec: dict[str, Any], runc_version: str, criu_version: str, setting
         seccomp=digest(without_io_uring(linux.get("seccomp"))),
         lsm=str(process.get("apparmorProfile") or process.get("selinuxLabel") or ""),
         namespaces=tuple(sorted(str(n.get("type")) for n in linux.get("namespaces") or [])),
-        gpus=(),
+        gpus=gpu_devices(gpus),
+        driver=gpus.driver,
         cgroup_version=node.cgroup_version(),
     )
+
+
+def gpu_devices(gpus: ContainerGpus) -> tuple[GpuDevice, ...]:
+    """The GPUs as a manifest describes them."""
+    return tuple(GpuDevice(*device.gpu, device.compute_mode) for device in gpus.devices)
 
 
 def check(snapshot: Requires, here: Requires) -> None:
@@ -90,11 +108,27 @@ def check(snapshot: Requires, here: Requires) -> None:
             f"({snapshot.seccomp[:8] or 'none'}, here {here.seccomp[:8] or 'none'})"
         )
     _equal("LSM label", snapshot.lsm or "none", here.lsm or "none")
-    if snapshot.gpus != here.gpus:
-        raise _unfit(
-            f"snapshot needs {len(snapshot.gpus)} GPUs ({', '.join(snapshot.gpus)[:80]}), this container has "
-            f"{len(here.gpus)}"
-        )
+    if snapshot.gpus or here.gpus:
+        _same_gpus(snapshot, here)
+
+
+def _same_gpus(snapshot: Requires, here: Requires) -> None:
+    """The driver puts device memory back only where it came from, or on a GPU of the same kind."""
+    try:
+        pairs = gpu_pairs.pair([device.gpu for device in snapshot.gpus], [device.gpu for device in here.gpus])
+    except gpu_pairs.CannotPair as error:
+        raise _unfit(str(error)) from None
+    if snapshot.driver != here.driver:
+        raise _unfit(f"snapshot was taken with NVIDIA driver {snapshot.driver}, this node has {here.driver or 'none'}")
+    modes = {device.uuid: device.compute_mode for device in here.gpus}
+    for device, (_, target) in zip(snapshot.gpus, pairs, strict=True):
+        if device.compute_mode != modes[target.uuid]:
+            raise _unfit(
+                f"snapshot was taken with a GPU in compute mode {device.compute_mode}, "
+                f"{target.uuid} here is in {modes[target.uuid]}"
+            )
+    if gpu_pairs.device_map(pairs) and node.version_tuple(here.driver) < _MAPS:
+        raise _unfit(f"snapshot is of other GPUs, for which driver 580 or newer is needed, this node has {here.driver}")
 
 
 def _unfit(cause: str) -> Unfit:

@@ -1,7 +1,7 @@
 """The time limit of a restore: SIGALRM, whose handler raises wherever the main thread is.
 
 A limit that every wait has to keep by itself is one that some wait forgets: reading a store may hang too. What no
-signal interrupts (a read from a dead NFS server, state D) is not cut short by this either.
+signal interrupts (state D) is not cut short by this either: apart.py has the last word.
 """
 
 from __future__ import annotations

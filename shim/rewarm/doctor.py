@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from rewarm import doctor_containerd, doctor_kernel, doctor_memory, doctor_places, doctor_programs, settings
+from rewarm import doctor_containerd, doctor_gpu, doctor_kernel, doctor_memory, doctor_places, doctor_programs, settings
 from rewarm.checks import FAILED, OK, Check, Node
 from rewarm.errors import RewarmError
 from rewarm.settings import Settings
@@ -55,6 +55,7 @@ CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (
     ("state directory", doctor_places.state_directory),
     ("cache", doctor_memory.cache),
     ("huge pages", doctor_memory.huge_pages),
+    ("GPUs", doctor_gpu.gpus),
     ("left-overs", doctor_places.left_overs),
     ("containerd", doctor_containerd.containerd),
 )

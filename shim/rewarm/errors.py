@@ -62,5 +62,9 @@ class RestoreError(RewarmError):
     """A snapshot could not be restored."""
 
 
+class GpuError(RewarmError):
+    """A GPU, or the driver on behalf of a process that uses one, did not do what was asked."""
+
+
 class NotUndone(RewarmError):
     """A failed restore could not be undone, so nothing may be started in its place."""

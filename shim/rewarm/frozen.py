@@ -2,127 +2,108 @@
 
 `runc pause` freezes it by its cgroup. Processes that a signal had stopped are told to continue once they
 are frozen, and to stop again before they are thawed: CRIU waits for ever for a stopped process in a frozen
-cgroup (seen with the v1 freezer), and a frozen process runs nothing in between. A helper process (this
-module run as a program) waits at the end of a pipe until the capture is over: when rewarm and the runc that
-it runs are gone without a word, the helper resumes the container and removes what the capture had gathered.
-
-    python -m rewarm.frozen BINARY ROOT ID PID SCRATCH STOPPED…      (standard input: the pipe)
+cgroup (seen with the v1 freezer), and a frozen process runs nothing in between.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from types import TracebackType
 
-from rewarm import netlock, processes, scratch
+from rewarm import processes
 from rewarm.errors import CaptureError
+from rewarm.lifeline import Lifeline
 from rewarm.oci import runc
 from rewarm.oci.runc import Container, Runc
 
-_RESUMED, _DONE = b"r", b"d"
 _RUNC_TIMEOUT = 30.0
-_LONGEST_DUMP = 3600.0
 
 
 class Frozen:
     """Context manager: paused inside, running again after. `seconds` is how long it was held still.
 
-    `directory` is the capture's own, which the helper removes if it has to take over.
+    The helper behind `lifeline` takes over if this process cannot do its part.
     """
 
-    def __init__(self, low_level: Runc, container: Container, directory: Path) -> None:
+    def __init__(self, low_level: Runc, container: Container, lifeline: Lifeline) -> None:
         self._runc = low_level
         self._container = container
-        self._directory = directory
-        self._write = -1
-        self._helper: subprocess.Popen[bytes] | None = None
+        self._lifeline = lifeline
         self._began = 0.0
-        self._resumed = False
+        self.frozen = False
+        """Whether it may be held still: a thaw that failed leaves it so, for the helper to mend."""
         self.seconds = 0.0
-        self.stopped: frozenset[int] = frozenset()
-        """Host pids of the processes that a signal had stopped."""
-
-    @property
-    def lifeline(self) -> int:
-        """The pipe's write end: a program that inherits it keeps the helper waiting."""
-        return self._write
+        self.stopped: dict[int, int] = {}
+        """Host pids of the processes that a signal had stopped, and their start times."""
 
     def __enter__(self) -> Frozen:
         container = self._container
-        self.stopped = frozenset(pid for pid in _all(container) if _is_stopped(pid))
-        self._start_helper()
+        self.stopped = dict(_stopped(container))
+        self._lifeline.freezing(self.stopped)
+        self.frozen = True
         self._began = time.monotonic()
         try:
-            done = _call(self._runc, "pause", container.id, self._write)
+            done = _call(self._runc, "pause", container.id, self._lifeline.fd)
             if done.returncode != 0:
                 raise CaptureError("pause container", container.id, runc.message(done), "is the freezer cgroup there?")
             for pid in self.stopped:
                 processes.send(pid, signal.SIGCONT)
         except BaseException:
-            self._end_helper(b"")
+            self.frozen = self._thaw().returncode != 0 and self._status() == "paused"
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            self.resume()
-        finally:
-            self._end_helper(_DONE if self._resumed else b"")
+        self.resume(killed=kind is not None)  # what has failed already is not to be covered up
 
-    def resume(self) -> None:
-        """Let it run again; nothing happens the second time. Raises CaptureError when it stays paused."""
-        if self._resumed:
+    def resume(self, *, killed: bool = False) -> None:
+        """Let it run again; nothing happens the second time. Raises CaptureError when it stays paused, or was resumed
+        by somebody else: what was read of it by then is not of one moment. The latter does not matter for what is
+        `killed` by then, or given up.
+        """
+        if not self.frozen:
             return
-        for pid in self.stopped:
-            processes.send(pid, signal.SIGSTOP)
-        done = _call(self._runc, "resume", self._container.id)
-        if done.returncode != 0 and self._runc.status(self._container.id) == "paused":
-            raise CaptureError(
-                "resume container",
-                self._container.id,
-                runc.message(done),
-                f"run `runc --root {self._container.root} resume {self._container.id}`",
-            )
-        self._resumed = True
+        done = self._thaw()
+        if done.returncode != 0:
+            status = self._status()
+            self.frozen = status == "paused"
+            if self.frozen or (status == "running" and not killed):
+                next_step = f"run `runc --root {self._container.root} resume {self._container.id}`"
+                raise CaptureError(
+                    "resume container",
+                    self._container.id,
+                    runc.message(done) if self.frozen else "it was resumed while it was being captured",
+                    next_step if self.frozen else "see `capture_timeout` in the settings",
+                )
+        self.frozen = False
         self.seconds = time.monotonic() - self._began
-        self._tell(_RESUMED)
+        self._lifeline.resumed()
 
-    def _start_helper(self) -> None:
-        container = self._container
-        words = [self._runc.binary, container.root, container.id, str(container.pid), str(self._directory)]
-        read, self._write = os.pipe()
-        try:
-            self._helper = subprocess.Popen(
-                [sys.executable, "-I", "-m", "rewarm.frozen", *words, *map(str, self.stopped)],
-                stdin=read,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
+    def keep(self) -> None:
+        """Hold it until it is killed. CaptureError if it runs again, since it was held for longer than it may be."""
+        self._lifeline.kept()
+        if self._runc.status(self._container.id) != "paused":
+            raise CaptureError(
+                "stop container",
+                self._container.id,
+                "the store took so long that it was resumed meanwhile; the snapshot is complete, and it runs on",
+                "see `capture_timeout` in the settings",
             )
-        except OSError as error:
-            os.close(self._write)
-            raise CaptureError("start helper", sys.executable, error.strerror or str(error)) from error
-        finally:
-            os.close(read)
 
-    def _tell(self, word: bytes) -> None:
-        # A helper that somebody killed has nobody left to tell.
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._write, word)
+    def _status(self) -> str:
+        """What runc says of it. If that is nothing and its init lives, it is as it was: what kept `resume` from its
+        work keeps `state` from it, too."""
+        there = processes.start_time(self._container.pid) == self._container.start_time
+        return self._runc.status(self._container.id) or ("paused" if there else "")
 
-    def _end_helper(self, word: bytes) -> None:
-        """Wait for the helper's end. Without a `word` from us it finds the end of its pipe, and resumes."""
-        self._tell(word)
-        os.close(self._write)
-        if self._helper is not None:
-            self._helper.wait()
+    def _thaw(self) -> subprocess.CompletedProcess[str]:
+        for pid, start in self.stopped.items():
+            if processes.start_time(pid) == start:
+                processes.send(pid, signal.SIGSTOP)
+        return _call(self._runc, "resume", self._container.id)
 
 
 def _call(low_level: Runc, command: str, container_id: str, *inherited: int) -> subprocess.CompletedProcess[str]:
@@ -149,39 +130,8 @@ def _all(container: Container) -> set[int]:
     return {*processes.tree(container.pid), *processes.in_cgroups(container.cgroup_paths)}
 
 
-def _is_stopped(pid: int) -> bool:
-    found = processes.stat(pid)
-    return found is not None and found.state == "T"
-
-
-def _traced(pid: int) -> bool:
-    """Whether some process (CRIU, a debugger) traces `pid`."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-            return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in file)
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def main(words: list[str]) -> int:
-    binary, root, container_id, pid, directory, *stopped = words
-    told = b""
-    while _DONE not in told and (word := os.read(0, 16)):
-        told += word
-    if _DONE in told:
-        return 0
-    if _RESUMED not in told:
-        # A CRIU that outlived its caller is left to finish: killing it would break the processes that it is in.
-        end = time.monotonic() + _LONGEST_DUMP
-        while _traced(int(pid)) and time.monotonic() < end:
-            time.sleep(0.05)
-        for one in stopped:
-            processes.send(int(one), signal.SIGSTOP)
-        _call(Runc(binary, root), "resume", container_id)
-        netlock.remove(int(pid))
-    scratch.remove_dead(Path(directory))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _stopped(container: Container) -> Iterator[tuple[int, int]]:
+    for pid in _all(container):
+        found = processes.stat(pid)
+        if found is not None and found.state == "T":
+            yield pid, found.start_time

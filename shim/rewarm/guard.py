@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import socket
+from contextlib import suppress
 
 from rewarm import installation
 from rewarm.errors import RestoreError
@@ -21,18 +22,23 @@ _RECOVERY_TIMEOUT = 30.0
 class Guard:
     """One guard, of one restore. The caller's signal handlers may raise at any point in here."""
 
-    def __init__(self) -> None:
+    def __init__(self, life: int) -> None:
+        """`life`: the read end of a pipe whose hang-up tells that rewarm is dead, even if it cannot end."""
+        self._life = life
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._pid = 0
+        self._went = False
         self._status: int | None = None
         self._buffer = b""
 
     def start(self, words: list[str], recovery: list[str], env: dict[str, str]) -> None:
-        """Run `words` with the caller's own standard streams (a restored container inherits them)."""
+        """Start the guard: from here on `recovery` runs if rewarm dies. `go` has it run `words`, with the caller's own
+        standard streams (a restored container inherits them)."""
         program = installation.guard()
         theirs = self._theirs.fileno()
         self._theirs.set_inheritable(True)
-        argv = [program, str(theirs), str(len(recovery)), *recovery, *words]
+        os.set_inheritable(self._life, True)
+        argv = [program, str(theirs), str(self._life), str(len(recovery)), *recovery, *words]
         try:
             # Not subprocess: its import alone is a tenth of what rewarm adds. Python ignores SIGPIPE; others must not.
             self._pid = os.posix_spawn(program, argv, env, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ])
@@ -40,6 +46,15 @@ class Guard:
             raise RestoreError("start guard", program, error.strerror or str(error), "reinstall rewarm") from error
         finally:
             self._theirs.close()
+            os.set_inheritable(self._life, False)
+
+    def go(self) -> None:
+        """Have the program run. RestoreError if the guard has died."""
+        self._went = True
+        try:
+            self._socket.sendall(b"s")
+        except OSError as error:
+            raise RestoreError("start runc restore", "guard", error.strerror or str(error)) from error
 
     def wait(self) -> str:
         """How the program ended: "exit N" or "signal N". RestoreError if the guard ended before it."""
@@ -66,9 +81,13 @@ class Guard:
     def recover(self) -> bool:
         """Hang up and wait until the guard has killed every descendant and undone the restore.
 
-        False if it did not do all of that: it was killed, never started, or the recovery failed.
+        False if it did not do all of that: it was killed, or never started, or had nothing to run yet, or the recovery
+        failed.
         """
         self._theirs.close()
+        if self._pid and not self._went:
+            with suppress(OSError):  # it was killed
+                self._socket.sendall(b"a")
         self._socket.close()
         if not self._pid:
             return False

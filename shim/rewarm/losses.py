@@ -93,7 +93,7 @@ def _allowed(pid: int) -> set[int]:
     """The CPUs that the container's cpuset and the node give to a process (Cpus_allowed is narrowed by affinity)."""
     online = set(range(os.cpu_count() or 1))
     try:
-        with open(f"/proc/{pid}/cpuset", encoding="utf-8") as file:
+        with open(f"/proc/{pid}/cpuset", encoding="utf-8", newline="\n") as file:
             path = file.read().strip()
     except OSError:
         return online  # a kernel without cpusets
@@ -141,9 +141,9 @@ def _policies(pid: int, tid: int) -> tuple[tuple[str, tuple[int, ...]], list[Mem
     mapping that surely has none, so it shows the thread's.
     """
     try:
-        with open(f"/proc/{pid}/task/{tid}/numa_maps", encoding="utf-8", errors="replace") as file:
+        with open(f"/proc/{pid}/task/{tid}/numa_maps", encoding="utf-8", errors="replace", newline="\n") as file:
             shown = dict(line.split(" ", 1) for line in file)
-        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace", newline="\n") as file:
             areas = [line.split() for line in file]
     except FileNotFoundError:
         return ("", ()), []  # a kernel without NUMA has no policies

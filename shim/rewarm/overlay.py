@@ -45,7 +45,7 @@ def upper_directory(pid: int, read_only: bool) -> Path | None:
 def _root_mount(pid: int) -> tuple[str, list[str]]:
     """File system type and superblock options of the topmost mount at `/`, of proc_pid_mountinfo(5)."""
     found: tuple[str, list[str]] = ("", [])
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             fields, _, rest = line.rstrip("\n").partition(" - ")
             if fields.split(" ")[4] == "/":

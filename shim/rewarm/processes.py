@@ -21,7 +21,7 @@ def stat(pid: int, tid: int | None = None) -> Stat | None:
     """None when the process is gone."""
     path = f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat"
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
+        with open(path, encoding="ascii", errors="replace", newline="\n") as file:
             # The command is in parentheses and may hold anything, parentheses included.
             fields = file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -72,7 +72,8 @@ def namespace_pid(pid: int, tid: int | None = None) -> int:
     """The number that a process (or thread) has in its own, innermost pid namespace; 0 when it is gone."""
     path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        # A command may hold \r, and is not to make lines.
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             for line in file:
                 if line.startswith("NSpid:"):
                     return int(line.split()[-1])
@@ -90,7 +91,7 @@ def threads(pid: int) -> list[int]:
 
 def command(pid: int) -> str:
     try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace", newline="\n") as file:
             return file.read().strip()
     except (FileNotFoundError, ProcessLookupError):
         return "?"

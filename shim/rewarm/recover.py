@@ -52,11 +52,19 @@ def locked(path: str, *, wait: bool) -> Iterator[bool]:
 
 
 def forget(path: str) -> None:
-    """Remove a container directory and its lock; one that goes away meanwhile is no error."""
+    """Remove a container directory, its lock, and what a process killed while it made or removed it has left.
+
+    One that goes away meanwhile is no error.
+    """
     with suppress(FileNotFoundError, NotADirectoryError):
         record.remove(path)
-    with suppress(FileNotFoundError, NotADirectoryError):
-        os.unlink(f"{path}~lock")
+    for lock in (f"{path}~lock", f"{path}~capture~lock"):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(lock)
+    parent, own = os.path.split(path)
+    for name in _names(parent):
+        if name.startswith(f"{own}~"):
+            _remove_scratch(os.path.join(parent, name))
 
 
 def undo(kept: Record, low_level: runc.Runc) -> None:
@@ -74,8 +82,7 @@ def undo(kept: Record, low_level: runc.Runc) -> None:
         _remove_places(kept)
         _restore_config(kept)
         # An empty or old one would be taken for this container's by whoever reads it after a failed create.
-        if kept.pid_file and os.path.exists(kept.pid_file):
-            os.unlink(kept.pid_file)
+        _remove_pid_file(kept.pid_file)
     except (RewarmError, OSError) as error:
         step = "" if isinstance(error, RewarmError) and error.next_step else "mend that and delete the container"
         raise NotUndone("undo restore", kept.id, str(error), step) from error
@@ -122,8 +129,9 @@ def _remove_places(kept: Record) -> None:
 def _restore_config(kept: Record) -> None:
     """Put config.json back, unless the engine has written another one since."""
     config = os.path.join(kept.bundle, "config.json")
-    with suppress(FileNotFoundError):
-        os.unlink(spec.scratch(config, kept.owner_pid))  # of a rewarm that was killed while it wrote
+    for scratch in spec.scratches(config):  # of a rewarm that was killed while it wrote
+        with suppress(FileNotFoundError):
+            os.unlink(scratch)
     try:
         with open(config, "rb") as file:
             ours = spec.digest_of(file.read()) in kept.config_written
@@ -132,6 +140,17 @@ def _restore_config(kept: Record) -> None:
                 spec.write_atomically(config, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
     except FileNotFoundError:
         return  # the bundle is gone
+
+
+def _remove_pid_file(path: str) -> None:
+    """And the one beside it of a runc that was killed while it wrote: it makes it anew or fails (utils_linux.go,
+    createPidFile), so that not even a cold start could follow."""
+    if not path:
+        return
+    directory, name = os.path.split(path)
+    for one in (path, os.path.join(directory, f".{name}")):
+        with suppress(FileNotFoundError):
+            os.unlink(one)
 
 
 def left_over(path: str) -> Record | None:
@@ -150,11 +169,10 @@ def sweep(state_dir: str, binary: str) -> list[str]:
     for root in _names(base):
         for name in _names(os.path.join(base, root)):
             path = os.path.join(base, root, name)
-            if "~" in name:
-                _remove_scratch(path)
-                continue
             try:
-                if not recover(path, binary, wait=False):
+                if "~" in name:
+                    _remove_scratch(path)
+                elif not recover(path, binary, wait=False):
                     _forget_dead(path)
             except (RewarmError, OSError) as error:
                 problems.append(str(error))
@@ -166,18 +184,50 @@ def settle(path: str, binary: str) -> None:
 
     A restore whose rewarm lives is nobody else's business.
     """
-    end = time.monotonic() + _GUARD_TIMEOUT
     try:
         kept = record.load(path)
         if kept is not None and kept.owner_lives():
             return
     except OciError:
         return  # a record that cannot be read tells nothing that could be undone
+    _wait_for_guards(path)
+    recover(path, binary, wait=True)
+
+
+def take_back(path: str, binary: str) -> None:
+    """Undo a restore of this process's own, whose child has died in the middle of it. Raises NotUndone."""
+    try:
+        _wait_for_guards(path)
+        with locked(path, wait=True):
+            kept = record.load(path)
+            # Another one's may be there by now, if the guard was faster.
+            ours = kept is not None and kept.owner_pid == os.getpid()
+            if kept is not None and ours and kept.phase in (record.RESTORING, record.RESTORED):
+                _take(path, kept, binary)
+            with suppress(FileNotFoundError):
+                os.unlink(f"{path}~lock")
+    except NotUndone:
+        raise
+    except (RewarmError, OSError) as error:
+        raise NotUndone("undo restore", path, str(error), "mend that and delete the container") from error
+
+
+def _take(path: str, kept: Record, binary: str) -> None:
+    """Undo and forget a restore, also one that was killed on the last yards. Needs the lock."""
+    if kept.phase == record.RESTORED:
+        # Should this fail too, whoever comes next sees that it is to be undone.
+        kept = replace(kept, phase=record.RESTORING)
+        record.save(path, kept)
+    undo(kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))
+    forget(path)
+
+
+def _wait_for_guards(path: str) -> None:
+    end = time.monotonic() + _GUARD_TIMEOUT
     while _guards(path):
         if time.monotonic() > end:
             raise NotUndone("wait for guard of", os.path.basename(path), "it does not end", "look for state D in `ps`")
         time.sleep(0.005)
-    recover(path, binary, wait=True)
 
 
 def recover(path: str, binary: str, *, wait: bool) -> bool:
@@ -211,7 +261,12 @@ def _remove_scratch(path: str) -> None:
 
 def _guards(path: str) -> list[int]:
     """The guards, or the recoveries that they became, of one container directory: they have its path as an argument."""
-    return _running((installation.guard(), sys.executable), path)
+    guards = _running((installation.guard(),), path)
+    # After these: one that becomes a recovery meanwhile is in the one list or the other, or in both.
+    recoveries = [
+        pid for pid in _running((sys.executable,), path) if b"rewarm.recover" in _words(str(pid)).split(b"\0")
+    ]
+    return [*guards, *recoveries]
 
 
 def _running(programs: tuple[str, ...], argument: str) -> list[int]:
@@ -262,12 +317,7 @@ def main(words: list[str]) -> int:
             kept = record.load(path)
             if kept is None or kept.phase not in (record.RESTORING, record.RESTORED):
                 return 0
-            if kept.phase == record.RESTORED:
-                # Killed on the last yards. Should this fail too, whoever comes next sees that it is to be undone.
-                kept = replace(kept, phase=record.RESTORING)
-                record.save(path, kept)
-            undo(kept, runc.Runc(runc.find(configured), kept.root, kept.systemd_cgroup))
-            forget(path)
+            _take(path, kept, runc.find(configured))
     except (RewarmError, OSError) as error:
         # The guard's standard error is the container's: the state directory is where an operator looks.
         with suppress(OSError), open(f"{path}/recover.log", "a", encoding="utf-8") as log:

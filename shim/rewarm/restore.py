@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewarm import aside, carved, deadline, layers, losses, node, processes, recover, resume
-from rewarm.criu import images, log, options, vet
+from rewarm import aside, carved, causes, deadline, layers, losses, node, processes, recover, resume
+from rewarm.criu import images, options, vet
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
 from rewarm.memory.places import PLACES
@@ -28,7 +28,6 @@ from rewarm.oci import log as oci_log
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
 from rewarm.oci.spec import CONTROL_DESTINATION, Spec
-from rewarm.request import Request
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS
 from rewarm.store.directory import DirectoryStore, SnapshotRef
@@ -36,10 +35,16 @@ from rewarm.store.manifest import Manifest
 from rewarm.store.materialise import materialise
 from rewarm.trace import Trace
 
+if TYPE_CHECKING:
+    from rewarm.devices import Devices
+
+SNAPSHOT = "snapshot"
+"""What the snapshot's files lie in, below the container directory: none of their names is one of rewarm's own there."""
 CHECKPOINT = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff.tar"
 DEV_SHM = "devshm-checkpoint.tar"
 SHM = "/dev/shm"
+_FILES = (ROOTFS_DIFF, DEV_SHM, CHUNKS, PLACES)
 # What runc's own restore flags cannot say for this call; a cold start can.
 _UNSUPPORTED_FLAGS = ("preserve-fds", "pidfd-socket")
 _HOOK_TIMEOUT = 60
@@ -47,11 +52,12 @@ _STOP_TIMEOUT = 10.0
 
 
 class Plan(NamedTuple):
-    """Everything a restore works with. `directory` is the container directory, with a record in phase RESTORING."""
+    """Everything a restore works with. `directory` is the container directory, with a record in phase RESTORING;
+    `life` is a pipe that hangs up when nobody waits for the restore any more (apart.py)."""
 
     invocation: Invocation
     spec: Spec
-    request: Request
+    life: int
     settings: Settings
     binary: str
     directory: str
@@ -69,11 +75,13 @@ def restore(plan: Plan) -> None:
     """
     kept = _record(plan)
     low_level = runc.Runc(plan.binary, plan.invocation.root, plan.invocation.systemd_cgroup)
-    guard = Guard()
+    guard = Guard(plan.life)
     stop, over = threading.Event(), threading.Event()
     memory: carved.CarvedMemory | None = None
     try:
         _check_call(plan)
+        _guard(plan, low_level, guard)
+        devices = _devices(plan)
         with plan.trace.phase("restore.tables"):
             memory = aside.run(lambda: _begin_memory(plan, stop))
         with plan.trace.phase("restore.materialise"):
@@ -81,9 +89,10 @@ def restore(plan: Plan) -> None:
         with plan.trace.phase("restore.vet"):
             _vet(plan, memory)
         with plan.trace.phase("restore.prepare"):
-            kept = _prepare(plan, kept)
+            kept, changed = _prepare(plan, kept, devices)
         with plan.trace.phase("restore.runc"):
-            _start(plan, low_level, guard)
+            _change(plan, kept, changed)
+            guard.go()
             if memory is not None:
                 memory.hurry()
             _wait(plan, guard)
@@ -95,16 +104,24 @@ def restore(plan: Plan) -> None:
         with plan.trace.phase("restore.losses"):
             # Before the fill as well: pages go to the NUMA node that the policy names then.
             notes = losses.put_right(plan.manifest.processes, container.pid)
+        if devices is not None:
+            with plan.trace.phase("restore.devices"):
+                plan.trace.note("device_nodes", "; ".join(devices.put_right(container.pid, kept.rootfs))[:4000])
         with plan.trace.phase("restore.fill"):
             if memory is not None:
                 memory.release(container.pid)
                 memory.join()
                 memory.report(plan.trace)
             _wait_stopped(container)
+        if devices is not None and plan.manifest.cuda.processes:
+            with plan.trace.phase("restore.cuda"):
+                # The driver works in the processes: from here on the container runs.
+                aside.run(lambda: devices.resume(container.pid, losses.stopped_pids(plan.manifest.processes)))
+                _check_init(container)
         deadline.disarm()
         with plan.trace.phase("restore.commit"), _unsignalled():
             _commit(plan, kept, container)
-            _report(plan, notes)
+            _report(plan, notes, devices)
             guard.commit()
     except BaseException:
         with _left_alone():
@@ -172,6 +189,18 @@ def _check_call(plan: Plan) -> None:
             raise RestoreError("restore container", plan.invocation.container_id, f"runc restore has no --{flag}")
 
 
+def _devices(plan: Plan) -> Devices | None:
+    """The container's GPUs, if it has any, with room for the snapshot's device memory."""
+    if not plan.manifest.requires.gpus:
+        return None
+    with plan.trace.phase("restore.room"):
+        from rewarm.devices import Devices  # only containers with GPUs load anything of the driver's
+
+        devices = Devices(plan.spec, plan.manifest, plan.settings, plan.binary, plan.directory)
+        aside.run(devices.check_room)
+    return devices
+
+
 def _begin_memory(plan: Plan, stop: threading.Event) -> carved.CarvedMemory | None:
     """Read what is carved, and begin to fetch it: nothing has to wait for CRIU but the writing."""
     memory = carved.load(plan.store, plan.ref, plan.manifest, plan.settings, plan.trace, stop)
@@ -181,12 +210,19 @@ def _begin_memory(plan: Plan, stop: threading.Event) -> carved.CarvedMemory | No
 
 
 def _materialise(plan: Plan, over: threading.Event) -> None:
-    materialise(plan.store, plan.manifest, Path(plan.directory), without=(CHUNKS, PLACES), stop=over)
+    for entry in plan.manifest.files:
+        parent, _, _ = entry.name.rpartition("/")
+        if entry.name not in _FILES and parent != CHECKPOINT:
+            cause = f"it has a file {entry.name[:80]!r}, which no capture makes"
+            raise SnapshotDamaged("read snapshot", str(plan.ref), cause, "remove it with `rewarm rm`")
+    directory = Path(plan.directory, SNAPSHOT)
+    directory.mkdir(mode=0o700)
+    materialise(plan.store, plan.manifest, directory, without=(CHUNKS, PLACES), stop=over)
 
 
 def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
     destinations = {destination for destination, _ in spec.mounts(plan.spec)} | {CONTROL_DESTINATION}
-    checkpoint = Path(plan.directory, CHECKPOINT)
+    checkpoint = Path(_file(plan, CHECKPOINT))
     try:
         vet.vet(checkpoint, plan.spec, destinations)
     except images.ImageError as error:
@@ -195,11 +231,12 @@ def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
         memory.check(checkpoint, spec.memory_limit(plan.spec))
 
 
-def _prepare(plan: Plan, kept: Record) -> Record:
-    """Write what runc and CRIU read, in an order in which the record always knows what to undo."""
+def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record, Spec]:
+    """Write down what is about to change, and all that runc and CRIU read but `config.json`, which is returned."""
     directory = plan.directory
     os.mkdir(os.path.join(directory, "work"), 0o700)
-    options.write(os.path.join(directory, "criu.conf"), options.RESTORE)
+    place = cgroups.unified(plan.spec, plan.invocation.container_id, plan.invocation.systemd_cgroup)
+    options.write(os.path.join(directory, "criu.conf"), options.restore(place))
     backup = os.path.join(directory, "config.json.orig")
     with open(os.path.join(plan.invocation.bundle, "config.json"), "rb") as file:
         spec.write_atomically(backup, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
@@ -213,9 +250,10 @@ def _prepare(plan: Plan, kept: Record) -> Record:
             )
         shm = os.path.realpath(shm)
         changes.append(Undo(shm, os.path.join(directory, "devshm.undo"), os.path.ismount(shm)))
-    prepared = changed = _prepared(plan)
+    prepared = _prepared(plan)
+    changed = prepared if devices is None else spec.with_hook(prepared, devices.hook(), _HOOK_TIMEOUT)
     if _has(plan, ROOTFS_DIFF):
-        changed = spec.with_hook(prepared, _hook(plan, changes[0]), _HOOK_TIMEOUT)
+        changed = spec.with_hook(changed, _hook(plan, changes[0]), _HOOK_TIMEOUT)
     kept = replace(
         kept,
         config_backup=backup,
@@ -226,10 +264,14 @@ def _prepare(plan: Plan, kept: Record) -> Record:
         places=list(_new_places(rootfs, [destination for destination, _ in spec.mounts(prepared)])),
     )
     record.save(directory, kept)
+    return kept, changed
+
+
+def _change(plan: Plan, kept: Record, changed: Spec) -> None:
+    """Change what is not rewarm's own. The record knows how it was, and the guard is there to put it back."""
     if _has(plan, DEV_SHM):
-        layers.apply(os.path.join(directory, DEV_SHM), changes[1].root, changes[1].layer)
+        layers.apply(_file(plan, DEV_SHM), kept.undo[1].root, kept.undo[1].layer)
     spec.save(plan.invocation.bundle, changed)
-    return kept
 
 
 def _new_places(rootfs: str, destinations: list[str]) -> Iterator[str]:
@@ -254,17 +296,22 @@ def _has(plan: Plan, name: str) -> bool:
     return plan.manifest.file(name) is not None
 
 
+def _file(plan: Plan, name: str) -> str:
+    return os.path.join(plan.directory, SNAPSHOT, name)
+
+
 def _hook(plan: Plan, change: Undo) -> list[str]:
-    layer = os.path.join(plan.directory, ROOTFS_DIFF)
+    layer = _file(plan, ROOTFS_DIFF)
     # Not -m: runpy takes longer than a small diff.
     code = "import sys; from rewarm_hooks.rootfs_diff import main; sys.exit(main(sys.argv[1:]))"
     return [sys.executable, "-I", "-c", code, "apply", "--layer", layer, "--root", change.root, "--undo", change.layer]
 
 
-def _start(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
+def _guard(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
+    """Start the guard: before the store is opened, since who inherits files of a share may hang when it closes them."""
     directory, invocation = plan.directory, plan.invocation
     words = ["restore", "--detach", "--no-subreaper", "--file-locks", "--ext-unix-sk"]
-    words += ["--bundle", invocation.bundle, "--image-path", os.path.join(directory, CHECKPOINT)]
+    words += ["--bundle", invocation.bundle, "--image-path", _file(plan, CHECKPOINT)]
     words += ["--work-path", os.path.join(directory, "work")]
     if invocation.pid_file:
         words += ["--pid-file", invocation.pid_file]
@@ -279,42 +326,15 @@ def _start(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
 
 
 def _wait(plan: Plan, guard: Guard) -> None:
-    work = os.path.join(plan.directory, "work", "restore.log")
     try:
         ended = guard.wait()
     except BaseException:
-        _keep(plan, work)
+        causes.keep(plan.directory, plan.settings.state_dir)
         raise
-    if ended == "exit 0":
-        return
-    cause = _hook_cause(plan) or log.cause(work) or _runc_cause(plan) or f"runc restore ended with {ended}"
-    raise RestoreError("restore container", plan.invocation.container_id, cause, _keep(plan, work))
-
-
-def _runc_cause(plan: Plan) -> str:
-    try:
-        with open(os.path.join(plan.directory, "runc.json"), encoding="utf-8", errors="replace") as file:
-            lines = [json.loads(line) for line in file if line.startswith("{")]
-    except (OSError, ValueError):
-        return ""
-    return next(
-        (" ".join(str(line.get("msg", "")).split()) for line in reversed(lines) if line.get("level") == "error"), ""
-    )
-
-
-def _hook_cause(plan: Plan) -> str:
-    """runc reports what a failed hook wrote to standard error; CRIU's log only says that a script failed."""
-    cause = _runc_cause(plan)
-    return cause[cause.index("rootfs-diff:") :] if "rootfs-diff:" in cause else ""
-
-
-def _keep(plan: Plan, work: str) -> str:
-    """The next step: where CRIU's log of the last failure is kept when the container directory is removed."""
-    if not os.path.exists(work):
-        return "run `rewarm doctor`"
-    kept = os.path.join(plan.settings.state_dir, "last-failed-restore.log")
-    os.replace(work, kept)
-    return f"CRIU's log is kept as {kept}"
+    if ended != "exit 0":
+        cause = causes.cause(plan.directory, ended)
+        next_step = causes.keep(plan.directory, plan.settings.state_dir)
+        raise RestoreError("restore container", plan.invocation.container_id, cause, next_step)
 
 
 def _wait_stopped(container: runc.Container) -> None:
@@ -324,6 +344,10 @@ def _wait_stopped(container: runc.Container) -> None:
         if time.monotonic() > end:
             raise RestoreError("restore container", container.id, f"{found}, not stopped", "look at CRIU's log")
         time.sleep(0.001)
+    _check_init(container)
+
+
+def _check_init(container: runc.Container) -> None:
     if processes.start_time(container.pid) != container.start_time:
         raise RestoreError("restore container", container.id, "its init has ended", "look at CRIU's log")
 
@@ -354,13 +378,15 @@ def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
     record.save(plan.directory, done)
 
 
-def _report(plan: Plan, notes: list[str]) -> None:
+def _report(plan: Plan, notes: list[str], devices: Devices | None) -> None:
     """Say how it went, while there still is somebody who undoes it if rewarm is killed in between."""
     name = f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id[:12]}"
     plan.trace.note("container", plan.invocation.container_id)
     plan.trace.note("snapshot", name)
     plan.trace.write(os.path.join(plan.directory, "trace.json"))
-    outcome = {"outcome": "warm", "snapshot": name, "seconds": _seconds(plan.trace), "notes": notes}
+    outcome: dict[str, Any] = {"outcome": "warm", "snapshot": name, "seconds": _seconds(plan.trace), "notes": notes}
+    if devices is not None:
+        outcome["devices"] = devices.map
     spec.write_atomically(os.path.join(plan.directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
     for line in notes:
         oci_log.write(plan.invocation, "warning", f"rewarm: {line}")

@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rewarm import processes
 from rewarm import settings as configuration
-from rewarm.errors import NotUndone, OciError, RequestError, RewarmError, SettingsError
+from rewarm.errors import NotUndone, OciError, RequestError, RestoreError, RewarmError, SettingsError
 from rewarm.oci import argv, log, mounts, record, runc, spec
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record
 from rewarm.settings import Settings
 
 if TYPE_CHECKING:
+    from rewarm.apart import Child
     from rewarm.request import Request
 
 _TERMINATED = 128 + signal.SIGTERM
+_LATEST = 90.0
+"""Seconds after the deadline within which a failed restore is undone, unless all of it hangs."""
 
 
 def main(words: list[str]) -> int:
@@ -114,6 +117,27 @@ def _warm(
     invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, settings: Settings, binary: str, directory: str
 ) -> str:
     """Restore the container; "" when it is warm, else the reason why it is not. Raises NotUndone."""
+    from rewarm import apart, recover
+
+    def work(child: Child) -> str:
+        return _attempt(invocation, bundle_spec, wanted, settings, binary, directory, child)
+
+    try:
+        return apart.run(work, settings.deadline + _LATEST, lambda: recover.take_back(directory, binary))
+    except apart.Died as error:
+        return str(RestoreError("restore container", invocation.container_id, error.cause, error.next_step))
+
+
+def _attempt(
+    invocation: Invocation,
+    bundle_spec: spec.Spec,
+    wanted: Request,
+    settings: Settings,
+    binary: str,
+    directory: str,
+    child: Child,
+) -> str:
+    """The same in the process that may hang."""
     from rewarm import recover
 
     try:
@@ -121,7 +145,8 @@ def _warm(
             log.write(invocation, "warning", f"rewarm: a left-over restore could not be undone: {line}")
         from rewarm import warm  # a node whose settings are broken never gets here
 
-        warm.attempt(invocation, bundle_spec, wanted, settings, binary, directory)
+        child.begin()
+        warm.attempt(invocation, bundle_spec, wanted, settings, binary, directory, child.life)
     except NotUndone:
         raise
     except (RewarmError, OSError) as error:
@@ -245,8 +270,27 @@ def _last_resort(words: list[str], error: Exception) -> int:
         log.write(invocation, "error", f"rewarm: {error}")
         return 1
     log.write(invocation, "warning", f"rewarm: {error}")
+    if invocation.command == "create" and not _nothing_begun(invocation, binary):
+        return 1
     runc.replace_process(binary, words)
     return 127
+
+
+def _nothing_begun(invocation: Invocation, binary: str) -> bool:
+    """Whether no record of this process's own says that its container is half restored: others would undo, and so kill,
+    what runc makes of it now."""
+    from rewarm import recover
+
+    directory = record.directory(_settings()[0].state_dir, invocation.root, invocation.container_id)
+    kept = _load(directory)
+    if kept is None or kept.owner_pid != os.getpid() or kept.phase not in (record.RESTORING, record.RESTORED):
+        return True
+    try:
+        recover.take_back(directory, binary)
+    except NotUndone as error:
+        log.write(invocation, "error", f"rewarm: {error}")
+        return False
+    return True
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -77,6 +77,10 @@ class Settings:
     read_ahead: int = 4 * 10**9
     """Bytes of memory that a restore may read before CRIU has made the processes; never more than a sixteenth of what
     is available."""
+    libcuda: str = "auto"
+    """Path of libcuda.so.1; auto: where NVIDIA's driver, images of nodes and the GPU operator put it."""
+    gpu_lock_timeout: float = 30.0
+    """How long a capture waits for what the GPUs still have to do for the container."""
     ignore_env: tuple[str, ...] = _IGNORE_ENV
     """Globs of environment keys that may differ between a snapshot and a container."""
 
@@ -198,7 +202,7 @@ def _path(value: object) -> str:
     return value
 
 
-def _criu(value: object) -> str:
+def _auto_or_path(value: object) -> str:
     return "auto" if value == "auto" else _path(value)
 
 
@@ -268,7 +272,7 @@ _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "store": (_store, "an absolute path of a directory, or a file:// URL"),
     "runtimes": (_runtimes, "a list of at least one program name or absolute path"),
     "runtime_roots": (lambda value: _list(value, lambda root: root.startswith("/")), "a list of absolute path globs"),
-    "criu": (_criu, "auto, or an absolute path"),
+    "criu": (_auto_or_path, "auto, or an absolute path"),
     "deadline": _SECONDS,
     "on_miss": (_on_miss, " or ".join(ON_MISS)),
     "state_dir": _ABSOLUTE,
@@ -280,5 +284,7 @@ _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "cache": (_cache, "auto, off, or an absolute path"),
     "cache_size": _BYTES,
     "read_ahead": _BYTES,
+    "libcuda": (_auto_or_path, "auto, or an absolute path"),
+    "gpu_lock_timeout": _SECONDS,
     "ignore_env": (lambda value: _list(value, lambda glob: "=" not in glob), "a list of globs of environment keys"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rewarm import aside, compat, deadline, node
 from rewarm.errors import RestoreError, RewarmError, SnapshotNotFound, Unfit
+from rewarm.gpu import container
 from rewarm.oci import spec
 from rewarm.oci.argv import Invocation
 from rewarm.request import Request
@@ -15,18 +16,24 @@ from rewarm.trace import Trace
 
 
 def attempt(
-    invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, settings: Settings, binary: str, directory: str
+    invocation: Invocation,
+    bundle_spec: spec.Spec,
+    wanted: Request,
+    settings: Settings,
+    binary: str,
+    directory: str,
+    life: int,
 ) -> None:
-    """Restore the container. Raises what stands against it, with everything undone (see `restore`)."""
+    """Restore the container; `life` as in Plan. Raises what stands against it, with everything undone."""
     trace = Trace()
     deadline.arm(settings.deadline)
     try:
         try:
             with trace.phase("find"):
                 store = DirectoryStore(settings.store)
-                here = requirements(bundle_spec, settings, binary)
+                here = aside.run(lambda: requirements(bundle_spec, settings, binary))
                 ref, manifest = aside.run(lambda: choose(store, wanted, here))
-            plan = Plan(invocation, bundle_spec, wanted, settings, binary, directory, store, ref, manifest, trace)
+            plan = Plan(invocation, bundle_spec, life, settings, binary, directory, store, ref, manifest, trace)
             with trace.phase("restore"):
                 restore(plan)
         finally:
@@ -59,7 +66,8 @@ def requirements(bundle_spec: spec.Spec, settings: Settings, binary: str) -> Req
             f"this kernel needs {needed} or newer, found {version or 'none'}",
             "run `rewarm doctor`",
         )
-    return compat.describe(bundle_spec, node.version_of(binary, settings), version, settings)
+    gpus = container.of_spec(bundle_spec, binary, settings.libcuda)
+    return compat.describe(bundle_spec, node.version_of(binary, settings), version, settings, gpus)
 
 
 def choose(store: DirectoryStore, wanted: Request, here: Requires) -> tuple[SnapshotRef, Manifest]:

@@ -97,9 +97,10 @@ def main(words: list[str]) -> int:
     status = 0
     try:
         captured, said = watch(directory, settings.load())
-    except RewarmError as error:
+    except (RewarmError, OSError, ValueError) as error:
         captured, said, status = False, f"not captured: {error}", 1
-    print(said, file=sys.stderr, flush=True)
+    # A process's name is the container's choice, and the log is read at a terminal.
+    print("".join(letter if letter.isprintable() else "?" for letter in said), file=sys.stderr, flush=True)
     if os.path.isdir(directory):
         outcome = os.path.join(directory, "capture.json")
         write_atomically(outcome, json.dumps({"captured": captured, "text": said}).encode(), 0o644)

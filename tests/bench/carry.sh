@@ -1,6 +1,6 @@
 #!/bin/bash
-# Gathers in DIRECTORY what memory16.py needs on a machine without package sources: runc with its libraries, CRIU with
-# its own, rewarm's C programs, its packages, and wheels of what it imports.
+# Gathers in DIRECTORY what memory16.py, gpu.py and tests/gpu need on a machine without package sources: runc with its
+# libraries, CRIU with its own, rewarm's C programs, its packages, and wheels of what it imports (nvidia-ml-py too).
 # Usage: carry.sh DIRECTORY [PREFIX [PYTHON_VERSION]]     (PREFIX: an installed rewarm, for its CRIU; 3.12)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -46,7 +46,10 @@ cp "$scratch/native/rewarm-runc" "$scratch/native/rewarm-guard" "$target/bin/"
 # cffi builds against the limited API: one module for every Python from 3.2 on.
 mkdir "$scratch/source"
 cp -a "$repository"/{pyproject.toml,setup.py,README.md,shim,hooks,native} "$scratch/source/"
-python=$prefix/venv/bin/python3
+# An environment of its own: an installed rewarm's has neither pip nor setuptools.
+/usr/bin/python3 -m venv "$scratch/venv"
+python=$scratch/venv/bin/python3
+"$python" -m pip --disable-pip-version-check install -q 'setuptools>=68' 'cffi>=1.15'
 (cd "$scratch/source" && "$python" setup.py -q build --build-lib "$scratch/built" >"$scratch/log" 2>&1) ||
     { cat "$scratch/log" >&2; exit 1; }
 cp -a "$scratch/built/." "$target/packages/"
@@ -57,5 +60,5 @@ for number in 28 27 24 17; do
 done
 "$python" -m pip --disable-pip-version-check download -q --only-binary=:all: --implementation cp \
     --python-version "$version" "${platforms[@]}" --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
-    -d "$target/wheels" blake3 cffi zstandard click pyyaml rich
+    -d "$target/wheels" blake3 cffi zstandard click pyyaml rich nvidia-ml-py
 du -sh "$target" >&2

@@ -15,13 +15,18 @@ BLOCK = "2m"
 SMALLEST = 1 << 20  # files that are large enough to count
 
 
-def rates(files: Sequence[Path], drop: Callable[[], None]) -> Iterator[tuple[str, float]]:
-    """GB/s by "engine, direct" and "engine, buffered"; `drop` takes the files out of the page cache before each."""
-    files = [file for file in files if file.stat().st_size >= SMALLEST]
-    for engine, jobs, depth in ENGINES:
-        for direct in (True, False):
-            drop()
-            yield f"{engine}, {'direct' if direct else 'buffered'}", _rate(files, engine, jobs, depth, direct)
+def engines() -> Iterator[str]:
+    """The names of what can be measured: "engine, direct" and "engine, buffered"."""
+    for engine, _, _ in ENGINES:
+        yield from (f"{engine}, direct", f"{engine}, buffered")
+
+
+def rate(files: Sequence[Path], name: str, drop: Callable[[], None]) -> float:
+    """GB/s of one of `engines`; `drop` takes the files out of the page cache first."""
+    engine, _, way = name.partition(", ")
+    jobs, depth = next((jobs, depth) for found, jobs, depth in ENGINES if found == engine)
+    drop()
+    return _rate([file for file in files if file.stat().st_size >= SMALLEST], engine, jobs, depth, way == "direct")
 
 
 def _rate(files: Sequence[Path], engine: str, jobs: int, depth: int, direct: bool) -> float:

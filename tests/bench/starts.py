@@ -18,7 +18,7 @@ from support.proc import wait_for
 from support.runtime import Runtime
 
 PORT = 8000
-CYCLES = 21
+CYCLES = 101
 RESTORES = 7
 COLD_STARTS = 3
 

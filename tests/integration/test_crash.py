@@ -124,17 +124,6 @@ def works(node: Node, name: str, made: Bundle, snapshot: Snapshot, outcome: str 
     node.runtime.delete(name)
 
 
-def blocking(node: Node, kind: str, made: Bundle) -> Path:
-    """Add a hook that hangs the first time it runs; returns the file that says that it does."""
-    flag = node.directory / f"{made.name}-hangs"
-    script = node.directory / f"{made.name}-hook"
-    script.write_text(f"#!/bin/sh\n[ -e {flag} ] && exit 0\ntouch {flag}\nexec sleep 100\n")
-    script.chmod(0o755)
-    made.spec["hooks"] = {kind: [{"path": str(script)}]}
-    made.write()
-    return flag
-
-
 def appears(path: Path) -> Callable[[subprocess.Popen[bytes]], None]:
     def wait(process: subprocess.Popen[bytes]) -> None:
         wait_for(str(path), path.exists, interval=0)
@@ -180,11 +169,26 @@ def one_after_another(node: Node, snapshot: Snapshot, duration: float, count: in
             works(node, name, bundle(node, f"{name}-again", snapshot), snapshot)
 
 
+def test_killed_when_the_spec_is_changed(other: Node, snapshot: Snapshot) -> None:
+    """The first thing that is changed and is not rewarm's own; runc has not been started then, as a rule."""
+    for number in range(5):
+        made = bundle(other, f"copy-{number}", snapshot)
+        before = faults.Before(made)
+        config = made.directory / "config.json"
+        status = config.stat()
+
+        def changed(process: subprocess.Popen[bytes], config: Path = config, inode: int = status.st_ino) -> None:
+            wait_for("another config.json", lambda: config.stat().st_ino != inode, interval=0)
+
+        killed(other, made.name, made, changed)
+        gone(other, made.name, made, before)
+
+
 @pytest.mark.parametrize("kind", ["prestart", "createRuntime"])
 def test_killed_during_a_hook(other: Node, snapshot: Snapshot, kind: str) -> None:
     """Before and after the rootfs diff is applied; CRIU and runc have mounts in the node's own namespace by then."""
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, kind, made)
+    flag = faults.blocking(other, kind, made)
     before = faults.Before(made)
     killed(other, "copy", made, appears(flag))
     gone(other, "copy", made, before)
@@ -228,7 +232,7 @@ def test_killed_when_runc_has_ended(other: Node, snapshot: Snapshot) -> None:
 
     def moment(process: subprocess.Popen[bytes]) -> None:
         wait_for("end of runc", flag.exists)
-        process.send_signal(signal.SIGSTOP)
+        os.kill(worker(process.pid), signal.SIGSTOP)
         go.touch()
         assert len(cgroups.processes(made.cgroup)) >= 1
 
@@ -267,16 +271,27 @@ def test_killed_just_before_the_commit(other: Node, snapshot: Snapshot) -> None:
     raise AssertionError(f"only {hits} of 40 kills came in time")
 
 
+def test_killed_when_the_directory_has_no_name_yet(other: Node, snapshot: Snapshot) -> None:
+    """What a shim does next takes it away, on the node's own settings and by way of the launcher."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    place = other.container_directory("copy")
+    half = place.with_name(f"copy~{ended.pid}")
+    (half / "control").mkdir(parents=True)
+    other.runtime.run("delete", "--force", "copy", check=False)
+    assert list(place.parent.iterdir()) == []
+
+
 def test_next_create_waits_for_the_guard(other: Node, snapshot: Snapshot) -> None:
     """An engine that tries again at once meets the clean-up, and has to wait for its end."""
     made = bundle(other, "copy", snapshot)
-    killed(other, "copy", made, appears(blocking(other, "createRuntime", made)))
+    killed(other, "copy", made, appears(faults.blocking(other, "createRuntime", made)))
     works(other, "copy", made, snapshot)
 
 
 def test_create_of_another_id_at_once(other: Node, snapshot: Snapshot) -> None:
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, "createRuntime", made)
+    flag = faults.blocking(other, "createRuntime", made)
     before = faults.Before(made)
     killed(other, "copy", made, appears(flag))
     works(other, "other", bundle(other, "other", snapshot), snapshot)
@@ -287,7 +302,7 @@ def test_create_of_another_id_at_once(other: Node, snapshot: Snapshot) -> None:
 def test_delete_force_at_once(other: Node, snapshot: Snapshot, kind: str) -> None:
     """What a shim does after a create that it killed; containerd gives it 5 seconds."""
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, kind, made)
+    flag = faults.blocking(other, kind, made)
     before = faults.Before(made)
     killed(other, "copy", made, appears(flag))
     other.runtime.run("delete", "--force", "copy", timeout=5)
@@ -300,13 +315,13 @@ def test_delete_force_at_once(other: Node, snapshot: Snapshot, kind: str) -> Non
 def test_guard_killed_as_well(other: Node, snapshot: Snapshot) -> None:
     """Then it is the next create on the node that cleans up, whatever container it is of."""
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, "createRuntime", made)
+    flag = faults.blocking(other, "createRuntime", made)
     before = faults.Before(made)
     process, _ = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
     guard, runc, _ = family(process.pid)
     hook = sleeping(process.pid)
-    os.kill(process.pid, signal.SIGSTOP)
+    os.kill(worker(process.pid), signal.SIGSTOP)
     kill(guard)
     process.kill()
     process.wait()
@@ -321,15 +336,16 @@ def test_guard_killed_as_well(other: Node, snapshot: Snapshot) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prestart", "createRuntime"])
-@pytest.mark.parametrize("victim", ["guard", "runc", "criu"])
+@pytest.mark.parametrize("victim", ["guard", "runc", "criu", "worker"])
 def test_a_helper_killed(other: Node, snapshot: Snapshot, victim: str, kind: str) -> None:
     """rewarm lives and starts the container cold, in a root filesystem as it was."""
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, kind, made)
+    flag = faults.blocking(other, kind, made)
     before = faults.Before(made)
     process, container = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
     found = dict(zip(("guard", "runc", "criu"), family(process.pid), strict=True))
+    found["worker"] = worker(process.pid)
     hook = sleeping(process.pid)
     kill(found[victim])
     # The user's own: of a dead criu too runc waits for it, and it outlives a killed runc.
@@ -344,6 +360,12 @@ def test_a_helper_killed(other: Node, snapshot: Snapshot, victim: str, kind: str
     other.runtime.start("copy")
     assert container.stdout.wait_text("\n2 ").startswith("ready\n1 ")
     other.runtime.delete("copy", force=True)
+
+
+def worker(rewarm: int) -> int:
+    """The process that restores, a child of the one that the engine waits for."""
+    (found,) = children(rewarm)
+    return found
 
 
 def sleeping(rewarm: int) -> int:
@@ -383,7 +405,7 @@ def test_guard_killed_while_the_diff_is_applied(large: Snapshot, tmp_path: Path,
 def test_terminated(other: Node, snapshot: Snapshot) -> None:
     """SIGTERM: everything is undone by the time rewarm ends, and nothing is started instead."""
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, "createRuntime", made)
+    flag = faults.blocking(other, "createRuntime", made)
     before = faults.Before(made)
     process, container = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
@@ -401,7 +423,7 @@ def test_terminated(other: Node, snapshot: Snapshot) -> None:
 def test_deleted_during_the_restore(other: Node, snapshot: Snapshot) -> None:
     """A plain `runc delete` would now walk through its bind mount into the rootfs and empty it."""
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, "createRuntime", made)
+    flag = faults.blocking(other, "createRuntime", made)
     before = faults.Before(made)
     process, _ = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
@@ -418,7 +440,7 @@ def test_deleted_during_the_restore(other: Node, snapshot: Snapshot) -> None:
 
 def test_two_creates_of_one_id(other: Node, snapshot: Snapshot) -> None:
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, "createRuntime", made)
+    flag = faults.blocking(other, "createRuntime", made)
     process, container = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
     with bundle(other, "second", snapshot) as second:
@@ -438,7 +460,7 @@ def test_two_creates_of_one_id(other: Node, snapshot: Snapshot) -> None:
 def test_start_killed(other: Node, snapshot: Snapshot) -> None:
     """In its poststart hook: the container runs, as after a `runc start` that was killed there."""
     made = bundle(other, "copy", snapshot)
-    flag = blocking(other, "poststart", made)
+    flag = faults.blocking(other, "poststart", made)
     container = other.runtime.create("copy", made)
     assert other.outcome("copy")["outcome"] == "warm"
     process = subprocess.Popen(other.runtime.argv("start", "copy"), env=other.runtime.env, stdin=subprocess.DEVNULL)

@@ -10,8 +10,10 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from support import cgroups, faults
 from support.node import Node
@@ -48,6 +50,34 @@ def test_no_such_snapshot(other: Node) -> None:
 def test_unfit_snapshot(other: Node) -> None:
     made = faults.bundle(other.directory / "copy", env={**faults.SMALL, "MODE": "new"})
     falls_back(other, "environment variable MODE", "the snapshot was taken without it", made=made)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rootfs.undo",
+        "record.started.json",
+        "start",
+        "criu.conf",
+        "config.json.orig",
+        "control/x",
+        "checkpoint/a/b",
+        "x",
+    ],
+)
+def test_a_file_that_no_capture_makes(other: Node, name: str) -> None:
+    """Some of these names are rewarm's own in the container directory: a layer that undoes, a plan for `start`."""
+
+    def add(document: dict[str, Any]) -> None:
+        data = b"hostile"
+        digest = blake3(data).hexdigest()
+        path = other.store / "v1/packs" / digest[:2] / digest
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        document["files"].append({"name": name, "size": len(data), "digest": digest, "pack": digest, "offset": 0})
+
+    faults.rewritten(other.store, add)
+    falls_back(other, repr(name), "which no capture makes", "rewarm rm")
 
 
 def test_bit_flipped_in_memory(other: Node) -> None:

@@ -16,6 +16,7 @@ from support.node import Node
 from support.outcomes import said
 
 IMAGE = "io.kubernetes.cri.image-name"
+GPU = {"uuid": "GPU-1", "model": "H100", "memory_bytes": 85520809984, "minor": 0, "compute_mode": "default"}
 SECCOMP = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["swapon"], "action": "SCMP_ACT_ERRNO"}]}
 
 
@@ -135,7 +136,7 @@ def test_container(other: Node, models: Path, change: Callable[[dict[str, Any]],
         ({"cpu_features": ["avx9000"]}, "snapshot needs the CPU feature avx9000, this node's CPU has not"),
         ({"kernel": "99.1.0"}, "snapshot was taken with kernel 99.1.0, this node has the older "),
         ({"criu": "99.0"}, "snapshot was taken with CRIU 99.0, this node has the older 4."),
-        ({"gpus": ["GPU-1"]}, "snapshot needs 1 GPUs (GPU-1), this container has 0"),
+        ({"gpus": [GPU], "driver": "580.1"}, "snapshot needs 1 x H100 (85520809984 bytes), this container has 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -72,7 +72,7 @@ def alter(path: Path, change: Callable[[list[Message]], object]) -> None:
 
 def inside(message: Message, field: int, change: Callable[[Message], object]) -> None:
     """Change the messages in one field of another."""
-    found = images.messages(message, field)
+    found = list(images.messages(message, field))
     for one in found:
         change(one)
     message[field] = [encoded(one) for one in found]

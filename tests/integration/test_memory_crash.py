@@ -96,8 +96,8 @@ class Killer:
         else:
             wait_for("the end of what was begun", lambda: self.settled(name, made), timeout=GONE)
             if not self.complete(name):
-                if self.node.container_directory(name).exists():
-                    # Killed before there was a guard: what a shim does next puts config.json back.
+                if faults.remains(self.node, name, made):
+                    # Killed before there was a guard: what a shim does next takes the container directory away.
                     self.node.runtime.run("delete", "--force", name, check=False)
                 nothing_remains_of(self.node, made, name)
                 before.check_files()

@@ -47,6 +47,27 @@ def test_a_stopped_process_that_was_execed_into_the_container(node: Node) -> Non
     proc.reap(execed)
 
 
+def test_a_pid_namespace_below_the_containers_own(node: Node) -> None:
+    """CRIU dumps none: that is said before anything is paused."""
+    program = (
+        "import ctypes, os, time\n"
+        "assert ctypes.CDLL(None).unshare(0x20000000) == 0\n"
+        "if os.fork() == 0:\n    while True: time.sleep(1)\n" + LOOP
+    )
+    made = counter.bundle(node.directory / "source", args=["python3", "-c", program])
+    for names in made.spec["process"]["capabilities"].values():
+        names.append("CAP_SYS_ADMIN")
+    made.write()
+    source = counter.run(node.runtime, "source", made)
+    done = node.rewarm("capture", "source", "--name", "counter", check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "(python3) is in a pid namespace of its own, which CRIU cannot dump" in last, last
+    assert not (node.state / "last-failed-dump.log").exists(), "CRIU was not asked"
+    before = counter.numbers(source)[-1]
+    proc.wait_for("the source to count on", lambda: counter.numbers(source)[-1] > before)
+
+
 @pytest.mark.parametrize("taken", [False, True], ids=["free", "taken"])
 def test_a_shared_dev_shm_is_added_to_and_never_changed(node: Node, taken: bool) -> None:
     """The containers of a pod share it: what a sibling has there stays as it is."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from support import carving, faults
+from rewarm.store.directory import DirectoryStore
+from support import carving, counter, faults
 from support.bundle import Bundle
 from support.carving import Snapshot, end, goes_on_right, nothing_remains_of, stays_cold
 from support.node import Node
-from support.outcomes import said
-from support.proc import descendants, state_of, wait_for
+from support.outcomes import fails, said
+from support.proc import descendants, reap_orphans, state_of, wait_for
 from support.share import Share
+from support.silence import Silence
 from support.snapshots import MIB
 
 DEADLINE = 2.0
@@ -78,6 +81,21 @@ def test_before(tmp_path: Path, prefix: Path, snapshot: Snapshot, how: str, reas
         assert time.monotonic() - began < DEADLINE + GRACE
 
 
+@pytest.mark.parametrize("on_miss", ["cold-start", "fail"])
+def test_takes_requests_and_answers_none(tmp_path: Path, prefix: Path, snapshot: Snapshot, on_miss: str) -> None:
+    """No signal ends a thread that waits for it: it holds up neither `create` nor who reads the container's output."""
+    with (
+        Silence(tmp_path / "share") as silence,
+        Node(tmp_path / "node", prefix, store=silence.target / "store", cache="off", deadline=DEADLINE) as node,
+    ):
+        made = snapshot.bundle(node.directory / "copy")
+        began = time.monotonic()
+        reason = f"the deadline of {DEADLINE:g} s passed during find"
+        fails(node, made, reason) if on_miss == "fail" else stays_cold(node, made, reason)
+        assert time.monotonic() - began < DEADLINE + GRACE
+        assert silence.asked.is_set()
+
+
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.7])
 @pytest.mark.parametrize("how", ["hang", "vanish", "break_off"])
 def test_in_the_middle(tmp_path: Path, prefix: Path, snapshot: Snapshot, how: str, part: float) -> None:
@@ -99,6 +117,61 @@ def test_in_the_middle(tmp_path: Path, prefix: Path, snapshot: Snapshot, how: st
         # What is open when its mount vanishes can be read to the end.
         assert outcome["outcome"] == "cold" or how == "vanish", outcome
         finish(node, snapshot, made, before)
+
+
+@pytest.mark.parametrize("operation", ["READ", "FLUSH"])
+def test_falls_silent_in_the_middle(
+    tmp_path: Path, prefix: Path, snapshot: Snapshot, operation: str, cache: str
+) -> None:
+    """It has taken the request, so that whoever waits for it cannot end. What is closed for the end asks it, too."""
+    with (
+        Silence(tmp_path / "share", snapshot.store) as silence,
+        Node(tmp_path / "node", prefix, store=silence.target, cache=cache, deadline=4) as node,
+    ):
+        made = snapshot.bundle(node.directory / "copy")
+        flag = faults.blocking(node, "createRuntime", made)
+        before = faults.Before(made)
+        silence.fall_silent(operation, only=faults.memory_pack(snapshot.store)[1])
+        process, container = node.runtime.spawn("create", "copy", made)
+        wait_for("the hook", flag.exists)
+        assert process.wait(4 + 2 * GRACE) == 0
+        assert silence.asked.is_set()
+        node.runtime.settle(container)
+        outcome = node.outcome("copy")
+        assert outcome["outcome"] == "cold", outcome
+        said(outcome["reason"], "the deadline of 4 s passed during")
+        before.check_files(mount_points=True)
+        node.runtime.start("copy")
+        assert container.stdout.wait_text("\n2 ").startswith("ready\n1 ")
+        end(node, "copy")
+        nothing_remains_of(node, made, "copy")
+        assert container.stdout.wait_end().startswith("ready\n1 "), "the one that hangs holds its output open"
+
+
+def test_killed_while_it_hangs(tmp_path: Path, prefix: Path, snapshot: Snapshot) -> None:
+    """No signal ends the process that restores, and its guard undoes what it has begun all the same."""
+    with (
+        Silence(tmp_path / "share", snapshot.store) as silence,
+        Node(tmp_path / "node", prefix, store=silence.target, cache="off") as node,
+    ):
+        made = snapshot.bundle(node.directory / "copy")
+        flag = faults.blocking(node, "createRuntime", made)
+        before = faults.Before(made)
+        silence.fall_silent("READ", only=faults.memory_pack(snapshot.store)[1])
+        process, _ = node.runtime.spawn("create", "copy", made)
+        wait_for("the hook", flag.exists)
+        wait_for("somebody who hangs", silence.asked.is_set)
+        process.kill()
+        process.wait()
+
+        def undone() -> bool:
+            reap_orphans()
+            return not faults.remains(node, "copy", made)
+
+        wait_for("the guard", undone, timeout=15)
+        before.check_files()
+        before.check_config()
+        before.check_names()
 
 
 def finish(node: Node, snapshot: Snapshot, made: Bundle, before: faults.Before) -> None:
@@ -136,6 +209,77 @@ def test_hangs_while_the_cache_is_filled(tmp_path: Path, prefix: Path, snapshot:
         before = share.read_so_far()
         carving.works(node, snapshot, "last")
         assert share.read_so_far() - before < MIB
+
+
+@pytest.mark.parametrize("flag", ["--stop", "--leave-running"])
+def test_hangs_in_the_middle_of_a_capture(tmp_path: Path, prefix: Path, flag: str) -> None:
+    """The source is held for `capture_timeout` at most, whatever the store does, and is not killed any more then."""
+    (tmp_path / "store").mkdir(mode=0o700)
+    with (
+        Share(tmp_path / "store", tmp_path / "share") as share,
+        Node(tmp_path / "node", prefix, store=share.target / "s", cache="off", capture_timeout=3) as node,
+    ):
+        source = counter.run(node.runtime, "source", counter.bundle(node.directory / "source", env={"MIB": "64"}))
+        words = [str(node.prefix / "bin/rewarm"), "capture", "source", "--name", "trial", flag]
+        with subprocess.Popen(words, env={**os.environ, **node.env}, stderr=subprocess.PIPE, text=True) as capture:
+            wait_for(
+                "the dump",
+                lambda: list((node.directory / "work").glob("*/snapshot/checkpoint/pages-1.img")),
+                interval=0,
+            )
+            share.hang()
+            wait_for("the freeze", lambda: node.runtime.state("source")["status"] == "paused" or flag != "--stop")
+            began = time.monotonic()
+            wait_for("the source to go on", lambda: node.runtime.state("source")["status"] == "running", timeout=20)
+            assert time.monotonic() - began < 3 + GRACE
+            seen = counter.numbers(source)[-1]
+            source.stdout.wait_text(f"\n{seen + 3} ")
+            assert capture.poll() is None, "it does not wait for the store"
+            share.go_on()
+            said_last = capture.communicate(timeout=60)[1].strip()
+        if flag == "--stop":
+            assert capture.returncode == 1
+            said(said_last.splitlines()[-1], "stop container source", "resumed meanwhile", "capture_timeout")
+        assert node.runtime.state("source")["status"] == "running"
+        assert node.rewarm("verify").returncode == 0
+        assert len(counter.hashes(source)) == 1
+        node.runtime.stop("source")
+
+
+def written(directory: Path) -> int:
+    """Bytes of the files below a directory."""
+    size = 0
+    for top, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):  # renamed just now
+                size += os.lstat(os.path.join(top, name)).st_size
+    return size
+
+
+@pytest.mark.parametrize("how", ["vanish", "break_off"])
+@pytest.mark.parametrize("flag", ["--stop", "--leave-running"])
+def test_goes_in_the_middle_of_a_capture(tmp_path: Path, prefix: Path, how: str, flag: str) -> None:
+    """Unmounted, or its server gone: the source runs on, and what is in the store behind it is right."""
+    (tmp_path / "store").mkdir(mode=0o700)
+    with (
+        Share(tmp_path / "store", tmp_path / "share", rate=16 * MIB) as share,
+        Node(tmp_path / "node", prefix, store=share.target / "s", cache="off") as node,
+    ):
+        source = counter.run(node.runtime, "source", counter.bundle(node.directory / "source", env={"MIB": "384"}))
+        words = [str(node.prefix / "bin/rewarm"), "capture", "source", "--name", "trial", flag]
+        with subprocess.Popen(words, env={**os.environ, **node.env}, stderr=subprocess.PIPE, text=True) as capture:
+            wait_for("a pack that grows", lambda: written(tmp_path / "store/s/v1/tmp") > MIB, interval=0.001)
+            getattr(share, how)()
+            said_last = capture.communicate(timeout=60)[1].strip().splitlines()[-1]
+        assert capture.returncode == 1
+        said(said_last, str(share.target / "s"))
+        assert node.runtime.state("source")["status"] == "running"
+        seen = counter.numbers(source)[-1]
+        source.stdout.wait_text(f"\n{seen + 2} ")
+        assert len(counter.hashes(source)) == 1
+        node.runtime.stop("source")
+    found = DirectoryStore(str(tmp_path / "store" / "s"))
+    assert found.list() == [] and list(found.verify()) == []
 
 
 def test_too_slow(tmp_path: Path, prefix: Path, snapshot: Snapshot) -> None:

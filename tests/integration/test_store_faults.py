@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -107,16 +108,19 @@ def test_file(node: Node, two: Two, kind: str, how: str) -> None:
     stays_cold(node, two.one.bundle(node.directory / "copy"), *named)
 
 
-@pytest.mark.parametrize("how", ("flipped", "truncated", "missing", "zeros"))
+@pytest.mark.parametrize("how", WAYS)
 def test_large_file(vast: Snapshot, tmp_path: Path, prefix: Path, how: str) -> None:
     with Node(tmp_path / "node", prefix, store=linked(vast.store, tmp_path / "store")) as node:
         path = pack_of("rootfs-diff.tar")(node.store)
-        damage(path, how, path)
+        another = tmp_path / "another"
+        another.write_bytes(os.urandom(path.stat().st_size))
+        damage(path, how, another)
         stays_cold(node, vast.bundle(node.directory / "copy"), path.name, "capture it again")
 
 
-def test_each_small_file(node: Node, two: Two) -> None:
-    """One byte of each file in the shared pack: tables, images, whatever there is."""
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "swapped", "zeros"])
+def test_each_small_file(node: Node, two: Two, how: str) -> None:
+    """Each file in the shared pack in turn: tables, images, whatever there is."""
     pack = KINDS["shared pack"](node.store)
     whole = pack.read_bytes()
     _, _, found = faults.only(node.store)
@@ -125,10 +129,31 @@ def test_each_small_file(node: Node, two: Two) -> None:
     assert {"memory/chunks", "memory/places", "checkpoint/mm-1.img", "checkpoint/pagemap-1.img"} <= names
     made = two.one.bundle(node.directory / "copy")
     for number, entry in enumerate(entries):
-        at = entry.offset + (0, entry.size // 2, entry.size - 1)[number % 3]
+        at = (0, entry.size // 2, entry.size - 1)[number % 3]
+        data = whole[entry.offset : entry.offset + entry.size]
+        if how == "flipped":
+            data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+        elif how == "zeros":
+            data = bytes(entry.size)
+        elif how == "swapped":
+            data = other_bytes(two.other.store, entry.name)
+        # Cut short or left out, what follows moves up: as a writer that forgets would have it.
+        data = {"truncated": data[:-1], "missing": b""}.get(how, data)
         pack.unlink()
-        pack.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        stays_cold(node, made, entry.name, "were changed", "capture it again")
+        pack.write_bytes(whole[: entry.offset] + data + whole[entry.offset + entry.size :])
+        stays_cold(node, made, "pack" if len(data) != entry.size else entry.name, "capture it again")
+
+
+def other_bytes(store: Path, name: str) -> bytes:
+    """The file of that name, or of its kind where names have numbers, in another snapshot; changed at its end, since it
+    may be the same there."""
+    opened, _, found = faults.only(store)
+    kind = re.sub(r"[0-9]+\.img$", "", name)
+    same = sorted(
+        (one.name for one in found.files if one.name.startswith(kind) and one.size), key=lambda one: one != name
+    )
+    data = opened.read_file(found, same[0]) if same else b"x"
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 def test_packs_of_one_snapshot_swapped(node: Node, two: Two) -> None:

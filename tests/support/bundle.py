@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,17 @@ def cgroup_parent() -> str:
     return f"/rewarm-test-{os.getpid()}"
 
 
+def device(path: Path) -> dict[str, Any]:
+    """A device node of this machine, for `Bundle(devices=…)`. Raises OSError, ValueError if it is none."""
+    status = path.stat()
+    kind = {stat.S_IFCHR: "c", stat.S_IFBLK: "b"}.get(stat.S_IFMT(status.st_mode))
+    if kind is None:
+        raise ValueError(f"{path} is no device node")
+    major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
+    mode = stat.S_IMODE(status.st_mode)
+    return {"path": str(path), "type": kind, "major": major, "minor": minor, "fileMode": mode, "uid": 0, "gid": 0}
+
+
 def bind(source: Path, destination: str, *options: str) -> dict[str, Any]:
     """A bind mount for `Bundle(mounts=…)`; `options` are added to rbind, "ro" for example."""
     return {"destination": destination, "type": "bind", "source": str(source), "options": ["rbind", *options]}
@@ -47,7 +59,8 @@ class Bundle:
 
     The specification is `runc spec`'s, without a terminal and rlimits, writable, with containerd's capabilities, the
     cgroup /rewarm-test-PID/NAME, and the network namespace at `network` (a new empty one when None). A mount with a
-    default mount's destination replaces it: a bind mount on /dev/shm is what Kubernetes makes. `name` is the
+    default mount's destination replaces it: a bind mount on /dev/shm is what Kubernetes makes. `devices` are nodes
+    (entries of linux.devices) that its cgroup allows too, after the default denial of everything. `name` is the
     directory's last component. `close` unmounts and removes all.
     """
 
@@ -66,6 +79,7 @@ class Bundle:
         cwd: str = "/",
         user: tuple[int, int] = (0, 0),
         extra_capabilities: Sequence[str] = (),
+        devices: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.directory = directory
         self.name = directory.name
@@ -92,6 +106,10 @@ class Bundle:
         linux["cgroupsPath"] = self.cgroup
         linux["namespaces"] = [n for n in linux["namespaces"] if n["type"] != "network"]
         linux["namespaces"].append({"type": "network"} if network is None else _network(network))
+        for entry in devices:
+            linux.setdefault("devices", []).append(dict(entry))
+            rule = {key: entry[key] for key in ("type", "major", "minor")}
+            linux["resources"]["devices"].append({"allow": True, **rule, "access": "rwm"})
         if seccomp is not None:
             linux["seccomp"] = dict(seccomp)
         self.write()

@@ -133,6 +133,17 @@ def criu(node: Node, script: str) -> Path:
     return path
 
 
+def blocking(node: Node, kind: str, made: Bundle) -> Path:
+    """Add a hook that hangs the first time it runs; returns the file that says that it does."""
+    flag = node.directory / f"{made.name}-hangs"
+    script = node.directory / f"{made.name}-hook"
+    script.write_text(f"#!/bin/sh\n[ -e {flag} ] && exit 0\ntouch {flag}\nexec sleep 100\n")
+    script.chmod(0o755)
+    made.spec["hooks"] = {kind: [{"path": str(script)}]}
+    made.write()
+    return flag
+
+
 def files(rootfs: Path, upper: Path) -> dict[str, tuple[object, ...]]:
     """Everything in a root filesystem with what `ls -l` tells, and the content's digest of what is not the image's.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -16,8 +17,9 @@ from support.proc import command_line, descendants, reap_orphans, state_of, wait
 class Leftovers:
     """Names of things of the whole machine; processes only below this one, which must be a subreaper to see orphans.
 
-    Left out: the mount of /run/netns itself, which the first `ip netns add` on a machine makes for good, and what
-    belongs to another test run that is going on, told by the pid in its names and in pytest's lock file.
+    Left out: the mount of /run/netns itself, which the first `ip netns add` on a machine makes for good; what
+    belongs to another test run that is going on, told by the pid in its names and in pytest's lock file; and cgroups
+    below one that had processes before the first test, but this process's own: other programs make some as they run.
     """
 
     mounts: frozenset[str]
@@ -35,7 +37,7 @@ class Leftovers:
         return Leftovers(
             _own(target for target in mounts if target != "/run/netns"),
             _own(item.name for item in names.iterdir()) if names.is_dir() else frozenset(),
-            _own(str(path) for path in cgroups.directories("/")),
+            _own(str(path) for path in cgroups.directories("/") if not _of_others(path)),
             frozenset(f"{pid} {state_of(pid)} {command_line(pid)}".strip() for pid in alive),
         )
 
@@ -62,6 +64,33 @@ class Leftovers:
             wait_for("nothing left behind", probe, timeout=timeout, interval=0.1)
         except Exception as error:
             raise AssertionError("left behind:\n" + "\n".join(added)) from error
+
+
+def _busy() -> frozenset[Path]:
+    """The uppermost cgroups that hold processes of somebody's, on each hierarchy."""
+    found = set()
+    for hierarchy in cgroups.hierarchies():
+        for path, _, names in os.walk(hierarchy):
+            parts = Path(path).relative_to(hierarchy).parts
+            with contextlib.suppress(OSError):  # removed by its owner meanwhile
+                if parts and "cgroup.procs" in names and Path(path, "cgroup.procs").read_text():
+                    found.add(hierarchy / parts[0])
+    return frozenset(found)
+
+
+def _below_own() -> frozenset[str]:
+    words = (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())
+    return frozenset(path for _, _, path in words if path != "/")
+
+
+_BUSY = _busy()
+_OWN = _below_own()
+
+
+def _of_others(path: Path) -> bool:
+    if not any(top in path.parents for top in _BUSY):
+        return False
+    return not any(f"{own}/" in str(path) for own in _OWN)
 
 
 def _own(names: Iterable[str]) -> frozenset[str]:

@@ -28,6 +28,7 @@ REQUIRES = Requires(
     lsm="",
     namespaces=("pid", "mount"),
     gpus=(),
+    driver="",
     cgroup_version=2,
 )
 PROCESS = Process(

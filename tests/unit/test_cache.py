@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -44,6 +46,10 @@ def entries(cache: PackCache) -> list[Path]:
 
 def litter(cache: PackCache) -> list[Path]:
     return [*cache.directory.glob("v1/tmp/*"), *cache.directory.glob("v1/locks/*")]
+
+
+def buffer() -> memoryview:
+    return memoryview(mmap.mmap(-1, CHUNK))
 
 
 def stored(snapshot: Snapshot) -> int:
@@ -207,12 +213,81 @@ def test_no_space_while_writing(snapshot: Snapshot, cache: PackCache, monkeypatc
 
 
 def test_read_only_directory_serves(snapshot: Snapshot, tmp_path: Path) -> None:
-    with tmpfs(tmp_path / "mount", "size=100m") as mount:
+    with tmpfs(tmp_path / "mount", "size=100m,mode=700") as mount:
         few = snapshot._replace(chunks=snapshot.chunks[:8], data=snapshot.data[:8])
         read_all(few, 2, PackCache(mount, 1 << 30))
         subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
         assert read_all(few, 2, PackCache(mount, 1 << 30)).counters.store_bytes == 0
         assert "Read-only" in read_all(snapshot, 2, PackCache(mount, 1 << 30)).counters.cache_fault
+
+
+def test_nobody_else_may_write_to_it(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Whatever umask the engine has; and one to which others may write is not used."""
+    before = os.umask(0)
+    try:
+        read_all(snapshot, 2, PackCache(tmp_path / "new" / "cache", 1 << 30))
+    finally:
+        os.umask(before)
+    made = [tmp_path / "new", *(path for path in (tmp_path / "new").rglob("*") if path.is_dir())]
+    assert len(made) > 5 and {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o700}
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    reader = read_all(snapshot, 2, PackCache(tmp_path / "open", 1 << 30))
+    assert "others may write to it" in reader.counters.cache_fault
+    assert list((tmp_path / "open").iterdir()) == []
+
+
+def test_only_copies_are_evicted(snapshot: Snapshot, tmp_path: Path) -> None:
+    cache = PackCache(tmp_path / "cache", snapshot.packs[0].raw_size)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("precious", "ab" * 32):
+        (foreign / name).write_text("data")
+        os.utime(foreign / name, (0, 0))
+    (tmp_path / "cache").mkdir(mode=0o700)
+    (tmp_path / "cache" / "v1").mkdir(mode=0o700)
+    (tmp_path / "cache" / "v1" / "zz").symlink_to(foreign)
+    (tmp_path / "cache" / "v1" / "yy").mkdir()
+    (tmp_path / "cache" / "v1" / "yy" / "precious").write_text("data")
+    read_all(snapshot, 1, cache)
+    assert len(list(foreign.iterdir())) == 2 and (tmp_path / "cache" / "v1" / "yy" / "precious").exists()
+
+
+def test_who_waits_with_chunks_has_brought_the_pack(snapshot: Snapshot, cache: PackCache) -> None:
+    """A thread that waits for CRIU must not have others wait for its pack: at its last chunk, and in its middle."""
+    for count in (1, len([chunk for chunk in snapshot.chunks if chunk.pack == 0]) - 1):
+        with ChunkReader(
+            snapshot.store, snapshot.packs, snapshot.chunks, cache=cache, stop=threading.Event(), threads=1
+        ) as reader:
+            stream = reader.stream()
+            seen = []
+            for _ in range(count):
+                item = stream.next(buffer())
+                assert item is not None
+                seen.append(item[0])
+            pack = snapshot.packs[snapshot.chunks[seen[0]].pack]
+            stream.finish()
+            assert cache.holds(pack.digest, pack.raw_size) and not litter(cache)
+            while (item := stream.next(buffer())) is not None:
+                assert item[1] == snapshot.data[item[0]]
+                seen.append(item[0])
+            assert sorted(seen) == list(range(len(snapshot.chunks)))
+        shutil.rmtree(cache.directory)
+
+
+def test_who_waits_keeps_every_number_of_a_chunk(snapshot: Snapshot, cache: PackCache) -> None:
+    """Equal chunks are one in the pack, and several in the process."""
+    few = snapshot._replace(chunks=[chunk for chunk in snapshot.chunks[:3] for _ in range(3)])
+    with ChunkReader(few.store, few.packs, few.chunks, cache=cache, stop=threading.Event(), threads=1) as reader:
+        stream = reader.stream()
+        item = stream.next(buffer())
+        assert item is not None
+        seen = [item[0]]
+        stream.finish()
+        while (item := stream.next(buffer())) is not None:
+            assert item[1] == snapshot.data[item[0] // 3]
+            seen.append(item[0])
+    assert sorted(seen) == list(range(9))
 
 
 def test_least_recently_used_goes_first(tmp_path: Path) -> None:

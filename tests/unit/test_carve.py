@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rewarm.criu import carve as carving
-from rewarm.criu import images, vmas
+from rewarm.criu import density, images, vmas
 from rewarm.criu.carve import Carved, carve
 from rewarm.memory import places, plan
 from support import memory_images as made
@@ -396,7 +397,7 @@ class TestHugePages:
         path = tmp_path / "mm-1.img"
         made.write_mm(path, areas)
         before = list(images.records(path))
-        plan.allow_huge_pages([(1, area.start, area.end, 0) for area in areas[:2]], tmp_path, 0, None)
+        plan.allow_huge_pages([(1, area.start, area.end, 0) for area in areas[:2]], [], tmp_path, 0, None)
         assert [vma.madv for vma in vmas.load(path)] == [1 << 14, 1 << 14 | 1 << 3, 0]
         after = list(images.records(path))
         assert [{k: v for k, v in m.items() if k != 14} for m in before] == [
@@ -407,18 +408,83 @@ class TestHugePages:
         areas = [Area(TOP, 512), Area(TOP + (1 << 30), 512)]
         made.write_mm(tmp_path / "mm-1.img", areas)
         mappings = [(1, area.start, area.end, extra) for area, extra in zip(areas, (0, PAGE), strict=True)]
-        plan.allow_huge_pages(mappings, tmp_path, 96 << 20, 100 << 20)
+        plan.allow_huge_pages(mappings, [], tmp_path, 96 << 20, 100 << 20)
         assert [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")] == [1 << 14, 0]
 
     def test_not_on_a_kernel_without_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """madvise(2) would fail there, and CRIU with it."""
         monkeypatch.setattr(plan, "_THP", str(tmp_path / "missing"))
         made.write_mm(tmp_path / "mm-1.img", [Area(TOP, 512)])
-        plan.allow_huge_pages([(1, TOP, TOP + (2 << 20), 0)], tmp_path, 0, None)
+        plan.allow_huge_pages([(1, TOP, TOP + (2 << 20), 0)], [], tmp_path, 0, None)
         assert [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")] == [0]
 
 
+class TestAlways:
+    """A node that gives huge pages to all memory: thin mappings are told to have none."""
+
+    def advised(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, masks: list[int]) -> list[int]:
+        (tmp_path / "thp").mkdir()
+        (tmp_path / "thp/enabled").write_text(mode)
+        monkeypatch.setattr(plan, "_THP", str(tmp_path / "thp"))
+        areas = [Area(TOP, 512), Area(TOP + (1 << 30), 512), Area(TOP + (2 << 30), 512, madv=1 << 14)]
+        made.write_mm(tmp_path / "mm-1.img", areas)
+        where = [
+            places.Place(1, 0, area.start, mask.to_bytes(places.MASK_BYTES, "little"))
+            for area, mask in zip(areas, masks, strict=True)
+        ]
+        plan.allow_huge_pages([(1, areas[0].start, areas[0].end, 0)], where, tmp_path, 0, None)
+        return [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")]
+
+    @pytest.mark.parametrize(
+        ("mode", "madv"),
+        [("[always] madvise never\n", 1 << 15), ("always [madvise] never\n", 0)],
+        ids=["always", "madvise"],
+    )
+    def test_thin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, madv: int) -> None:
+        """Not the one that was chosen, nor one of which the program has said what it wants."""
+        assert self.advised(tmp_path, monkeypatch, mode, [1, 1, 1]) == [1 << 14, madv, 1 << 14]
+
+    def test_dense(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.advised(tmp_path, monkeypatch, "[always]", [1, (1 << 512) - 1, 1]) == [1 << 14, 0, 1 << 14]
+
+
+class TestShared:
+    """What is in common with another process is no reason for huge pages: they would end that."""
+
+    def test_costs_what_is_shared(self) -> None:
+        full = (1 << 512) - 1
+        filled = dict.fromkeys(range(100), full)
+        assert density.plan(0, 100 * density.HUGE, filled, {}, {}) == density.Plan((), 0)
+        assert density.plan(0, 100 * density.HUGE, filled, {}, {1: full}) == density.Plan((), 0)
+        assert density.plan(0, 100 * density.HUGE, filled, {}, {1: full, 2: full}) is None
+        assert density.plan(0, density.HUGE, filled, {}, {0: 1}) is None
+
+
 class TestHostileImages:
+    def test_more_mappings_than_can_be(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vmas, "_most", lambda: 3)
+        made.write_mm(tmp_path / "mm-1.img", [Area(TOP + at * 2 * PAGE, 1) for at in range(4)])
+        with pytest.raises(images.ImageError, match="more than 3 mappings"):
+            vmas.load(tmp_path / "mm-1.img")
+
+    def test_a_large_image_takes_little_memory(self, tmp_path: Path) -> None:
+        """Two million empty mappings in 4 MB: the first is refused before the others are decoded."""
+        record = b"\x72\x00" * 2_000_000
+        (tmp_path / "mm-1.img").write_bytes(bytes(8) + len(record).to_bytes(4, "little") + record)
+        tracemalloc.start()
+        try:
+            with pytest.raises(images.ImageError):
+                vmas.load(tmp_path / "mm-1.img")
+            assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        finally:
+            tracemalloc.stop()
+
+    def test_a_longer_one_is_not_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "mm-1.img").open("wb") as file:
+            file.truncate(17 << 20)
+        with pytest.raises(images.ImageError, match="more than any"):
+            vmas.load(tmp_path / "mm-1.img")
+
     def test_a_short_pages_image(self, tmp_path: Path) -> None:
         content = {TOP + at * PAGE: made.page(at + 1) for at in range(64)}
         made.write(tmp_path, [Process(1, 0, [Area(TOP, 64)], content)])

@@ -78,3 +78,38 @@ def test_a_cgroup_that_stays_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OciError, match="remove cgroup"):
         cgroups.remove([str(tmp_path)], timeout=0.1)
+
+
+def limited(tmp_path: Path, files: dict[str, dict[str, object]]) -> list[tuple[int, str]]:
+    """The rooms of a/b/c, of which some directories have files as a memory controller's."""
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    for place, found in files.items():
+        for name, text in found.items():
+            (tmp_path / place / name).write_text(f"{text}\n")
+    rooms = cgroups.memory_rooms([str(tmp_path / "a/b/c")])
+    return [(room, where.removeprefix(f"{tmp_path}/")) for room, where in rooms if where.startswith(str(tmp_path))]
+
+
+def test_memory_room_on_v2(tmp_path: Path) -> None:
+    """Of the cgroup and of those above; page cache can be had."""
+    stat = "anon 5\nactive_file 30\ninactive_file 20\nslab 7"
+    files: dict[str, dict[str, object]] = {
+        "a/b/c": {"memory.max": 1000, "memory.current": 700, "memory.stat": stat},
+        "a/b": {"memory.max": "max", "memory.current": 900, "memory.stat": stat},
+        "a": {"memory.max": 950, "memory.current": 1100, "memory.stat": stat},
+    }
+    assert limited(tmp_path, files) == [(350, "a/b/c"), (0, "a")]
+
+
+def test_memory_room_on_v1(tmp_path: Path) -> None:
+    """Its own numbers leave out what is below."""
+    stat = "active_file 1\ninactive_file 1\ntotal_active_file 30\ntotal_inactive_file 20"
+    files: dict[str, dict[str, object]] = {
+        "a/b/c": {"memory.limit_in_bytes": 9223372036854771712, "memory.usage_in_bytes": 7, "memory.stat": stat},
+        "a/b": {"memory.limit_in_bytes": 1000, "memory.usage_in_bytes": 700, "memory.stat": stat},
+    }
+    assert limited(tmp_path, files) == [(350, "a/b")]
+
+
+def test_memory_room_where_there_is_none_to_know(tmp_path: Path) -> None:
+    assert limited(tmp_path, {"a/b": {"memory.max": "x", "memory.current": 1, "memory.stat": ""}}) == []

@@ -146,7 +146,7 @@ def test_a_signal_during_the_dump_waits_for_its_end(capfd: pytest.CaptureFixture
         with pytest.raises(KeyboardInterrupt):
             proceed("recording files")
     assert signal.getsignal(signal.SIGTERM) is before
-    assert "when the dump is complete" in capfd.readouterr().err
+    assert "when it is done with dumping memory" in capfd.readouterr().err
 
 
 def test_a_signal_elsewhere_ends_the_capture_at_once() -> None:

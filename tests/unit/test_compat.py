@@ -10,7 +10,7 @@ import pytest
 from rewarm import compat
 from rewarm.errors import Unfit
 from rewarm.settings import Settings
-from rewarm.store.manifest import Mount, Requires
+from rewarm.store.manifest import GpuDevice, Mount, Requires
 
 BASE = Requires(
     arch="x86_64",
@@ -28,6 +28,7 @@ BASE = Requires(
     lsm="",
     namespaces=("mount", "pid"),
     gpus=(),
+    driver="",
     cgroup_version=2,
 )
 
@@ -80,13 +81,60 @@ def test_what_does_not_matter(here: dict[str, Any]) -> None:
         ({"capabilities": ()}, "snapshot was taken with capability CAP_KILL, this container has it not"),
         ({"seccomp": "def"}, "another seccomp profile than this container's (abc, here def)"),
         ({"lsm": "docker-default"}, "snapshot has LSM label none, this container has docker-default"),
-        ({"gpus": ("GPU-1",)}, "snapshot needs 0 GPUs"),
+        (
+            {"gpus": (GpuDevice("GPU-1", "H100", 80, 0, "default"),)},
+            "snapshot needs no GPU, this container has 1 x H100 (80 bytes)",
+        ),
     ],
 )
 def test_what_matters_is_refused_with_both_values(here: dict[str, Any], said: str) -> None:
     with pytest.raises(Unfit) as caught:
         compat.check(BASE, replace(BASE, **here))
     assert said in str(caught.value)
+
+
+def on_gpus(*devices: GpuDevice, driver: str = "580.159.04") -> Requires:
+    return replace(BASE, gpus=devices, driver=driver)
+
+
+H100 = GpuDevice("GPU-1", "H100", 80, 0, "default")
+OTHER = replace(H100, uuid="GPU-2", minor=3)
+
+
+def test_gpus_that_fit() -> None:
+    compat.check(on_gpus(H100), on_gpus(H100))
+    compat.check(on_gpus(H100), on_gpus(OTHER))
+    compat.check(on_gpus(H100, OTHER), on_gpus(replace(OTHER, minor=0), replace(H100, minor=1)))
+    compat.check(on_gpus(H100, driver="570.10"), on_gpus(H100, driver="570.10"))
+
+
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        (on_gpus(), "snapshot needs 1 x H100 (80 bytes), this container has 0"),
+        (on_gpus(H100, OTHER), "snapshot needs 1 x H100 (80 bytes), this container has 2"),
+        (
+            on_gpus(replace(H100, model="H200")),
+            "snapshot needs 1 x H100 (80 bytes), this container has 1 x H200 (80 bytes)",
+        ),
+        (on_gpus(replace(H100, memory_bytes=94)), "this container has 1 x H100 (94 bytes)"),
+        (on_gpus(replace(H100, uuid="GPU-9", memory_bytes=94)), "this container has 1 x H100 (94 bytes)"),
+        (on_gpus(H100, driver="575.1"), "snapshot was taken with NVIDIA driver 580.159.04, this node has 575.1"),
+        (
+            on_gpus(replace(H100, compute_mode="prohibited")),
+            "snapshot was taken with a GPU in compute mode default, GPU-1 here is in prohibited",
+        ),
+    ],
+)
+def test_gpus_that_do_not(here: Requires, said: str) -> None:
+    with pytest.raises(Unfit) as caught:
+        compat.check(on_gpus(H100), here)
+    assert said in str(caught.value)
+
+
+def test_other_gpus_need_a_driver_that_can_map_them() -> None:
+    with pytest.raises(Unfit, match=r"driver 580 or newer is needed, this node has 570\.10"):
+        compat.check(on_gpus(H100, driver="570.10"), on_gpus(OTHER, driver="570.10"))
 
 
 def test_long_values_make_no_long_message() -> None:

@@ -16,6 +16,7 @@ from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.memory.fill import Fill
 from rewarm.memory.places import FORCED, MASK_BYTES, PAGE, WINDOW, Place
 from rewarm.trace import Trace
+from support.proc import wait_for
 
 PID = 7
 """Of the process in the images."""
@@ -70,11 +71,15 @@ class Chunks:
         self.bad = -1
         self.pause = 0.0
         self.taken = 0
+        self.finished = 0
         self._left = iter(range(len(data)))
         self._lock = threading.Lock()
 
     def stream(self) -> Chunks:
         return self
+
+    def finish(self) -> None:
+        self.finished += 1
 
     def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
         with self._lock:
@@ -148,6 +153,26 @@ def test_no_more_than_so_much_is_read_ahead(victim: Victim) -> None:
     fill.release({PID: victim.pid})
     fill.join()
     assert reader.taken == 16
+
+
+def test_reading_goes_on_while_what_is_ready_is_written(victim: Victim) -> None:
+    """With the storage idle until all that waits is written, a cold restore would lose that time."""
+    where, data = random_chunks(victim, 16)
+    stop, written = threading.Event(), []
+
+    class Watched(Chunks):
+        def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
+            written.append(sum(any(contents(victim, place)) for place in where))
+            return super().next(buffer)
+
+    reader = Watched(data, parallel=1)
+    fill = Fill(reader, where, stop, Trace(), ahead=8 * WINDOW)
+    fill.start()
+    wait_for("the end of reading ahead", lambda: reader.finished == 1)
+    assert reader.taken == 8
+    fill.release({PID: victim.pid})
+    fill.join()
+    assert written == [0] * 9 + [2, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_memory_that_the_process_may_not_write() -> None:
@@ -225,5 +250,5 @@ def test_abandoned_threads_end_and_write_nothing(victim: Victim) -> None:
     fill, _, _ = start(where, data)
     fill.start()
     fill.abandon()
-    assert not any(thread.is_alive() for thread in fill._threads)
+    assert all(task.wait(0) for task in fill._tasks)
     assert all(not any(contents(victim, place)) for place in where)

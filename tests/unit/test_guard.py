@@ -52,15 +52,23 @@ class Guard:
                  kind: int = socket.SOCK_STREAM) -> None:  # fmt: skip
         self.control, guards = socket.socketpair(socket.AF_UNIX, kind)
         self.control.settimeout(SECONDS)
+        life, self.life = os.pipe()
         self.output = output
         with guards, output.open("w") as file:
             self.process = subprocess.Popen(
-                [binary, str(guards.fileno()), str(len(recover)), *recover, *program],
-                pass_fds=[guards.fileno()],
+                [binary, str(guards.fileno()), str(life), str(len(recover)), *recover, *program],
+                pass_fds=[guards.fileno(), life],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+        os.close(life)
+
+    def hang_up(self) -> None:
+        """As if the process that the engine waits for had ended. A second call does nothing."""
+        if self.life >= 0:
+            os.close(self.life)
+            self.life = -1
 
     def line(self) -> str:
         return self.control.recv(100).decode()
@@ -84,11 +92,13 @@ def start(binary: Path, tmp_path: Path) -> Iterator[Start]:
 
     def make(*program: str | Path, recover: tuple[str, ...] = (), kind: int = socket.SOCK_STREAM) -> Guard:
         guards.append(Guard(binary, tmp_path / "output", *program, recover=recover, kind=kind))
+        guards[-1].say(b"s")
         return guards[-1]
 
     yield make
     for guard in guards:
         guard.control.close()  # whatever a failed test left below the guard goes with it
+        guard.hang_up()
         guard.process.wait(SECONDS)
 
 
@@ -130,6 +140,25 @@ def stat(pid: int) -> tuple[str, int]:
 
 def gone(pid: int) -> bool:
     return stat(pid)[0] == ""
+
+
+# --- before the program
+
+
+@pytest.mark.parametrize("word", [b"c", b"a", b"x", b""])
+def test_nothing_is_run_before_it_is_told_to(binary: Path, tmp_path: Path, word: bytes) -> None:
+    """The recovery runs if rewarm has died by then, and only then."""
+    ran, recovered = tmp_path / "ran", tmp_path / "recovered"
+    recover = ("/usr/bin/touch", str(recovered))
+    guard = Guard(binary, tmp_path / "output", "/usr/bin/touch", ran, recover=recover)
+    if word:
+        guard.say(word)
+        assert guard.line() == "clean\n"
+    else:
+        guard.control.close()
+    assert guard.status() == (1 if word else 0)
+    assert not ran.exists()
+    assert recovered.exists() == (not word)
 
 
 # --- the end of the program
@@ -180,13 +209,16 @@ def test_ignored_signals_stay_ignored_for_the_program(start: Start, binary: Path
     code = "import signal; print(all(signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGHUP, signal.SIGCHLD)))"
     words = python(code)
     ours, guards = socket.socketpair()
-    with ours, guards:
+    life, end = map(os.fdopen, os.pipe())
+    with ours, guards, life, end:
+        fds = guards.fileno(), life.fileno()
         done = subprocess.Popen(
-            ["/usr/bin/env", "--ignore-signal=HUP", "--ignore-signal=CHLD", binary, str(guards.fileno()), "0", *words],
-            pass_fds=[guards.fileno()],
+            ["/usr/bin/env", "--ignore-signal=HUP", "--ignore-signal=CHLD", binary, *map(str, fds), "0", *words],
+            pass_fds=fds,
             stdout=subprocess.PIPE,
             text=True,
         )
+        ours.send(b"s")
         assert ours.recv(100) == b"exit 0\n"
         ours.send(b"c")
         assert done.communicate(timeout=SECONDS)[0] == "True\n"
@@ -342,6 +374,59 @@ def test_a_recovery_that_cannot_be_run(start: Start) -> None:
     assert "run /nowhere/recover" in guard.output.read_text()
 
 
+# --- a rewarm that is dead and holds the socket
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_a_hang_up_recovers_though_the_socket_stays_open(binary: Path, tmp_path: Path, began: bool) -> None:
+    """As when a thread of rewarm's hangs in a call that no signal ends."""
+    recovered = tmp_path / "recovered"
+    recover = ("/usr/bin/touch", str(recovered))
+    guard = Guard(binary, tmp_path / "output", *python(LASTING_ORPHAN, tmp_path / "pid"), recover=recover)
+    if began:
+        guard.say(b"s")
+        orphan = pid_in(tmp_path / "pid")
+    guard.hang_up()
+    assert guard.status() == 0
+    assert recovered.exists()
+    assert not began or gone(orphan)
+    guard.control.close()
+
+
+def test_a_hang_up_waits_for_the_last_word(start: Start, tmp_path: Path) -> None:
+    """A commit that came before it counts; a death that comes soon after it is waited for."""
+    recovered = tmp_path / "recovered"
+    recover = ("/usr/bin/touch", str(recovered))
+    guard = start("/bin/true", recover=recover)
+    assert guard.line() == "exit 0\n"
+    guard.process.send_signal(signal.SIGSTOP)
+    guard.say(b"c")
+    guard.hang_up()
+    guard.process.send_signal(signal.SIGCONT)
+    assert guard.status() == 0 and not recovered.exists()
+    guard = start("/bin/true", recover=recover)
+    assert guard.line() == "exit 0\n"
+    guard.hang_up()
+    began = time.monotonic()
+    wait_until(recovered.exists)
+    assert time.monotonic() - began > 1.5
+
+
+@pytest.mark.parametrize("word", [b"s", b"a", b"x"])
+@pytest.mark.parametrize("began", [True, False])
+def test_after_a_hang_up_no_other_word_counts(binary: Path, tmp_path: Path, word: bytes, began: bool) -> None:
+    """Whatever it has said, rewarm is dying: what it has changed is put back."""
+    recovered = tmp_path / "recovered"
+    guard = Guard(binary, tmp_path / "output", "/bin/sleep", "100", recover=("/usr/bin/touch", str(recovered)))
+    if began:
+        guard.say(b"s")
+    guard.hang_up()
+    guard.say(word)
+    assert guard.status() == 0
+    assert recovered.exists()
+    guard.control.close()
+
+
 # --- the guard itself
 
 
@@ -365,8 +450,10 @@ def test_the_program_dies_with_the_guard(start: Start, tmp_path: Path, adopting:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["3"], ["3", "0"], ["x", "0", "true"], ["3", "1", "true"], ["3", "-1", "true"], ["3x", "0", "true"]]
-)
+    "words",
+    [[], ["3"], ["3", "4"], ["3", "4", "0"], ["x", "4", "0", "true"], ["3", "4", "1", "true"], ["3", "4", "-1", "true"],
+     ["3x", "4", "0", "true"], ["3", "x", "0", "true"], ["3", "-1", "0", "true"]],
+)  # fmt: skip
 def test_wrong_use_starts_nothing(binary: Path, words: list[str]) -> None:
     done = subprocess.run([binary, *words], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 2
@@ -375,6 +462,15 @@ def test_wrong_use_starts_nothing(binary: Path, words: list[str]) -> None:
 
 def test_a_control_that_is_no_socket_is_refused(binary: Path) -> None:
     for fd in ("0", "999"):
-        done = subprocess.run([binary, fd, "0", "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run([binary, fd, "0", "0", "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert done.returncode == 2
         assert "use CONTROL_FD" in done.stderr
+
+
+def test_a_life_that_is_not_there_is_refused(binary: Path) -> None:
+    ours, guards = socket.socketpair()
+    with ours, guards:
+        words = [str(binary), str(guards.fileno()), "999", "0", "true"]
+        done = subprocess.run(words, pass_fds=[guards.fileno()], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "close LIFE_FD on exec: Bad file descriptor" in done.stderr

@@ -62,7 +62,7 @@ def test_a_message_of_another_type_is_refused() -> None:
     for ask in (
         lambda: images.number(message, 1),
         lambda: images.text(message, 2),
-        lambda: images.messages(message, 2),
+        lambda: list(images.messages(message, 2)),
     ):
         with pytest.raises(images.ImageError):
             ask()

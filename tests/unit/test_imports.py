@@ -11,6 +11,7 @@ from support.cli import environment
 
 # The command line's, those for settings that most nodes have not written, for compressed chunks, and for captures.
 HEAVY = ("asyncio", "click", "concurrent", "email", "http", "logging", "multiprocessing", "rich", "yaml", "zstandard")
+GPU = ("ctypes", "pynvml", "rewarm_native.cuda", "rewarm.devices", "rewarm.gpu.nvml", "rewarm.gpu.actions")
 CAPTURE = ("rewarm.capture", "rewarm.criu.align", "rewarm.criu.carve", "rewarm.store.chunk_writer")
 
 
@@ -21,5 +22,5 @@ def test_runtime_imports_little(modules: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd="/", env=environment())
     found = set(done.stdout.split())
     assert "rewarm.runtime" in found
-    heavy = [name for name in found if name.partition(".")[0] in HEAVY or name in CAPTURE]
+    heavy = [name for name in found if name.partition(".")[0] in HEAVY or name in (*CAPTURE, *GPU)]
     assert not heavy, heavy

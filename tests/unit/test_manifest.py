@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rewarm.errors import SnapshotDamaged
 from rewarm.store import manifest as module
-from rewarm.store.manifest import ChunkPack, FileEntry, Manifest, digest_of, load, parse, timestamp
+from rewarm.store.manifest import ChunkPack, Cuda, FileEntry, GpuDevice, Manifest, digest_of, load, parse, timestamp
 from support.snapshots import manifest
 
 A, B = digest_of(b"a"), digest_of(b"b")
@@ -24,7 +24,14 @@ SMALL = FileEntry(name="checkpoint/core-1.img", size=10, digest=A, pack=B, offse
 NEXT = FileEntry(name="rootfs-diff.tar", size=5, digest=A, pack=B, offset=10)
 TABLE = FileEntry(name="memory/chunks", size=64, digest=A, pack=B, offset=15)
 PACK = ChunkPack(digest=digest_of(b"c"), size=4096 + 80, raw_size=8192)
-FULL = replace(manifest(created="2026-01-31T12:00:00Z"), files=(SMALL, WHOLE, NEXT, TABLE), packs=(PACK,))
+GPUS = tuple(GpuDevice(f"GPU-{minor}", "NVIDIA H100", 80 << 30, minor, "default") for minor in range(2))
+FULL = replace(
+    manifest(created="2026-01-31T12:00:00Z"),
+    files=(SMALL, WHOLE, NEXT, TABLE),
+    packs=(PACK,),
+    cuda=Cuda((1, 7), (5, 0)),
+)
+FULL = replace(FULL, requires=replace(FULL.requires, gpus=GPUS, driver="580.159.04"))
 
 
 def document() -> Any:
@@ -107,6 +114,38 @@ def test_a_field_of_another_type_is_named(path: tuple[Any, ...], wrong: Any) -> 
     value = document()
     parent(value, path)[path[-1]] = wrong
     assert dotted(path) in damage(encode(value))
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "said"),
+    [
+        (("requires", "gpus", 0, "uuid"), "GPU-1", "GPU-1 is listed twice"),
+        (("requires", "gpus", 0, "uuid"), "0", "0 is no GPU's UUID"),
+        (("requires", "gpus", 0, "model"), "", "no usable model name"),
+        (("requires", "gpus", 0, "memory_bytes"), 0, "no usable memory size"),
+        (("requires", "gpus", 0, "minor"), 255, "no usable minor number"),
+        (("cuda", "processes"), [1, 1], "no list of different processes"),
+        (("cuda", "processes"), [0], "no list of different processes"),
+        (("cuda", "used_bytes"), [5], "1 entries for 2 GPUs"),
+    ],
+)
+def test_gpus_are_checked(path: tuple[Any, ...], wrong: Any, said: str) -> None:
+    value = document()
+    parent(value, path)[path[-1]] = wrong
+    assert said in damage(encode(value))
+
+
+def test_processes_that_use_cuda_need_gpus() -> None:
+    value = document()
+    value["requires"]["gpus"] = []
+    assert "there are no GPUs" in damage(encode(value))
+
+
+def test_more_gpus_than_there_can_be() -> None:
+    value = document()
+    gpus = value["requires"]["gpus"]
+    value["requires"]["gpus"] = [{**gpus[0], "uuid": f"GPU-{n}", "minor": n % 250} for n in range(65)]
+    assert "65 GPUs are listed" in damage(encode(value))
 
 
 def test_an_unknown_field_is_named() -> None:

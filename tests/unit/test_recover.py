@@ -59,6 +59,8 @@ def changed(path: Path, bundle: Path) -> Record:
     (bundle / "rootfs/run/rewarm").mkdir(parents=True)
     pid_file = bundle / "init.pid"
     pid_file.write_text("12345")
+    (bundle / ".init.pid").touch()  # of a runc that was killed before it gave it its name
+    (bundle / f"config.json.rewarm-{DEAD}").touch()
     kept = replace(
         kept,
         config_backup=str(backup),
@@ -100,6 +102,38 @@ def test_undoing_twice_does_no_harm(path: Path, bundle: Path) -> None:
     for _ in range(2):
         recover.undo(kept, runc.Runc("/no/runc", kept.root))
         assert is_as_it_was(bundle)
+
+
+def test_a_restore_is_taken_back_by_its_own_process(path: Path, bundle: Path) -> None:
+    """What others must leave alone: its child has died in the middle, or after the last step."""
+    for phase in (record.RESTORING, record.RESTORED):
+        if not path.exists():
+            record.make_directory(str(path), of(bundle.parent, bundle))
+        kept = replace(changed(path, bundle), phase=phase)
+        kept.own()
+        record.save(str(path), kept)
+        assert not recover.recover(str(path), "/no/runc", wait=True)
+        recover.take_back(str(path), "/no/runc")
+        assert is_as_it_was(bundle) and not path.exists()
+        recover.take_back(str(path), "/no/runc")
+        assert list(path.parent.iterdir()) == []
+
+
+def test_the_restore_of_another_process_is_not_taken_back(path: Path, bundle: Path) -> None:
+    """Whose `create` came when the guard had undone this one's."""
+    changed(path, bundle)
+    recover.take_back(str(path), "/no/runc")
+    assert path.exists() and (bundle / "init.pid").exists()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_living_process_writes_stays(path: Path, bundle: Path) -> None:
+    changed(path, bundle)
+    mine, other = (bundle / f"config.json.rewarm-{name}" for name in (os.getppid(), "backup"))
+    mine.touch()
+    other.touch()
+    assert recover.recover(str(path), "/no/runc", wait=True)
+    assert mine.exists() and other.exists()
 
 
 def test_a_living_rewarm_is_left_alone(path: Path, bundle: Path, tmp_path: Path) -> None:
@@ -233,6 +267,16 @@ def test_a_container_directory_with_mounts_is_removed_without_them(path: Path, t
     assert (volume / "precious").exists() and not path.exists()
 
 
+def test_forgetting_takes_along_what_was_begun_by_the_dead(path: Path) -> None:
+    """A `create` killed while it made the directory, or a `delete` while it removed it; the next `delete` is enough."""
+    for name in (f"{path.name}~{DEAD}", f"{path.name}~1", f"{path.name}2~{DEAD}"):
+        path.with_name(name).mkdir()
+    recover.forget(str(path))
+    recover.forget(str(path))
+    left = sorted(item.name for item in path.parent.iterdir())
+    assert left == sorted([f"{path.name}~1", f"{path.name}2~{DEAD}"])
+
+
 def test_processes_of_a_container_that_runc_knows_not(path: Path, bundle: Path) -> None:
     """Killed before it wrote state.json, runc has left CRIU and what it made in the cgroup alone."""
     directory = Path("/sys/fs/cgroup/pids") / f"rewarm-test-{os.getpid()}"
@@ -272,6 +316,34 @@ def test_sweep_forgets_what_nobody_has(tmp_path: Path, bundle: Path) -> None:
     (parent / "broken" / "record.json").write_text("{")
     assert ["record.json" in line for line in recover.sweep(state, "/no/runc")] == [True]
     assert {item.name for item in parent.iterdir()} == {"begins", "known", "broken", f"half~{os.getpid()}"}
+
+
+def test_sweep_says_what_it_cannot_remove(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An immutable file of a container's is no reason for every other one to start cold."""
+    parent = tmp_path / "state" / "containers" / "root"
+    (parent / f"half~{DEAD}").mkdir(parents=True)
+
+    def immutable(path: str) -> None:
+        raise PermissionError(1, "Operation not permitted", path)
+
+    monkeypatch.setattr("rewarm.oci.record.remove", immutable)
+    [problem] = recover.sweep(str(tmp_path / "state"), "/no/runc")
+    assert "Operation not permitted" in problem and "half~" in problem
+
+
+def test_a_watcher_is_no_guard(path: Path) -> None:
+    """It has the container directory as an argument, too."""
+    words = [sys.executable, "-c", "import time; time.sleep(100)", "rewarm.watcher", str(path)]
+    with subprocess.Popen(words) as watcher:
+        try:
+            assert recover._guards(str(path)) == []
+        finally:
+            watcher.kill()
+    with subprocess.Popen([*words[:3], "rewarm.recover", str(path)]) as guard:
+        try:
+            assert recover._guards(str(path)) == [guard.pid]
+        finally:
+            guard.kill()
 
 
 def test_sweep_of_no_state_is_no_failure(tmp_path: Path) -> None:

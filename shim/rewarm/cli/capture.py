@@ -94,22 +94,23 @@ def by_systemd(container: Container) -> bool:
 
 
 class _Proceed:
-    """Remembers a signal that comes while CRIU works, and ends the capture at the next step."""
+    """Remembers a signal that comes in one of the `whole` steps, and ends the capture at the next step."""
 
-    def __init__(self) -> None:
-        self._steps = 0
+    def __init__(self, whole: tuple[str, ...]) -> None:
+        self._whole = whole
+        self._step = ""
         self._signal = 0
 
     def __call__(self, text: str) -> None:
-        self._steps += 1
+        self._step = text
         if self._signal:
             raise KeyboardInterrupt
 
     def handle(self, number: int, frame: object) -> None:
-        if self._steps == 1:
-            # The first step is the dump. A CRIU that is killed in the middle of it leaves broken processes.
+        if self._step in self._whole:
+            # A CRIU that is killed in the middle leaves broken processes, and the driver ends what it has begun.
             self._signal = number
-            os.write(2, b"rewarm: will stop when the dump is complete\n")
+            os.write(2, f"rewarm: will stop when it is done with {self._step}\n".encode())
         else:
             raise KeyboardInterrupt
 
@@ -120,7 +121,9 @@ def interruptible() -> Iterator[_Proceed]:
 
     What it gives has to be called at each step of the capture; it raises KeyboardInterrupt.
     """
-    proceed = _Proceed()
+    from rewarm.capture import DUMP, GPU_MEMORY
+
+    proceed = _Proceed((GPU_MEMORY, DUMP))
     before = {number: signal.signal(number, proceed.handle) for number in _SIGNALS}
     try:
         yield proceed

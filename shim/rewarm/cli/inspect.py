@@ -1,4 +1,4 @@
-"""rewarm inspect: one snapshot's manifest, readable."""
+"""rewarm inspect: one snapshot's manifest, or what became of a container, readable."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from pathlib import Path
 
 import click
 
-from rewarm.errors import Unfit
+from rewarm.errors import GpuError, Unfit
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS, RECORD
 from rewarm.store.directory import DirectoryStore, SnapshotRef
-from rewarm.store.manifest import Manifest, Process, Requires
+from rewarm.store.manifest import GpuDevice, Manifest, Process, Requires
 
+from . import container as of_container
 from . import options, output, pick
 
 
 @click.command("inspect")
-@click.argument("snapshot", metavar="NAME|ID")
+@click.argument("snapshot", metavar="NAME|ID", required=False)
+@click.option("--container", metavar="ID", help="What became of a container instead, and which GPUs it has.")
 @click.option("--check", is_flag=True, help="Say whether it fits this node; exit status 1 if it does not.")
 @options.namespace
 @options.as_json
@@ -27,7 +29,8 @@ from . import options, output, pick
 @click.pass_context
 def command(
     ctx: click.Context,
-    snapshot: str,
+    snapshot: str | None,
+    container: str | None,
     check: bool,
     namespace: str | None,
     as_json: bool,
@@ -39,6 +42,12 @@ def command(
     SNAPSHOT is a name (its newest readable snapshot), 6 or more digits of an id, or NAMESPACE/NAME@ID.
     """
     settings = options.load(config, store)
+    if (snapshot is None) == (container is None) or (check and container is not None):
+        raise click.UsageError("give a snapshot, or --container ID without --check")
+    if snapshot is None:
+        outcome = of_container.find(str(container), settings)
+        output.document(outcome) if as_json else of_container.show(outcome)
+        return
     where = DirectoryStore(settings.store)
     ref = pick.newest(where, snapshot, namespace)
     manifest = where.load(ref)
@@ -60,14 +69,18 @@ def misfit(needed: Requires, settings: Settings) -> str:
     Raises OciError when this node has no low-level runtime.
     """
     from rewarm import compat, warm
+    from rewarm.gpu.container import of_node
     from rewarm.oci import runc
 
     try:
         here = warm.requirements({}, settings, runc.find(settings))
         # Of the container's own part the snapshot itself is the best example of one that fits.
         node = {key: getattr(here, key) for key in ("arch", "cpu_features", "kernel", "criu", "runc", "cgroup_version")}
+        if needed.gpus:
+            gpus = of_node([device.gpu for device in needed.gpus], settings.libcuda)
+            node |= {"gpus": compat.gpu_devices(gpus), "driver": gpus.driver}
         compat.check(needed, replace(needed, **node))
-    except Unfit as error:
+    except (GpuError, Unfit) as error:
         return f"{error.cause}; {error.next_step}" if error.next_step else error.cause
     return ""
 
@@ -113,6 +126,7 @@ def _memory(manifest: Manifest) -> list[tuple[str, str]]:
         ("zeros", f"{output.size(memory.zeros)}, not stored"),
         ("left to CRIU", output.size(memory.left)),
         ("packs", f"{len(manifest.packs)} of chunks: {output.size(stored)} for {output.size(raw)}"),
+        *([("device memory", _device_memory(manifest))] if manifest.requires.gpus else []),
         (
             "huge pages",
             f"{len(memory.huge)} mapping{'s' * (len(memory.huge) != 1)} of {output.size(larger)}"
@@ -139,8 +153,23 @@ def _needs(needs: Requires) -> list[tuple[str, str]]:
         ("seccomp", f"profile {needs.seccomp[:12]}" if needs.seccomp else "none"),
         ("LSM label", needs.lsm or "none"),
         ("namespaces", " ".join(needs.namespaces) or "none"),
-        ("GPUs", ", ".join(needs.gpus) or "none"),
+        ("GPUs", "; ".join(_gpu(device) for device in needs.gpus) or "none"),
+        *([("NVIDIA driver", f"{needs.driver} (the same)")] if needs.gpus else []),
     ]
+
+
+def _gpu(device: GpuDevice) -> str:
+    mode = "" if device.compute_mode == "default" else f", compute mode {device.compute_mode}"
+    return f"{device.model} of {output.size(device.memory_bytes)}{mode} ({device.uuid}, /dev/nvidia{device.minor})"
+
+
+def _device_memory(manifest: Manifest) -> str:
+    """Of how many processes the driver has moved device memory into their own, and how much of each GPU."""
+    cuda = manifest.cuda
+    if not cuda.processes:
+        return "none"
+    used = ", ".join(output.size(size) for size in cuda.used_bytes)
+    return f"{used} of {len(cuda.processes)} process{'es' * (len(cuda.processes) != 1)}"
 
 
 def _process(process: Process) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,6 +59,8 @@ class _Window:
     pages: int
     keep: int = 0
     """Pages to leave to CRIU."""
+    common: int = 0
+    """Those of them that the process has in common with another."""
     carved: int = 0
     """Pages taken out of CRIU's images."""
     nonzero: int = 0
@@ -107,14 +109,20 @@ class _Images:
         self.parents: dict[int, int] = {}
         self.mappings: dict[int, list[Vma]] = {}
         self.pages: dict[int, Source] = {}
+        self.hot: dict[int, list[int]] = {}
+        self.common: dict[int, list[int]] = {}
         self.kept: dict[int, list[int]] = {}
+        """By address: what the kernel writes to early, what is in common with another process, and both."""
         for process in tree.processes(directory):
             self.parents[process.pid] = process.parent
             self.mappings[process.pid] = vmas.load(directory / f"mm-{process.pid}.img")
             path = directory / f"pagemap-{process.pid}.img"
+            self.hot[process.pid] = []
             if path.exists():
                 self.pages[process.pid] = self.open(path)
-                self.kept[process.pid] = sorted(hot.pages(directory, process.threads))
+                self.hot[process.pid] = sorted(hot.pages(directory, process.threads))
+                self.kept[process.pid] = list(self.hot[process.pid])
+                self.common[process.pid] = []
 
     def open(self, path: Path) -> Source:
         source = Source(path)
@@ -152,9 +160,10 @@ def _keep_shared(images_of: _Images, compare: Callable[[list[_Part]], list[int]]
     for part, mask in masks:
         if common[part.overlap] >= SMALLEST:
             pages = [part.start + at * PAGE for at in range(part.pages) if mask >> at & 1]
-            images_of.kept[part.overlap.parent] += pages
-            images_of.kept[part.overlap.child] += pages
-    for pages in images_of.kept.values():
+            for pid in (part.overlap.parent, part.overlap.child):
+                images_of.kept[pid] += pages
+                images_of.common[pid] += pages
+    for pages in (*images_of.kept.values(), *images_of.common.values()):
         pages.sort()
     for pid, mappings in align.cut(images_of.mappings, enough).items():
         if len(mappings) != len(images_of.mappings[pid]):
@@ -167,19 +176,36 @@ def _windows(images_of: _Images) -> Iterator[_Window]:
     for pid, source in images_of.pages.items():
         for vma in images_of.mappings[pid]:
             if vma.is_private_anonymous or vma.is_private_file:
+                kept, common = images_of.kept[pid], images_of.common[pid]
                 for start, end in _filled(source, vma.start, vma.end):
-                    yield _window(source, pid, vma, start, start, end, images_of.kept[pid])
+                    yield _window(source, pid, vma, start, start, end, kept, common)
+    memfds = shared.open_memfds(images_of.directory)
     for path, ranges in shared.ranges(images_of.directory, images_of.mappings):
         source = images_of.open(path)
         for one in ranges:
+            hot_offsets = _hot_offsets(images_of, one, memfds)
             for start, end in _filled(source, one.start, one.end):
-                yield _window(source, one.pid, one.vma, start, one.address + start - one.start, end, [])
+                yield _window(source, one.pid, one.vma, start, one.address + start - one.start, end, hot_offsets)
 
 
-def _window(source: Source, pid: int, vma: Vma, start: int, base: int, end: int, kept: list[int]) -> _Window:
+def _hot_offsets(images_of: _Images, one: shared.Range, memfds: Mapping[int, int]) -> list[int]:
+    """Offsets of a shared memory at which a thread of a process that maps it has its stack or rseq area."""
+    found: set[int] = set()
+    for pid, mappings in images_of.mappings.items():
+        for vma in mappings:
+            if shared.identity(vma, memfds) == shared.identity(one.vma, memfds):
+                found.update(page - vma.start + vma.pgoff for page in within(images_of.hot[pid], vma.start, vma.end))
+    return sorted(found)
+
+
+def _window(
+    source: Source, pid: int, vma: Vma, start: int, base: int, end: int, kept: list[int], common: Sequence[int] = ()
+) -> _Window:
     window = _Window(source, pid, vma, start, base, (end - start) // PAGE)
     for page in within(kept, start, end):
         window.keep |= 1 << (page - start) // PAGE
+    for page in within(common, start, end):
+        window.common |= 1 << (page - start) // PAGE
     return window
 
 
@@ -247,7 +273,8 @@ def _huge(windows: list[_Window], again: dict[int, list[int]]) -> Iterator[tuple
         vma, source = members[0].vma, members[0].source
         filled = density.masks((window.start, window.nonzero) for window in members)
         kept = density.masks((window.start, window.keep) for window in members)
-        plan = density.plan(vma.start, vma.end, filled, kept)
+        common = density.masks((window.start, window.common) for window in members)
+        plan = density.plan(vma.start, vma.end, filled, kept, common)
         if plan is not None:
             again[id(source)] += plan.pages
             yield pid, vma, plan.extra

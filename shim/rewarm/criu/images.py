@@ -13,7 +13,8 @@ from pathlib import Path
 Message = dict[int, list[int | bytes]]
 
 _MAGIC = 8
-_LARGEST = 256 << 20
+_LARGEST = 16 << 20
+"""Bytes of an image that is read here. Those of 65000 mappings have 4 MB, and Python takes 50 times that."""
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
 
 
@@ -21,21 +22,21 @@ class ImageError(ValueError):
     """An image file is not what CRIU writes; the text names the file and the place."""
 
 
-def records(path: Path) -> Iterator[Message]:
-    """The messages of one image file, in order."""
-    for data in _records(path):
+def records(path: Path, largest: int = _LARGEST) -> Iterator[Message]:
+    """The messages of one image file, in order. One of more than `largest` bytes is refused."""
+    for data in _records(path, largest):
         yield decode(data, path.name)
 
 
 def raw_records(path: Path) -> Iterator[Iterator[tuple[int, bytes, int | bytes]]]:
     """The messages of one image file, each as its fields in order: number, the field as it is encoded, its value."""
-    for data in _records(path):
+    for data in _records(path, _LARGEST):
         yield _fields(data, path.name)
 
 
-def _records(path: Path) -> Iterator[bytes]:
+def _records(path: Path, largest: int) -> Iterator[bytes]:
     size = path.stat().st_size
-    if size > _LARGEST:
+    if size > largest:
         raise ImageError(f"{path.name}: {size} bytes are more than any such image has")
     data = path.read_bytes()
     if len(data) < _MAGIC:
@@ -103,14 +104,12 @@ def text(message: Message, field: int) -> str:
     return value.decode("utf-8", "surrogateescape")
 
 
-def messages(message: Message, field: int) -> list[Message]:
-    """The values of a field that holds messages."""
-    found = []
+def messages(message: Message, field: int) -> Iterator[Message]:
+    """The values of a field that holds messages, one at a time: decoded they take many times their size."""
     for value in message.get(field, []):
         if not isinstance(value, bytes):
             raise ImageError(f"field {field} is not a message")
-        found.append(decode(value))
-    return found
+        yield decode(value)
 
 
 def numbers(message: Message, field: int) -> list[int]:

@@ -9,7 +9,7 @@ not create can be captured too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # Deleted files that are still open are copied into the images up to this size (CRIU's own default is 1 MiB).
 _GHOST_LIMIT = 2 << 30
@@ -28,11 +28,23 @@ DUMP = (
 # Podman calls with almost no environment, and CRIU needs tar and ip.
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-RESTORE = (
+_RESTORE = (
     # The tree must not run before its memory is verified, nor before `start`.
     "leave-stopped",
     "tcp-close",
 )
+
+
+def restore(cgroup: str) -> Iterator[str]:
+    """The options of a restore into `cgroup`, a path on the v2 hierarchy; "" where there is none.
+
+    There CRIU puts the tree into the cgroups that its images name: runc 1.1 tells it the new root on v1 alone, and the
+    tree would be in the source's cgroup, made anew if that is gone.
+    """
+    yield from _RESTORE
+    # What CRIU would take for two words or for a controller's name (criu/config.c) is left to cgroups.take.
+    if cgroup and cgroup.isascii() and not set(cgroup) & set(" \t\n\"'#:\\"):
+        yield f"cgroup-root {cgroup}"
 
 
 def write(path: str, options: Iterable[str]) -> None:

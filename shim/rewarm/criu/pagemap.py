@@ -12,6 +12,8 @@ from pathlib import Path
 from rewarm.criu import encode, images
 
 PAGE = 4096
+_LARGEST = 256 << 20
+"""Bytes of a pagemap, which only captures read: sparse memory of terabytes has as many entries."""
 # criu/include/pagemap.h
 PARENT = 1
 LAZY = 2
@@ -57,7 +59,7 @@ class Pagemap:
 
 def load(path: Path) -> Pagemap:
     """Raises images.ImageError for an image that CRIU would not have written."""
-    records = images.records(path)
+    records = images.records(path, _LARGEST)
     head = next(records, None)
     if head is None:
         raise images.ImageError(f"{path.name}: it has no head")

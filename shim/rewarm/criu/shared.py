@@ -30,21 +30,30 @@ class Range(NamedTuple):
 
 def ranges(directory: Path, mappings: Mapping[int, list[Vma]]) -> Iterator[tuple[Path, list[Range]]]:
     """For each shared memory that CRIU has content of: its pagemap, and disjoint ranges that can be filled."""
-    memfds = _memfds(directory)
+    memfds = open_memfds(directory)
     mapped: dict[int, list[Range]] = {}
     for pid, vmas in mappings.items():
         for vma in vmas:
             if not vma.is_fillable or not (vma.is_shared_anonymous or vma.is_shared_memfd):
                 continue
-            id = memfds.get(vma.shmid, -1) if vma.is_shared_memfd else vma.shmid
-            mapped.setdefault(id, []).append(Range(vma.pgoff, vma.pgoff + vma.end - vma.start, pid, vma, vma.start))
+            mapped.setdefault(identity(vma, memfds), []).append(
+                Range(vma.pgoff, vma.pgoff + vma.end - vma.start, pid, vma, vma.start)
+            )
     for path in sorted(directory.glob("pagemap-shmem-*.img")):
         match = _NAME.search(path.name)
         if match and int(match[1]) in mapped:
             yield path, list(_disjoint(mapped[int(match[1])]))
 
 
-def _memfds(directory: Path) -> dict[int, int]:
+def identity(vma: Vma, memfds: Mapping[int, int]) -> int:
+    """The number of the shared memory that a mapping is of; -1 if it is none that can be told. `memfds` are those of
+    `open_memfds`: two open files may be of one memfd."""
+    if vma.is_shared_memfd:
+        return memfds.get(vma.shmid, -1)
+    return vma.shmid if vma.is_shared_anonymous else -1
+
+
+def open_memfds(directory: Path) -> dict[int, int]:
     """Number of an open file -> number of the shared memory behind it, for memfds of small pages."""
     path = directory / "memfd.img"
     inodes = {

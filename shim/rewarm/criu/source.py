@@ -129,7 +129,7 @@ class Source:
             offset, count = offset + done, count - done
 
 
-def within(pages: list[int], start: int, end: int) -> list[int]:
+def within(pages: Sequence[int], start: int, end: int) -> Sequence[int]:
     """Those of the sorted addresses that lie in [start, end)."""
     return pages[bisect_left(pages, start) : bisect_left(pages, end)]
 

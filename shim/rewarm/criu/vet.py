@@ -52,12 +52,15 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
         records = list(images.records(path))
         if records and all(_is_dead(core) for core in records):
             continue
-        threads = [thread for core in records for thread in images.messages(core, 5)]
-        # CRIU takes what is missing here from an image of another name (criu/cr-restore.c: creds-PID.img).
-        if not threads or not all(images.messages(thread, 10) for thread in threads):
-            raise Unfit("restore snapshot", path.name, "it has no credentials in it")
-        for thread in threads:
+        some = False
+        for thread in (one for core in records for one in images.messages(core, 5)):
+            some = True
+            # CRIU takes what is missing here from an image of another name (criu/cr-restore.c: creds-PID.img).
+            if 10 not in thread:
+                raise Unfit("restore snapshot", path.name, "it has no credentials in it")
             limits.check(thread, path.name, path.name in followers)
+        if not some:
+            raise Unfit("restore snapshot", path.name, "it has no credentials in it")
 
 
 def _is_dead(core: Message) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,8 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_DROPPABLE = 1, 2, 8
 _MAP_GROWSDOWN = 0x100
 _MAP_LOCKED = 0x2000
 _MAP_HUGETLB = 0x40000
-_MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 14, 15
+HUGEPAGE, NOHUGEPAGE = 14, 15
+"""Numbers of madvise(2), and of their bits in the images."""
 
 
 class Vma(NamedTuple):
@@ -74,8 +74,13 @@ class Vma(NamedTuple):
             self.is_private_anonymous
             and self.is_writable
             and not self.flags & _MAP_LOCKED
-            and not self.madv & 1 << _MADV_NOHUGEPAGE
+            and not self.madv & 1 << NOHUGEPAGE
         )
+
+    @property
+    def is_unadvised(self) -> bool:
+        """Plain private memory of which the program has not said whether it wants huge pages."""
+        return self.is_private_anonymous and not self.madv & (1 << HUGEPAGE | 1 << NOHUGEPAGE)
 
     def _is_plain(self, sharing: int) -> bool:
         odd = _MAP_GROWSDOWN | _MAP_HUGETLB | (_MAP_DROPPABLE if sharing == _MAP_PRIVATE else 0)
@@ -88,13 +93,30 @@ def is_guard(message: images.Message) -> bool:
 
 
 def load(path: Path) -> list[Vma]:
-    """The mappings of one process by address. Raises images.ImageError."""
-    messages = [message for record in images.records(path) for message in images.messages(record, 14)]
-    found = [_vma(message) for message in messages if not is_guard(message)]
-    for one, after in itertools.pairwise(found):
-        if one.end > after.start:
-            raise images.ImageError(f"{path.name}: the mappings at {one.start:#x} and {after.start:#x} overlap")
+    """The mappings of one process by address. Raises images.ImageError, also if they are more than can be here."""
+    most = _most()
+    found: list[Vma] = []
+    for record in images.records(path):
+        for message in images.messages(record, 14):
+            if is_guard(message):
+                continue
+            vma = _vma(message)
+            if found and found[-1].end > vma.start:
+                one = found[-1].start
+                raise images.ImageError(f"{path.name}: the mappings at {one:#x} and {vma.start:#x} overlap")
+            found.append(vma)
+            if len(found) > most:
+                raise images.ImageError(f"{path.name}: it has more than {most} mappings (sysctl vm.max_map_count)")
     return found
+
+
+def _most() -> int:
+    """How many mappings a process can have on this node; the kernel's default where it does not say."""
+    try:
+        with open("/proc/sys/vm/max_map_count", encoding="ascii") as file:
+            return int(file.read())
+    except OSError:
+        return 65530
 
 
 def _vma(message: images.Message) -> Vma:
@@ -106,8 +128,8 @@ def _vma(message: images.Message) -> Vma:
     return vma
 
 
-def allow_huge_pages(path: Path, ranges: Collection[tuple[int, int]]) -> None:
-    """Set the MADV_HUGEPAGE bit of the mappings with these (start, end). Raises images.ImageError, OSError.
+def advise(path: Path, ranges: Collection[tuple[int, int]], advice: int) -> None:
+    """Set the bit of an advice for the mappings with these (start, end). Raises images.ImageError, OSError.
 
     CRIU's restorer (criu/pie/restorer.c) calls madvise(2) for every bit when the mapping has its place and content.
     """
@@ -119,7 +141,7 @@ def allow_huge_pages(path: Path, ranges: Collection[tuple[int, int]]) -> None:
                 message = images.decode(value, path.name)
                 if (images.number(message, 1), images.number(message, 2)) in ranges and not is_guard(message):
                     # Of a field that is there twice the last one counts.
-                    madv = images.number(message, 9) | 1 << _MADV_HUGEPAGE
+                    madv = images.number(message, 9) | 1 << advice
                     raw = encode.nested(14, value + encode.integer(9, madv))
             out += raw
         records.append(out)

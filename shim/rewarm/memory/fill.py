@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from rewarm import aside
+from rewarm.aside import Task
 from rewarm.errors import RestoreError
 from rewarm.memory.places import WINDOW, Place
 from rewarm.trace import Trace
@@ -22,6 +23,8 @@ from rewarm_native.memory import Target
 
 _WARM = 256 << 20
 """Bytes that a thread reads ahead from memory at most: more than that it does not get done while CRIU works."""
+_COLD = 64 << 20
+"""The same from storage: with more, reading and verifying would keep the processors from CRIU."""
 _SHARE = 16
 """One part in so many of the memory that is available may hold verified chunks that wait for the processes."""
 
@@ -31,6 +34,9 @@ class Stream(Protocol):
 
     def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
         """The number and the verified bytes of the next chunk, in `buffer` (WINDOW bytes); None at the end."""
+
+    def finish(self) -> None:
+        """Do what others wait for, before waiting oneself."""
 
 
 class Reader(Protocol):
@@ -55,33 +61,34 @@ class Fill:
         self._places = places
         self._stop = stop
         self._trace = trace
-        self._ahead = min(ahead, _available() // _SHARE, ahead if reader.cold else _WARM * reader.parallel)
+        each = _COLD if reader.cold else _WARM
+        self._ahead = min(ahead, available() // _SHARE, each * reader.parallel)
         self._released = threading.Event()
         self._targets: dict[int, Target] = {}
         self._lock = threading.Lock()
         self._written = bytearray(len(places))
         self._failure: Exception | None = None
         self._ready: deque[tuple[int, memoryview]] = deque()
-        self._waiting: list[threading.Thread] = []
-        self._threads: list[threading.Thread] = []
+        self._waiting: list[Task] = []
+        self._tasks: list[Task] = []
 
     def start(self) -> None:
         """Start to read: with all threads if they will mostly wait for storage, else with one, since more would hold up
-        who prepares the rest (all of Python takes turns). Raises RuntimeError if no thread can be made.
+        who prepares the rest (all of Python takes turns). Raises RestoreError if no thread can be made.
         """
         count = min(self._reader.parallel, len(self._places))
         windows = max(1, self._ahead // WINDOW // max(1, count))
-        self._waiting = [threading.Thread(target=self._run, args=(windows,), name="fill") for _ in range(count)]
+        self._waiting = [Task(lambda: self._run(windows), "fill") for _ in range(count)]
         self._start(count if self._reader.cold else 1)
 
     def hurry(self) -> None:
-        """Start all threads but one, whose core is CRIU's. Raises RuntimeError."""
+        """Start all threads but one, whose core is CRIU's. Raises RestoreError."""
         self._start(max(0, len(self._waiting) - 1))
 
     def release(self, pids: Mapping[int, int]) -> None:
         """Begin to write: `pids` are the processes' host pids by their numbers in the images; all are stopped.
 
-        Raises RestoreError if one that has memory to come is not there, RuntimeError if no thread can be made.
+        Raises RestoreError if one that has memory to come is not there, or if no thread can be made.
         """
         for pid in {place.pid for place in self._places}:
             if pid not in pids:
@@ -100,8 +107,8 @@ class Fill:
 
     def join(self) -> None:
         """Wait until everything is written; raises the first failure, or RestoreError if anything is missing."""
-        for thread in self._threads:
-            thread.join()
+        for task in self._tasks:
+            task.wait()
         self.raise_failure()
         missing = self._written.count(0)
         if missing:
@@ -117,16 +124,14 @@ class Fill:
         """Have the threads end, if they can: one that hangs in a dead file system's read ends with the process."""
         self._stop.set()
         self._released.set()
-        aside.wait(self._threads)
-        if not any(thread.is_alive() for thread in self._threads):
+        if aside.wait(self._tasks):
             self._close()
 
     def _start(self, count: int) -> None:
         for _ in range(count):
-            thread = self._waiting.pop()
-            thread.daemon = True
-            thread.start()
-            self._threads.append(thread)
+            task = self._waiting.pop()
+            task.start()
+            self._tasks.append(task)
 
     def _close(self) -> None:
         for target in self._targets.values():
@@ -139,13 +144,23 @@ class Fill:
             began = time.monotonic_ns()
             room, early = self._read_ahead(stream, ahead)
             self._trace.add("memory.read", began, time.monotonic_ns(), bytes=early)
+            if not self._released.is_set():
+                stream.finish()
             self._released.wait()
             began, late = time.monotonic_ns(), 0
-            while (ready := self._next_ready()) is not None:
-                self._write(*ready)
-            while not self._stop.is_set() and (item := stream.next(room)) is not None:
-                self._write(*item)
-                late += len(item[1])
+            reading = True
+            while not self._stop.is_set():
+                # In turn: while all threads wrote what is ready, the storage would have nothing to do.
+                item = stream.next(room) if reading else None
+                reading = item is not None
+                if item is not None:
+                    self._write(*item)
+                    late += len(item[1])
+                ready = self._next_ready()
+                if ready is not None:
+                    self._write(*ready)
+                elif not reading:
+                    break
             # Only what was read in this phase as well counts as its bytes, so that its rate is not flattered.
             self._trace.add("memory.fill", began, time.monotonic_ns(), bytes=late)
         except Exception as error:
@@ -158,7 +173,10 @@ class Fill:
 
         Returns a buffer for those that come later, and the bytes that were read.
         """
-        space = mmap.mmap(-1, (ahead + 1) * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            space = mmap.mmap(-1, (ahead + 1) * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:  # a limit on address space: what is needed is one window
+            ahead, space = 0, mmap.mmap(-1, WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # Else the first touch of 4 GB would be a million page faults, while CRIU wants the processors.
         with suppress(OSError):  # a kernel without them
             space.madvise(mmap.MADV_HUGEPAGE)
@@ -196,7 +214,7 @@ class Fill:
         self._written[number] = 1
 
 
-def _available() -> int:
+def available() -> int:
     """Bytes of memory that can be had without swapping, as the kernel reckons; 0 where it does not say."""
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:

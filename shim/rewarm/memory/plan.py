@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rewarm.criu import images, vmas
+from rewarm.criu import density, images, vmas
 from rewarm.criu.vmas import Vma
 from rewarm.memory.places import Place
 
@@ -42,12 +42,17 @@ def check(places: Sequence[Place], directory: Path) -> None:
 
 
 def allow_huge_pages(
-    mappings: Iterable[tuple[int, int, int, int]], directory: Path, needed: int, limit: int | None
+    mappings: Iterable[tuple[int, int, int, int]],
+    places: Sequence[Place],
+    directory: Path,
+    needed: int,
+    limit: int | None,
 ) -> None:
     """Set MADV_HUGEPAGE in CRIU's images of the mappings (process, start, end, bytes that huge pages cost more).
 
     Left as it is where the kernel has no huge pages (madvise would fail, and CRIU with it), and for mappings that
-    would grow where the container's `needed` bytes come near its memory `limit`.
+    would grow where the container's `needed` bytes come near its memory `limit`. Where the node gives huge pages to
+    all memory, mappings in which `places` are thin are told to have none (MADV_NOHUGEPAGE).
     """
     if not os.path.isdir(_THP):
         return
@@ -61,4 +66,32 @@ def allow_huge_pages(
         path = directory / f"mm-{pid}.img"
         if not path.exists():
             raise images.ImageError(f"{path.name}: it is missing")
-        vmas.allow_huge_pages(path, ranges)
+        vmas.advise(path, ranges, vmas.HUGEPAGE)
+    if _always():
+        for pid, thin in _wasteful(places, directory, chosen).items():
+            vmas.advise(directory / f"mm-{pid}.img", thin, vmas.NOHUGEPAGE)
+
+
+def _always() -> bool:
+    try:
+        with open(f"{_THP}/enabled", encoding="ascii") as file:
+            return "[always]" in file.read()
+    except OSError:
+        return False
+
+
+def _wasteful(
+    places: Sequence[Place], directory: Path, chosen: Mapping[int, set[tuple[int, int]]]
+) -> dict[int, set[tuple[int, int]]]:
+    """Mappings (start, end) by process that would take much more memory with huge pages than is filled of them."""
+    windows: dict[int, list[Place]] = {}
+    for place in places:
+        windows.setdefault(place.pid, []).append(place)
+    found: dict[int, set[tuple[int, int]]] = {}
+    for pid, members in windows.items():
+        filled = density.masks((place.base, place.bits) for place in members)
+        for vma in vmas.load(directory / f"mm-{pid}.img"):
+            key = vma.start, vma.end
+            if key not in chosen.get(pid, ()) and vma.is_unadvised and density.wasteful(*key, filled):
+                found.setdefault(pid, set()).add(key)
+    return found

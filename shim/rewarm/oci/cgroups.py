@@ -16,6 +16,7 @@ from rewarm import processes
 from rewarm.errors import OciError
 
 _TIMEOUT = 10.0
+_UNLIMITED = 1 << 62  # v1 says so by the largest number that it can
 
 
 def expected(spec: dict[str, Any], container_id: str, systemd: bool) -> list[str]:
@@ -24,9 +25,21 @@ def expected(spec: dict[str, Any], container_id: str, systemd: bool) -> list[str
     As runc 1.1 to 1.5 does it: an absolute path is taken from the hierarchy's mount, a relative one from the
     caller's own cgroup (its parent, on the v2 hierarchy), `slice:prefix:name` for systemd.
     """
+    found = [mount + place for mount, _, place in _places(spec, container_id, systemd)]
+    # A hierarchy's root holds the whole machine: it is never a container's own.
+    return [directory for directory in found if not os.path.ismount(directory)]
+
+
+def unified(spec: dict[str, Any], container_id: str, systemd: bool) -> str:
+    """The container's cgroup where the v2 hierarchy is the only one, as a path below its root; else ""."""
+    found = list(_places(spec, container_id, systemd))
+    return found[0][2] if [version for _, version, _ in found] == [2] and found[0][2] != "/" else ""
+
+
+def _places(spec: dict[str, Any], container_id: str, systemd: bool) -> Iterator[tuple[str, int, str]]:
+    """Mount point and version of every hierarchy, and the container's path on it."""
     wanted = str((spec.get("linux") or {}).get("cgroupsPath") or "")
     path = _of_systemd(wanted, container_id) if systemd else wanted or container_id
-    found = []
     for mount, version, controllers in _hierarchies():
         if path.startswith("/"):
             base = "/"
@@ -34,9 +47,7 @@ def expected(spec: dict[str, Any], container_id: str, systemd: bool) -> list[str
             own = _own(version, controllers)
             base = os.path.dirname(own) if version == 2 else own
         # The path is normalised as an absolute one, so `..` cannot lead above the hierarchy.
-        found.append(mount + os.path.normpath(os.path.join("/", base, path)))
-    # A hierarchy's root holds the whole machine: it is never a container's own.
-    return [directory for directory in found if not os.path.ismount(directory)]
+        yield mount, version, os.path.normpath(os.path.join("/", base, path))
 
 
 def take(directories: Iterable[str], pids: Collection[int]) -> None:
@@ -52,8 +63,11 @@ def take(directories: Iterable[str], pids: Collection[int]) -> None:
         outside = set(pids) - processes.in_cgroups((directory,))
         if outside and os.path.exists(os.path.join(directory, "cgroup.controllers")):
             for pid in outside:
-                with open(os.path.join(directory, "cgroup.procs"), "w", encoding="ascii") as file:
-                    file.write(str(pid))
+                try:
+                    with open(os.path.join(directory, "cgroup.procs"), "w", encoding="ascii") as file:
+                        file.write(str(pid))
+                except OSError as error:
+                    raise OciError("move process", str(pid), f"into {directory}: {error.strerror}") from error
             outside = set(pids) - processes.in_cgroups((directory,))
         if outside:
             raise OciError("check cgroup of process", str(min(outside)), f"it is not in {directory}")
@@ -94,6 +108,43 @@ def remove(directories: Iterable[str], timeout: float = _TIMEOUT) -> None:
         time.sleep(0.01)
 
 
+def memory_rooms(directories: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Bytes that may still be charged to each of these cgroups, and those above, that has a limit, before the OOM
+    killer comes (memory.max; v1: memory.limit_in_bytes), and which it is. Page cache counts as free.
+    """
+    for directory in directories:
+        while directory not in ("/", ""):
+            found = _memory_room(directory)
+            if found is not None:
+                yield max(0, found), directory
+            if os.path.ismount(directory):
+                break
+            directory = os.path.dirname(directory)
+
+
+def _memory_room(directory: str) -> int | None:
+    for limit, usage, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        try:
+            most = _word(directory, limit)
+            if most == "max" or int(most) >= _UNLIMITED:
+                return None
+            with open(os.path.join(directory, "memory.stat"), encoding="ascii") as file:
+                stat = dict(line.split() for line in file)
+            cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            return int(most) - int(_word(directory, usage)) + cache
+        except (OSError, ValueError):
+            continue  # not of this version, not of this controller, or gone
+    return None
+
+
+def _word(directory: str, name: str) -> str:
+    with open(os.path.join(directory, name), encoding="ascii") as file:
+        return file.read().strip()
+
+
 def _bottom_up(directory: str) -> Iterator[str]:
     for path, _, _ in os.walk(directory, topdown=False):
         yield path
@@ -112,7 +163,7 @@ def _of_systemd(wanted: str, container_id: str) -> str:
 def _hierarchies() -> list[tuple[str, int, frozenset[str]]]:
     """(mount point, cgroup version, controllers with `name=…`) of every mounted hierarchy."""
     found = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             head, _, tail = line.rstrip("\n").partition(" - ")
             words = tail.split(" ")
@@ -123,7 +174,7 @@ def _hierarchies() -> list[tuple[str, int, frozenset[str]]]:
 
 def _own(version: int, controllers: frozenset[str]) -> str:
     """This process's cgroup on one hierarchy."""
-    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             number, names, path = line.rstrip("\n").split(":", 2)
             if (number == "0" and version == 2) or (version == 1 and names and set(names.split(",")) <= controllers):

@@ -12,6 +12,7 @@ import json
 import os
 from typing import Any
 
+from rewarm import processes
 from rewarm.errors import OciError
 
 Spec = dict[str, Any]
@@ -60,6 +61,18 @@ def digest_of(data: bytes) -> str:
 def scratch(path: str, pid: int) -> str:
     """The name under which process `pid` writes what will be `path`."""
     return f"{path}.rewarm-{pid}"
+
+
+def scratches(path: str) -> list[str]:
+    """The files under such names beside `path`, whose processes are no more."""
+    directory, name = os.path.split(scratch(path, 0)[:-1])
+    try:
+        found = [(one, one.removeprefix(name)) for one in os.listdir(directory) if one.startswith(name)]
+    except FileNotFoundError:
+        return []
+    return [
+        os.path.join(directory, one) for one, pid in found if pid.isdigit() and processes.start_time(int(pid)) is None
+    ]
 
 
 def write_atomically(path: str, data: bytes, mode: int = 0o600) -> None:

@@ -23,6 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from rewarm import private
+
 from .entries import is_digest
 from .files import NotRegular, close, open_plain
 from .probe import file_system, is_network
@@ -142,8 +144,9 @@ class PackCache:
         if self.fault or size > self.limit:
             return None
         try:
-            for directory in (self._top / "tmp", self._top / "locks"):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Root deletes by what it finds there, so nobody else may put anything there, whatever umask the engine has.
+            for directory in (self.directory, self._top, self._top / "tmp", self._top / "locks"):
+                private.make(str(directory))
             lock = _try_lock(self.lock_path(digest))
         except OSError as error:
             self.give_up("use", error)
@@ -198,6 +201,8 @@ class PackCache:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     os.close(fd)
+                    # Whoever holds it that long hangs: not every pack is to wait for it.
+                    self.give_up("lock", OSError(errno.EBUSY, "another process holds its room"))
                     return -1
             time.sleep(0.005)
 
@@ -243,12 +248,9 @@ class PackCache:
 
     def _entries(self) -> Iterator[Path]:
         for prefix in os.listdir(self._top):
-            if len(prefix) == 2:
-                try:
-                    names = os.listdir(self._top / prefix)
-                except OSError:
-                    continue  # not a directory of ours
-                yield from (self._top / prefix / name for name in names)
+            directory = self._top / prefix
+            if len(prefix) == 2 and stat.S_ISDIR(directory.lstat().st_mode):
+                yield from (directory / name for name in os.listdir(directory) if is_digest(name))
 
 
 class CacheSettings(Protocol):

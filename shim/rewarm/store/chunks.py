@@ -25,8 +25,8 @@ RAW, ZSTD = 0, 1
 """Encodings: the bytes themselves, or one zstd frame that is smaller than they are."""
 RECORD = struct.Struct("<32sIIQIIQ")
 """digest (BLAKE3-256 of the raw bytes), pack, encoding, offset, stored, size, raw_offset."""
-MAX_TABLE = 512 << 20
-"""Bytes of the longest table: 16 TiB of memory."""
+MAX_TABLE = 64 << 20
+"""Bytes of the longest table: 2 TiB of memory. Python takes three times that to read one."""
 
 _NEXT_STEP = "remove the snapshot with `rewarm rm` and capture again"
 

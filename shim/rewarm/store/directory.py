@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .writer import SnapshotWriter
 
 SHORTEST_PREFIX = 6
-MAX_FILE = 512 << 20
+MAX_FILE = 128 << 20
 """Bytes of the largest file that is read into memory: the longest chunk table."""
 _RECAPTURE = "capture it again"
 
@@ -165,7 +165,7 @@ class DirectoryStore:
             raise files.store_error("open pack", self.pack_path(digest), error) from None
 
     def read_file(self, manifest: Manifest, name: str) -> bytes:
-        """A whole file of a snapshot, of at most 512 MiB, verified. Raises SnapshotDamaged, StoreError."""
+        """A whole file of a snapshot, of at most 128 MiB, verified. Raises SnapshotDamaged, StoreError."""
         where = f"{name[:80]!r} of {manifest.namespace}/{manifest.name}"
         entry = manifest.file(name)
         if entry is None:

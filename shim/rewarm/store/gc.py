@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,9 @@ from .workspace import make_directories, sync_directory
 
 if TYPE_CHECKING:
     from .directory import DirectoryStore
+
+_TURN, _LEISURE = 5.0, 0.1
+"""Seconds in which packs are deleted at a time, and those after which captures have had their turn."""
 
 Progress = Callable[[int], None]
 
@@ -37,31 +41,40 @@ def collect(store: DirectoryStore, progress: Progress | None = None, *, dry_run:
         return GcStats(0, 0, 0)  # no store yet, or the wrong directory: nothing is made there
     report = progress or (lambda count: None)
     make_directories(store.root, "v1", "locks")
+    tmp = store.root / "v1" / "tmp"
+    bytes_left: list[int] = []
     with sweep_locks(store.root):
-        tmp = store.root / "v1" / "tmp"
-        if not tmp.is_dir():
-            return GcStats(*_sweep(store, report, dry_run), 0)
-        bytes_left = _left_bytes(tmp)
-        if dry_run:
-            freed, packs = _sweep(store, report, dry_run)
-        else:
+        if tmp.is_dir():
+            bytes_left = _left_bytes(tmp)
+        if bytes_left and not dry_run:
             with burial(tmp):
                 report(sum(bytes_left))
-                freed, packs = _sweep(store, report, dry_run)
+                freed, packs, more = _sweep(store, report, dry_run)
             sync_directory(tmp)
-        return GcStats(freed + sum(bytes_left), packs, len(bytes_left))
+        else:
+            freed, packs, more = _sweep(store, report, dry_run)
+    while more:
+        time.sleep(_LEISURE)
+        with sweep_locks(store.root):
+            size, count, more = _sweep(store, report, dry_run)
+        freed, packs = freed + size, packs + count
+    return GcStats(freed + sum(bytes_left), packs, len(bytes_left))
 
 
-def _sweep(store: DirectoryStore, report: Progress, dry_run: bool) -> tuple[int, int]:
-    """Bytes and number of the packs that nothing needs; deletes them, unless `dry_run`."""
+def _sweep(store: DirectoryStore, report: Progress, dry_run: bool) -> tuple[int, int, bool]:
+    """Bytes and number of the packs that nothing needs; deletes them, unless `dry_run`. At the end whether there are
+    more: captures wait for the locks."""
     keep = named_packs(store.root) | shared_packs(store.root)
     freed = packs = 0
+    end = time.monotonic() + _TURN
     for path in list(unneeded_packs(store.root, keep)):
+        if not dry_run and packs and time.monotonic() > end:
+            return freed, packs, True
         size = _size(path) if dry_run else unlink_pack(path)
         if size is not None:
             freed, packs = freed + size, packs + 1
             report(size)
-    return freed, packs
+    return freed, packs, False
 
 
 def _left_bytes(tmp: Path) -> list[int]:

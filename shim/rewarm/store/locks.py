@@ -18,7 +18,7 @@ from rewarm.errors import StoreError
 
 from .files import store_error
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds to wait for publishing captures and removals, each of which holds the store's lock for a moment."""
 
 

@@ -31,6 +31,7 @@ from .entries import (
     read_file_entry,
 )
 from .fields import Bad, Reader
+from .gpus import Cuda, GpuDevice, read_cuda, read_gpus
 from .names import is_name
 
 __all__ = [
@@ -38,7 +39,9 @@ __all__ = [
     "MAX_BYTES",
     "MAX_SHARED",
     "ChunkPack",
+    "Cuda",
     "FileEntry",
+    "GpuDevice",
     "HugeMapping",
     "Manifest",
     "Memory",
@@ -93,7 +96,9 @@ class Requires:
     seccomp: str
     lsm: str
     namespaces: tuple[str, ...]
-    gpus: tuple[str, ...]
+    gpus: tuple[GpuDevice, ...]
+    driver: str
+    """Version of the NVIDIA driver, "" if there are no GPUs."""
     cgroup_version: int
 
 
@@ -142,6 +147,7 @@ class Manifest:
     files: tuple[FileEntry, ...] = field(default=())
     packs: tuple[ChunkPack, ...] = field(default=())
     memory: Memory = field(default=Memory())
+    cuda: Cuda = field(default=Cuda())
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -217,6 +223,7 @@ def _manifest(top: Reader) -> Manifest:
     created = top.text("created", 64)
     if not _CREATED.match(created):
         raise Bad(f"field created is not a time in UTC like 2026-01-31T12:00:00Z: {created!r}")
+    requires = _requires(top.object("requires"))
     manifest = Manifest(
         version=version,
         name=_name(top, "name"),
@@ -224,12 +231,13 @@ def _manifest(top: Reader) -> Manifest:
         created=created,
         rewarm=top.text("rewarm", 128),
         source=top.mapping("source"),
-        requires=_requires(top.object("requires")),
+        requires=requires,
         files=tuple(read_file_entry(reader) for reader in top.objects("files")),
         packs=tuple(read_chunk_pack(reader) for reader in top.objects("packs")),
         processes=tuple(_process(reader) for reader in top.objects("processes")),
         memory_bytes=top.integer("memory_bytes"),
         memory=read_memory(top.object("memory")),
+        cuda=read_cuda(top.object("cuda"), len(requires.gpus)),
     )
     top.done()
     check_files(manifest.files)
@@ -263,7 +271,8 @@ def _requires(reader: Reader) -> Requires:
         seccomp=reader.text("seccomp"),
         lsm=reader.text("lsm"),
         namespaces=reader.texts("namespaces"),
-        gpus=reader.texts("gpus"),
+        gpus=read_gpus(reader, "gpus"),
+        driver=reader.text("driver", 64),
         cgroup_version=reader.integer("cgroup_version", 2),
     )
     reader.done()

@@ -38,7 +38,7 @@ def file_system(device: int) -> str:
     """
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
             for line in lines:
                 before, separator, after = line.partition(" - ")
                 if separator and before.split(" ")[2] == wanted:

@@ -110,9 +110,8 @@ class Source:
         try:
             # Fewer bytes than asked for are right at the end of a file; the buffered read then says what is missing.
             return os.preadv(self._direct, [buffer[:length]], offset) >= size
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
+        except OSError:
+            # Not every file system says EINVAL for what it cannot do; if it is the file, the buffered read says so.
             self._way.refuse()
             return False
 

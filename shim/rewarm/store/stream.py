@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Generator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
@@ -25,6 +26,10 @@ Steps = Generator[tuple[int, memoryview], memoryview, memoryview]
 """Chunks come out, buffers go in: the answer to a chunk is the buffer for the next one, and so is the result."""
 
 
+_NOTHING = -1
+"""The number of no chunk."""
+
+
 class _Bad(Exception):
     """A chunk that is not what it should be; the argument says why."""
 
@@ -37,6 +42,7 @@ class Stream:
         self._scratch: memoryview | None = None
         self._inflater: Inflater | None = None
         self._steps: Steps | None = None
+        self._fetching = self._hurried = False
 
     def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
         """The next chunk that nobody else has taken: its number, and its verified bytes inside `buffer`.
@@ -51,6 +57,14 @@ class Stream:
             return self._steps.send(buffer)
         except StopIteration:
             return None
+
+    def finish(self) -> None:
+        """Bring the pack that is being fetched into the cache as a whole: who is about to wait, and for how long it
+        does not know, has others wait for it else. Its chunks come from there later. Raises as `next` does."""
+        if self._steps is not None and self._fetching:
+            self._hurried = True
+            with suppress(StopIteration):
+                self._steps.send(memoryview(mmap.mmap(-1, CHUNK)))
 
     def close(self) -> None:
         """Give up what was begun; only for a stream whose `next` did not come to None."""
@@ -120,9 +134,12 @@ class Stream:
         number = part.numbers[0]
         read = 0
         cold = False
+        later: list[int] = []
+        self._fetching = True
         try:
             source = self._store(part.pack)
             wanted = self._wanted(part, source)
+            last = wanted[-1][0] if wanted else None
             for chunk, numbers in wanted:
                 if reader.stop.is_set():
                     return buffer
@@ -130,25 +147,34 @@ class Stream:
                 cold = self._load(source, chunk, chunk.encoding, chunk.offset, cold, buffer)
                 read += chunk.stored
                 fetch.write(buffer[: chunk.size], chunk.raw_offset)
-                for number in numbers:
+                if chunk is last:
+                    # At once: with the chunks that are read ahead this thread waits, and others with it for the pack.
+                    fetch.commit()
+                for at, number in enumerate(numbers):
+                    if self._hurried:
+                        later += numbers[at:]
+                        break
                     if number != numbers[0]:  # the same bytes again, but the buffer may be another
                         cold = self._load(source, chunk, chunk.encoding, chunk.offset, cold, buffer)
                         read += chunk.stored
                     buffer = yield number, buffer[: chunk.size]
-            if wanted:
-                fetch.commit()
-            else:
+            if not wanted:
                 reader.split(part, part.numbers)
+            elif later:
+                reader.split(part, later)
         except (OSError, Short, _Bad) as error:
             if number >= 0:
                 raise self._error(error, number) from None
             # The snapshot does not need this chunk: only the cache cannot have the pack.
-            reader.split(
-                part, [number for after, numbers in wanted if after.offset > chunk.offset for number in numbers]
-            )
+            later += [number for after, numbers in wanted if after.offset > chunk.offset for number in numbers]
+            reader.split(part, later)
         finally:
             fetch.abandon()
+            self._fetching = False
             reader.counters.add(read, False)
+        if self._hurried:
+            self._hurried = False
+            buffer = yield _NOTHING, buffer
         return buffer
 
     def _wanted(self, part: Part, source: Source) -> list[tuple[Chunk, list[int]]]:

@@ -1,0 +1,160 @@
+"""The GPUs of a restore: the room on them, which of them stand for which of the snapshot's, their device nodes, and
+the device memory itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Collection
+from typing import Any
+
+from rewarm import processes
+from rewarm.errors import RestoreError
+from rewarm.gpu import actions, container, library, nodes, room, view
+from rewarm.gpu.container import EXCLUSIVE
+from rewarm.gpu.contexts import Context
+from rewarm.oci.spec import Spec, write_atomically
+from rewarm.settings import Settings
+from rewarm.store.manifest import Manifest
+from rewarm_hooks.gpu_pairs import as_objects, pair
+from rewarm_native.cuda import Driver
+
+_RECORD = "devices.json"
+_UUID_BYTES = 16
+
+
+class Devices:
+    """The GPUs of one container. Needs a snapshot with GPUs that fits the live `spec` (compat.check)."""
+
+    def __init__(self, spec: Spec, manifest: Manifest, settings: Settings, low_level: str, directory: str) -> None:
+        """`directory` is the container directory, `low_level` the runtime below rewarm."""
+        self._spec = spec
+        self._manifest = manifest
+        self._settings = settings
+        self._low_level = low_level
+        self._directory = directory
+        self._driver: Driver | None = None
+        self.map: list[dict[str, Any]] = []
+        """{"source": uuid, "target": uuid, "source_minor": n, "target_minor": n} of every GPU; [] if all are the same.
+        """
+
+    def check_room(self) -> None:
+        """The memory that the snapshot's processes had of each GPU is free on the one that stands for it: the driver
+        does not undo a restore that runs out of it. The driver that will be needed is loaded as well. Raises
+        RestoreError, GpuError.
+        """
+        cuda = self._manifest.cuda
+        if not cuda.processes:
+            return
+        self._driver = self._driver or library.load(self._settings.libcuda)
+        sources = [device.gpu for device in self._manifest.requires.gpus]
+        live = {device.gpu: device for device in self._live().devices}
+        nvml = container.nvml(self._settings.libcuda)
+        for (_, target), needed in zip(pair(sources, list(live)), cuda.used_bytes, strict=True):
+            others = nvml.processes(target.uuid) if live[target].compute_mode == EXCLUSIVE else []
+            if needed and others:
+                raise RestoreError(
+                    "restore GPU memory on",
+                    f"{target.uuid} (/dev/nvidia{target.minor})",
+                    f"it is in compute mode {EXCLUSIVE}, and process {others[0][0]} uses it",
+                    "see who uses it with `nvidia-smi`",
+                )
+            if text := room.short(nvml, target.uuid, needed):
+                raise RestoreError(
+                    "restore GPU memory on",
+                    f"{target.uuid} (/dev/nvidia{target.minor})",
+                    text,
+                    "see who uses it with `nvidia-smi`",
+                )
+
+    def hook(self) -> list[str]:
+        """The words of the hook that works out the map when the container is made; writes what it reads."""
+        inventory = container.nvml(self._settings.libcuda).inventory
+        sources = as_objects(device.gpu for device in self._manifest.requires.gpus)
+        mig = inventory.mig_minors
+        here = [{**gpu, "mig": gpu["minor"] in mig} for gpu in as_objects(inventory.gpus)]
+        words = [sys.executable, "-I", "-c"]
+        # Not -m: runpy takes longer than all else in it.
+        words.append(
+            "import sys; from rewarm_hooks.device_remap import main; sys.exit(main(sys.argv[1:], sys.stdin.buffer))"
+        )
+        for name, value in (("sources", sources), ("node", here)):
+            path = os.path.join(self._directory, f"{name}.json")
+            write_atomically(path, json.dumps(value).encode())
+            words += [f"--{name}", path]
+        return [*words, "--record", os.path.join(self._directory, _RECORD), "--low-level", self._low_level]
+
+    def put_right(self, init: int, rootfs: str) -> list[str]:
+        """Make the device nodes of the stopped container those of its spec. Returns what was changed, a line each.
+
+        That is usual: the driver makes nodes in a container as it needs them. `rootfs` is that of its bundle: whoever
+        sees another root or other mounts would have other nodes. Raises RestoreError.
+        """
+        self.map = self._read_map()
+        _check_view(init, rootfs)
+        return nodes.put_right(init, self._spec)
+
+    def resume(self, init: int, stopped: Collection[int]) -> None:
+        """Let the processes of the tree below `init` (host pid) run, but those `stopped` (numbers in the container),
+        and give those that use CUDA their device memory back.
+
+        Their programs run from here on: the driver does its work in a thread of theirs. Raises RestoreError, GpuError.
+        """
+        tree = processes.tree(init)
+        numbers = {processes.namespace_pid(pid): pid for pid in tree}
+        found = []
+        for number in self._manifest.cuda.processes:
+            pid = numbers.get(number)
+            start = None if pid is None else processes.start_time(pid)
+            if pid is None or start is None:
+                raise RestoreError("restore GPU memory of", f"process {number}", "it is not among the restored ones")
+            found.append(Context(pid, start, processes.command(pid)))
+        self.check_room()
+        for pid in reversed(tree):
+            if processes.namespace_pid(pid) not in stopped:
+                processes.send(pid, signal.SIGCONT)
+        if self._driver is not None:
+            pairs = [(_bytes(entry["source"]), _bytes(entry["target"])) for entry in self.map]
+            actions.restore(self._driver, found, pairs)
+
+    def _live(self) -> container.ContainerGpus:
+        return container.of_spec(self._spec, self._low_level, self._settings.libcuda)
+
+    def _read_map(self) -> list[dict[str, Any]]:
+        """What the hook wrote: for every GPU of the snapshot one of this container's, or nothing."""
+        path = os.path.join(self._directory, _RECORD)
+        try:
+            with open(path, "rb") as file:
+                found: list[dict[str, Any]] = json.load(file)["devices"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RestoreError("read device map", path, str(error), "the device-remap hook did not run") from None
+        sources = [device.uuid for device in self._manifest.requires.gpus]
+        targets = sorted(device.gpu.uuid for device in self._live().devices)
+        if found and (
+            [entry["source"] for entry in found] != sources or sorted(entry["target"] for entry in found) != targets
+        ):
+            raise RestoreError("read device map", path, f"it is not one of {sources} to {targets}")
+        return found
+
+
+def _check_view(init: int, rootfs: str) -> None:
+    try:
+        found = view.other(init, rootfs)
+    except OSError as error:
+        raise RestoreError("look at root of", f"process {init}", error.strerror or str(error)) from error
+    if found:
+        cause = "it has a root or mounts of its own, in which rewarm puts no devices right"
+        raise RestoreError("put devices right of", found, cause, "capture the container without such a process")
+
+
+def _bytes(uuid: str) -> bytes:
+    """The 16 bytes of "GPU-ad04c04b-…", as cuda.h's CUuuid has them."""
+    try:
+        found = bytes.fromhex(uuid.removeprefix("GPU-").replace("-", ""))
+    except ValueError:
+        found = b""
+    if len(found) != _UUID_BYTES:
+        raise RestoreError("read device map", repr(uuid), "it is no UUID of a GPU")
+    return found

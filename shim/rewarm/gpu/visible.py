@@ -1,0 +1,60 @@
+"""Which GPUs a live OCI spec gives a container, with rewarm's errors.
+
+What a spec means is said in `rewarm_hooks.gpu_visible`, since the device-remap hook has to find the same GPUs. That is
+imported once a container may have GPUs at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rewarm.errors import Unfit
+
+if TYPE_CHECKING:
+    from rewarm_hooks.gpu_pairs import Gpu
+
+_DEVICES = "/proc/devices"
+
+
+def asks_for_gpus(spec: dict[str, Any], low_level: str = "runc") -> bool:
+    """Whether the spec gives the container any GPU, one that is refused included; needs no driver and no inventory.
+
+    low_level: name or path of the runtime below rewarm, which may be NVIDIA's.
+    """
+    from rewarm_hooks import gpu_visible
+
+    return gpu_visible.asks_for_gpus(spec, proc_devices=_proc_devices(), low_level=low_level)
+
+
+def injected(spec: dict[str, Any], low_level: str) -> bool:
+    """Whether NVIDIA's hook or runtime adds GPUs to what the spec gives, and with them bind mounts."""
+    from rewarm_hooks import gpu_visible
+
+    return gpu_visible.injected(spec, low_level)
+
+
+def visible(
+    spec: dict[str, Any], inventory: Sequence[Gpu], mig_minors: Collection[int] = (), low_level: str = "runc"
+) -> tuple[Gpu, ...]:
+    """The container's GPUs out of the node's `inventory` (in PCI order), in the order of minor numbers.
+
+    mig_minors: minor numbers of GPUs in MIG mode;  low_level: as above. Raises Unfit for a GPU that is not there, and
+    for MIG.
+    """
+    from rewarm_hooks import gpu_visible
+
+    try:
+        return gpu_visible.visible(
+            spec, inventory, mig_minors=mig_minors, proc_devices=_proc_devices(), low_level=low_level
+        )
+    except gpu_visible.Unresolved as error:
+        raise Unfit("find GPUs of", "this container", str(error), error.next_step) from error
+
+
+def _proc_devices() -> str:
+    try:
+        with open(_DEVICES, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""  # the driver's registered major is known without it

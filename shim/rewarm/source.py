@@ -1,0 +1,127 @@
+"""Whether a container can be captured: what is looked at before anything is paused, and refused by name."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from rewarm import processes
+from rewarm.errors import CaptureError, GpuError
+from rewarm.oci import cgroups, spec
+from rewarm.oci.runc import Container, Runc
+
+if TYPE_CHECKING:
+    from rewarm.gpu.hold import Users
+
+
+def check_status(container: Container, low_level: Runc) -> None:
+    """It runs, and a copy of it could run elsewhere. Raises CaptureError, OciError."""
+    status = low_level.status(container.id)
+    if status == "created":
+        raise CaptureError("capture container", container.id, "it is created but not started", "start it first")
+    if status not in ("running", "paused"):
+        raise CaptureError(
+            "capture container",
+            container.id,
+            f"it is {status or 'gone'}, so it has no memory to capture",
+            "capture it while it runs",
+        )
+    if status == "paused":
+        raise CaptureError("capture container", container.id, "it is paused", "resume it first")
+    for namespace in (spec.load(container.bundle).get("linux") or {}).get("namespaces") or []:
+        if namespace.get("type") == "pid" and namespace.get("path"):
+            raise CaptureError(
+                "capture container",
+                container.id,
+                "it shares a pid namespace, in which its process ids may be taken at the restore",
+                "give it a pid namespace of its own",
+            )
+    if container.labels.get("org.criu.config"):
+        raise CaptureError(
+            "capture container",
+            container.id,
+            "its annotation org.criu.config would override rewarm's options",
+            "remove the annotation",
+        )
+
+
+def check_pid_namespaces(container: Container) -> None:
+    """CRIU dumps none below the container's own (criu/namespaces.c), and says so when device memory has been moved.
+
+    Raises CaptureError.
+    """
+    try:
+        own = os.readlink(f"/proc/{container.pid}/ns/pid")
+    except OSError as error:
+        cause = f"its init, process {container.pid}, has ended"
+        raise CaptureError("capture container", container.id, cause, "capture it while it runs") from error
+    for pid in processes.tree(container.pid):
+        try:
+            found = os.readlink(f"/proc/{pid}/ns/pid")
+        except OSError:
+            continue  # it has ended
+        if found != own:
+            raise CaptureError(
+                "capture container",
+                container.id,
+                f"process {pid} ({processes.command(pid)}) is in a pid namespace of its own, which CRIU cannot dump",
+                "run it without `unshare --pid` or a sandbox that makes one",
+            )
+
+
+def check_streams(container: Container) -> None:
+    """Standard streams on a file or named FIFO of the node: CRIU knows no mount of the container for it.
+
+    Raises CaptureError.
+    """
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            target = os.readlink(f"/proc/{container.pid}/fd/{number}")
+            status = os.stat(f"/proc/{container.pid}/fd/{number}")
+        except FileNotFoundError:
+            continue  # the program closed it
+        if not target.startswith("/") or target == "/dev/null":
+            continue
+        try:
+            inside = os.stat(f"/proc/{container.pid}/root{target}", follow_symlinks=False)
+        except OSError:
+            inside = None
+        if inside is None or (inside.st_dev, inside.st_ino) != (status.st_dev, status.st_ino):
+            raise CaptureError(
+                "capture container",
+                container.id,
+                f"its {stream} is {target}, a file outside of the container that CRIU cannot see",
+                "start it with pipes, as containerd, Docker and Podman do",
+            )
+
+
+def check_view(container: Container) -> None:
+    """A GPU container whose processes see other roots or mounts is not restored (devices.py). Raises CaptureError."""
+    from rewarm.gpu import view
+
+    try:
+        found = view.other(container.pid)
+    except OSError as error:
+        raise CaptureError("look at roots of container", container.id, error.strerror or str(error)) from error
+    if found:
+        cause = f"{found} has a root or mounts of its own, in which a restore could not put its GPU devices right"
+        raise CaptureError("capture container", container.id, cause, "run it without chroot or mounts of its own")
+
+
+def check_memory(container: Container, users: Users) -> None:
+    """The device memory becomes memory of the container's own, and its cgroup's OOM killer knows no mercy.
+
+    Nothing is refused where NVML does not say how much it is. Raises GpuError.
+    """
+    from rewarm.memory.fill import available  # only where a process uses a GPU
+
+    uuids = [device.gpu.uuid for device in users.gpus.devices]
+    sizes = users.nvml.used_bytes(uuids, [context.pid for context in users.contexts]) or {}
+    needed = sum(sum(found.values()) for found in sizes.values())
+    rooms = [(available(), "this node"), *cgroups.memory_rooms(container.cgroup_paths)]
+    room, where = min(rooms)
+    if needed > room:
+        cause = (
+            f"{needed} bytes ({needed >> 20} MiB) of it become memory of its own, {where} has {room} ({room >> 20} MiB)"
+        )
+        raise GpuError("capture GPU memory of", container.id, cause, "raise its memory limit, or free memory")

@@ -1,0 +1,69 @@
+"""The containers that the tests capture, by name: programs of workloads/gpu with their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Change = Callable[[dict[str, Any]], None]
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Source:
+    """`early`: started with all others at the beginning, since importing PyTorch takes seconds."""
+
+    case: str
+    env: Mapping[str, str] = field(default_factory=dict)
+    change: Change | None = None
+    early: bool = True
+
+
+def probe_device() -> Path | None:
+    """A device of this machine that no container may open by default, and whose opening does nothing."""
+    found = (path for path in map(Path, ("/dev/fuse", "/dev/loop-control", "/dev/hpet")) if path.is_char_device())
+    return next(found, None)
+
+
+def limited(spec: dict[str, Any]) -> None:
+    """A memory limit and a device of its own: what a restored container must not inherit."""
+    import os
+
+    resources = spec["linux"]["resources"]
+    resources["memory"] = {"limit": 48 * GIB}
+    path = probe_device()
+    if path is not None:
+        number = path.stat().st_rdev
+        rule = {"type": "c", "major": os.major(number), "minor": os.minor(number)}
+        resources["devices"].append({"allow": True, **rule, "access": "rwm"})
+
+
+SOURCES: dict[str, Source] = {
+    # What the driver can do: results compared bit for bit.
+    "server": Source("server", {"GIB": "1"}),
+    "float32": Source("server", {"GIB": "0.5", "DTYPE": "float32"}),
+    "spawn": Source("spawn"),
+    "child": Source("child"),
+    "pinned": Source("pinned"),
+    "streams": Source("streams"),
+    "libraries": Source("libraries"),
+    # The pool of compile workers holds the GPU open, and is refused by name; vLLM does without it as well.
+    "compiled": Source("compiled", {"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
+    # These keep the GPU busy from their start on.
+    "threads": Source("threads", early=False),
+    "llm": Source("llm", {"LAYERS": "4", "KV_TOKENS": "2048"}, early=False),
+    # What it cannot.
+    "managed": Source("managed", early=False),
+    "exported": Source("exported", early=False),
+    "ipc": Source("ipc"),
+    # Of the other tests.
+    "stopped": Source("server", {"GIB": "0.25"}),
+    "twice": Source("server", {"GIB": "0.5"}),
+    "limited": Source("server", {"GIB": "0.5"}, limited),
+    "large": Source("server", {"GIB": "2"}),
+    "busy": Source("server", {"GIB": "0.25"}),
+    "killed-locked": Source("server", {"GIB": "4"}),
+    "killed-checkpointed": Source("server", {"GIB": "4"}),
+}

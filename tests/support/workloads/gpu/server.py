@@ -1,0 +1,68 @@
+"""A server with GIB gibibytes of weights (DTYPE bfloat16 or float32), whose answers come from a captured CUDA graph."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from support.workloads.gpu import base, tensors
+from support.workloads.gpu.tensors import torch
+
+WIDTH = 4096
+LAYERS = 8
+BATCH = 16
+
+
+class Server(base.Case):
+    """A small network over matrices spread over all weights; its output is the next step's input."""
+
+    def __init__(self, gib: float, seed: int = 1, dtype: str = "bfloat16") -> None:
+        kind = getattr(torch, dtype)
+        self.weights = tensors.weights(int(gib * (1 << 30)), seed, kind)
+        matrices = [part[: WIDTH * WIDTH].view(WIDTH, WIDTH) for part in self.weights if part.numel() >= WIDTH * WIDTH]
+        self.matrices = matrices[:: max(1, len(matrices) // LAYERS)][:LAYERS]
+        self.start = torch.linspace(-1, 1, BATCH * WIDTH, device="cuda").to(kind).view(BATCH, WIDTH)
+        self.x = self.start.clone()
+        self.sample = torch.zeros((), dtype=torch.int64, device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._forward()
+
+    def _forward(self) -> None:
+        y = self.x
+        for matrix in self.matrices:
+            y = torch.tanh(y @ matrix)
+        self.x.copy_(y)
+        self.sample.copy_(tensors.samples(self.weights))
+
+    def reset(self) -> None:
+        self.x.copy_(self.start)
+        torch.cuda.synchronize()
+
+    def step(self) -> Any:
+        self.graph.replay()
+        return tensors.digest(self.x, self.sample)
+
+    def checksum(self) -> Any:
+        return tensors.total(self.weights)
+
+    def busy(self, seconds: float) -> None:
+        tensors.spin(seconds)
+
+    def state(self) -> dict[str, Any]:
+        return {"weights": sum(part.numel() * part.element_size() for part in self.weights)}
+
+
+def main() -> None:
+    tensors.set_up()
+    tensors.serve(Server(float(os.environ.get("GIB", "1")), dtype=os.environ.get("DTYPE", "bfloat16")))
+
+
+if __name__ == "__main__":
+    main()
