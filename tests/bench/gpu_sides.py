@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from bench.sides import PORT, HostNetwork, touch, trace_phases
-from rewarm.settings import Settings
 from support import cgroups
 from support.bundle import Bundle
 from support.gpu.checkpoints import CHECKPOINTED, Checkpoints
 from support.gpu.machine import Machine
 from support.netns import HttpError
 from support.node import Node
-from support.proc import descendants, wait_for
+from support.proc import command, descendants, wait_for
 from support.runtime import Runtime
 
 STOCK, REWARM, COLD = "criu and driver", "rewarm", "cold"
 ANSWER = 240.0
-READ_AHEAD = Settings().read_ahead
+READ_AHEAD = "from rewarm.settings import Settings; print(Settings().read_ahead)"
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ class GpuSides:
         self.memory = 0
         """Bytes of the checkpointed processes: touched before each restore, so that the machine has them."""
         self.source = ""
+        # The Python that runs this may have no rewarm.
+        self.read_ahead = int(command(f"{node.prefix}/venv/bin/python3", "-I", "-c", READ_AHEAD).stdout)
         self._bundle: Bundle | None = None
         self._turn = 0
 
@@ -166,7 +167,7 @@ class GpuSides:
         """What the processes will have, and what `create` reads ahead; never more than is free: the page cache, with
         the images in it, stays."""
         free = int(Path("/proc/meminfo").read_text().split("MemFree:")[1].split()[0]) << 10
-        touch(max(min(int(self.memory * 1.25) + READ_AHEAD + (512 << 20), free - (2 << 30)), 1 << 20))
+        touch(max(min(int(self.memory * 1.25) + self.read_ahead + (512 << 20), free - (2 << 30)), 1 << 20))
 
     def begin(self) -> Timed:
         """`start_source`, with memory that is there."""
