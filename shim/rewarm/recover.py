@@ -23,6 +23,8 @@ from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci.record import Record
 from rewarm.settings import Settings
 
+_LONGEST_EXEC = 0.1
+"""Seconds until a program that has been started has its arguments."""
 _GUARD_TIMEOUT = 20.0
 
 
@@ -270,15 +272,23 @@ def _guards(path: str) -> list[int]:
 
 
 def _running(programs: tuple[str, ...], argument: str) -> list[int]:
-    """Processes that run one of the programs with an argument that is exactly this."""
+    """Processes that run one of the programs with an argument that is exactly this. One in the middle of execve(2) has
+    no words yet, but the file already (begin_new_exec, create_elf_tables)."""
     wanted = b"\0" + os.fsencode(argument) + b"\0"
     # By the file that runs, not by its name: a container may call its processes as it likes.
     files = {_identity(program) for program in programs} - {None}
     found = []
     for name in os.listdir("/proc"):
-        other = name.isdigit() and int(name) != os.getpid()
-        if other and wanted in _words(name) and _identity(f"/proc/{name}/exe") in files:
-            found.append(int(name))
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        words = _words(name)
+        if (not words or wanted in words) and _identity(f"/proc/{name}/exe") in files:
+            end = time.monotonic() + _LONGEST_EXEC
+            while not words and time.monotonic() < end:
+                time.sleep(0.001)
+                words = _words(name)
+            if wanted in words:
+                found.append(int(name))
     return found
 
 

@@ -74,7 +74,7 @@ class Settings:
     """The node's own copy of packs: a directory, off, or auto: /var/lib/rewarm/cache if the store is not local."""
     cache_size: int = 50 * 10**9
     """Bytes that the cache may take."""
-    read_ahead: int = 4 * 10**9
+    read_ahead: int = 8 * 10**9
     """Bytes of memory that a restore may read before CRIU has made the processes; never more than a sixteenth of what
     is available."""
     libcuda: str = "auto"

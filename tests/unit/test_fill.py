@@ -155,8 +155,10 @@ def test_no_more_than_so_much_is_read_ahead(victim: Victim) -> None:
     assert reader.taken == 16
 
 
-def test_reading_goes_on_while_what_is_ready_is_written(victim: Victim) -> None:
-    """With the storage idle until all that waits is written, a cold restore would lose that time."""
+@pytest.mark.parametrize("cold", [True, False])
+def test_what_is_read_and_what_is_ready(victim: Victim, cold: bool) -> None:
+    """Storage would have nothing to do until all that waits is written: in turn. Without storage what waits comes last,
+    since a chunk of it is the least that a thread can take on while others end."""
     where, data = random_chunks(victim, 16)
     stop, written = threading.Event(), []
 
@@ -166,13 +168,35 @@ def test_reading_goes_on_while_what_is_ready_is_written(victim: Victim) -> None:
             return super().next(buffer)
 
     reader = Watched(data, parallel=1)
+    reader.cold = cold
     fill = Fill(reader, where, stop, Trace(), ahead=8 * WINDOW)
     fill.start()
     wait_for("the end of reading ahead", lambda: reader.finished == 1)
     assert reader.taken == 8
     fill.release({PID: victim.pid})
     fill.join()
-    assert written == [0] * 9 + [2, 4, 6, 8, 10, 12, 14, 16]
+    assert written == [0] * 9 + ([2, 4, 6, 8, 10, 12, 14, 16] if cold else [1, 2, 3, 4, 5, 6, 7, 8])
+    assert all(contents(victim, place) == one for place, one in zip(where, data, strict=True))
+
+
+def test_what_was_read_ahead_is_given_back() -> None:
+    victim = Victim(64)
+    try:
+        where, data = random_chunks(victim, 64)
+        fill, reader, _ = start(where, data, ahead=3 * 64 * WINDOW)
+        fill.start()
+        wait_for("the end of reading ahead", lambda: reader.finished == 1)
+        before = resident()
+        fill.release({PID: victim.pid})
+        fill.join()
+        wait_for("less memory", lambda: resident() < before - 48 * WINDOW)
+    finally:
+        victim.close()
+
+
+def resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * PAGE
 
 
 def test_memory_that_the_process_may_not_write() -> None:

@@ -346,6 +346,24 @@ def test_a_watcher_is_no_guard(path: Path) -> None:
             guard.kill()
 
 
+def test_a_guard_in_the_middle_of_execve(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no arguments yet, and is none the less there."""
+    words, asked = recover._words, []
+
+    def none_yet(pid: str) -> bytes:
+        asked.append(pid)
+        return b"" if asked.count(pid) < 4 else words(pid)
+
+    command = [sys.executable, "-c", "import time; time.sleep(100)", "rewarm.recover", str(path)]
+    with subprocess.Popen(command) as guard:
+        try:
+            wait_for("its arguments", lambda: words(str(guard.pid)))
+            monkeypatch.setattr(recover, "_words", none_yet)
+            assert recover._guards(str(path)) == [guard.pid]
+        finally:
+            guard.kill()
+
+
 def test_sweep_of_no_state_is_no_failure(tmp_path: Path) -> None:
     assert recover.sweep(str(tmp_path / "nowhere"), "/no/runc") == []
     (tmp_path / "file").write_text("")

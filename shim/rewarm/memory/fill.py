@@ -21,7 +21,7 @@ from rewarm.memory.places import WINDOW, Place
 from rewarm.trace import Trace
 from rewarm_native.memory import Target
 
-_WARM = 256 << 20
+_WARM = 512 << 20
 """Bytes that a thread reads ahead from memory at most: more than that it does not get done while CRIU works."""
 _COLD = 64 << 20
 """The same from storage: with more, reading and verifying would keep the processors from CRIU."""
@@ -69,6 +69,7 @@ class Fill:
         self._written = bytearray(len(places))
         self._failure: Exception | None = None
         self._ready: deque[tuple[int, memoryview]] = deque()
+        self._spaces: list[mmap.mmap] = []
         self._waiting: list[Task] = []
         self._tasks: list[Task] = []
 
@@ -114,6 +115,9 @@ class Fill:
         if missing:
             raise RestoreError("fill memory", f"{missing} of {len(self._places)} chunks", "they were not written")
         self._close()
+        # No Task: nobody has to wait for it.
+        with suppress(RuntimeError):  # no more threads: it is given back when this process ends
+            threading.Thread(target=self._spaces.clear, name="free", daemon=True).start()
 
     def raise_failure(self) -> None:
         """Raise the first failure so far, if there is one."""
@@ -150,12 +154,14 @@ class Fill:
             began, late = time.monotonic_ns(), 0
             reading = True
             while not self._stop.is_set():
-                # In turn: while all threads wrote what is ready, the storage would have nothing to do.
                 item = stream.next(room) if reading else None
                 reading = item is not None
                 if item is not None:
                     self._write(*item)
                     late += len(item[1])
+                    if not self._reader.cold:
+                        continue  # what is ready comes last: one chunk at a time, so that all threads end together
+                # In turn: while all threads wrote what is ready, the storage would have nothing to do.
                 ready = self._next_ready()
                 if ready is not None:
                     self._write(*ready)
@@ -177,9 +183,11 @@ class Fill:
             space = mmap.mmap(-1, (ahead + 1) * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:  # a limit on address space: what is needed is one window
             ahead, space = 0, mmap.mmap(-1, WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Else the first touch of 4 GB would be a million page faults, while CRIU wants the processors.
+        # Else the first touch of 8 GB would be two million page faults, while CRIU wants the processors.
         with suppress(OSError):  # a kernel without them
             space.madvise(mmap.MADV_HUGEPAGE)
+        # Giving back gigabytes takes time, which is not to be the fill's.
+        self._spaces.append(space)
         rooms = memoryview(space)
         early = 0
         for at in range(0, ahead * WINDOW, WINDOW):
