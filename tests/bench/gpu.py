@@ -262,8 +262,7 @@ def main() -> int:
         run.found |= {**device.machine(prefix), **gpu()} if not FAKE else gpu()
         run.save()
         if not FAKE:
-            # All of it: what the kernel gives out later need not be what was touched last.
-            device.touch(int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) >> 20)
+            device.touch()
         machine = Machine.here()
         for label in labels:
             case(run, label, directory, prefix, machine, asked)

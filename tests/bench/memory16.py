@@ -108,8 +108,10 @@ sys.stdin.read()
 """
 
 
-def touch(gib: int) -> None:
-    """Touch memory once and give it back: a virtual machine gets it from its host at the first touch."""
+def touch(gib: int = 0) -> None:
+    """Touch memory once and give it back: a virtual machine gets it from its host at the first touch. 0: all there is,
+    since what the kernel gives out later need not be what was touched last."""
+    gib = gib or int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) >> 20
     words = [sys.executable, "-c", TOUCH, str(-(-gib * 4 // TOUCHERS))]
     # All hold theirs until the last one has its share: else one would touch what another has given back.
     running = [
@@ -230,7 +232,7 @@ def main() -> int:
         proc.command("mount", "-t", "tmpfs", "tmpfs", directory / "rootfs")
         install(asked.carried.resolve(), prefix)
         say("installed")
-        touch(max(asked.mib * 9 // 2 >> 10, 1))
+        touch()
         found = measure(directory, prefix, asked)
         found["storage"] = kind
         summary(found)

@@ -28,7 +28,7 @@ from support.proc import become_subreaper
 
 HERE = Path(__file__).parent
 # Those that could leave the GPU in a bad state come last.
-ORDER = ("test_cases", "test_lifecycle", "test_cgroup", "test_refused", "test_faults")
+ORDER = ("test_cases", "test_lifecycle", "test_remap", "test_cgroup", "test_refused", "test_faults")
 LONGEST = 150
 BEGAN = time.monotonic()
 LIMIT = float(os.environ.get("REWARM_GPU_SECONDS", "3600"))

@@ -40,6 +40,27 @@ def limited(spec: dict[str, Any]) -> None:
         resources["devices"].append({"allow": True, **rule, "access": "rwm"})
 
 
+def gpu_nodes() -> list[Path]:
+    """The nodes of the GPUs themselves, in the order of their minor numbers."""
+    found = [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("nvidia")))
+
+
+def only_gpu(index: int) -> Change:
+    """Leaves a container one of `gpu_nodes`."""
+
+    def change(spec: dict[str, Any]) -> None:
+        others = {str(path) for at, path in enumerate(gpu_nodes()) if at != index}
+        linux = spec["linux"]
+        nodes = linux.get("devices", [])
+        gone = [(node["major"], node["minor"]) for node in nodes if node["path"] in others]
+        linux["devices"] = [node for node in nodes if node["path"] not in others]
+        rules = linux["resources"]["devices"]
+        linux["resources"]["devices"] = [r for r in rules if (r.get("major"), r.get("minor")) not in gone]
+
+    return change
+
+
 SOURCES: dict[str, Source] = {
     # What the driver can do: results compared bit for bit.
     "server": Source("server", {"GIB": "1"}),
@@ -61,6 +82,7 @@ SOURCES: dict[str, Source] = {
     # Of the other tests.
     "stopped": Source("server", {"GIB": "0.25"}),
     "twice": Source("server", {"GIB": "0.5"}),
+    "remapped": Source("server", {"GIB": "0.5"}, only_gpu(0), early=False),
     "limited": Source("server", {"GIB": "0.5"}, limited),
     "large": Source("server", {"GIB": "2"}),
     "busy": Source("server", {"GIB": "0.25"}),
