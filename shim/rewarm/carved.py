@@ -11,6 +11,7 @@ from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.memory import places, plan
 from rewarm.memory.fill import Fill
 from rewarm.memory.places import PLACES, Place
+from rewarm.oci import cgroups
 from rewarm.settings import Settings
 from rewarm.store import chunks
 from rewarm.store.cache import cache_for
@@ -112,5 +113,14 @@ def load(
     threads = node.threads(settings)
     cache = cache_for(settings, store)
     reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
-    ahead = settings.read_ahead if slots.take(settings.state_dir) else 0
-    return CarvedMemory(ref, manifest, where, reader, Fill(reader, where, stop, trace, ahead=ahead))
+    fill = Fill(reader, where, stop, trace, ahead=_ahead(settings, filled))
+    return CarvedMemory(ref, manifest, where, reader, fill)
+
+
+def _ahead(settings: Settings, filled: int) -> int:
+    """Bytes that may be read ahead where `filled` bytes come back: no more than half of what the limits over rewarm's
+    own cgroup leave beside those, which are charged to the same ones if the engine puts it into the pod's."""
+    if not slots.take(settings.state_dir):
+        return 0
+    rooms = (room for room, _ in cgroups.memory_rooms(cgroups.own()))
+    return min([settings.read_ahead, *(max(0, room - filled) // 2 for room in rooms)])

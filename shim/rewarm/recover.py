@@ -23,8 +23,8 @@ from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci.record import Record
 from rewarm.settings import Settings
 
-_LONGEST_EXEC = 0.1
-"""Seconds until a program that has been started has its arguments."""
+_LONGEST_EXEC = 1.0
+"""Seconds until a program that has been started has its arguments, also one whose cgroup is throttled."""
 _GUARD_TIMEOUT = 20.0
 
 
@@ -265,34 +265,41 @@ def _guards(path: str) -> list[int]:
     """The guards, or the recoveries that they became, of one container directory: they have its path as an argument."""
     guards = _running((installation.guard(),), path)
     # After these: one that becomes a recovery meanwhile is in the one list or the other, or in both.
-    recoveries = [
-        pid for pid in _running((sys.executable,), path) if b"rewarm.recover" in _words(str(pid)).split(b"\0")
-    ]
-    return [*guards, *recoveries]
+    recoveries = _running((sys.executable,), path)
+    return [*guards, *(pid for pid, words in recoveries.items() if b"rewarm.recover" in words.split(b"\0"))]
 
 
-def _running(programs: tuple[str, ...], argument: str) -> list[int]:
-    """Processes that run one of the programs with an argument that is exactly this. One in the middle of execve(2) has
-    no words yet, but the file already (begin_new_exec, create_elf_tables)."""
+def _running(programs: tuple[str, ...], argument: str) -> dict[int, bytes]:
+    """Processes that run one of the programs with an argument that is exactly this, and their words.
+
+    One in the middle of execve(2) has the file already, but no words yet (begin_new_exec, create_elf_tables): it is
+    waited for, if it is in this pid namespace, since others could have none for ever (PR_SET_MM) to hold us up.
+    """
     wanted = b"\0" + os.fsencode(argument) + b"\0"
     # By the file that runs, not by its name: a container may call its processes as it likes.
     files = {_identity(program) for program in programs} - {None}
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        words = _words(name)
-        if (not words or wanted in words) and _identity(f"/proc/{name}/exe") in files:
-            end = time.monotonic() + _LONGEST_EXEC
-            while not words and time.monotonic() < end:
-                time.sleep(0.001)
-                words = _words(name)
-            if wanted in words:
-                found.append(int(name))
+    here = _identity("/proc/self/ns/pid")
+    found: dict[int, bytes] = {}
+    left = {int(name) for name in os.listdir("/proc") if name.isdigit()} - {os.getpid()}
+    end = time.monotonic() + _LONGEST_EXEC
+    while left:
+        for pid in sorted(left):
+            words = _words(pid)
+            if (words and wanted not in words) or _identity(f"/proc/{pid}/exe") not in files:
+                left.discard(pid)
+            elif words:
+                left.discard(pid)
+                found[pid] = words
+            elif _identity(f"/proc/{pid}/ns/pid") != here:
+                left.discard(pid)
+        if time.monotonic() > end:
+            break
+        if left:
+            time.sleep(0.001)
     return found
 
 
-def _words(pid: str) -> bytes:
+def _words(pid: int) -> bytes:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read(1 << 16)

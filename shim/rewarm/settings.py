@@ -76,7 +76,7 @@ class Settings:
     """Bytes that the cache may take."""
     read_ahead: int = 8 * 10**9
     """Bytes of memory that a restore may read before CRIU has made the processes; never more than a sixteenth of what
-    is available."""
+    is available beside the container's own."""
     libcuda: str = "auto"
     """Path of libcuda.so.1; auto: where NVIDIA's driver, images of nodes and the GPU operator put it."""
     gpu_lock_timeout: float = 30.0

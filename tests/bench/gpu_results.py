@@ -70,7 +70,7 @@ def table(merged: dict[str, Any]) -> str:
         "CUDA", "answer", "snapshot", "one capture: pause, in all", "restores",
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for name, case in merged["cases"].items():
+    for name, case in sorted(merged["cases"].items(), key=_size):
         medians = case.get("median_s", {})
         phases = case.get("median_phases_s", {}).get(REWARM, {})
         said = case.get("capture", {}).get(REWARM, {})
@@ -84,6 +84,12 @@ def table(merged: dict[str, Any]) -> str:
         cells.append(str(_weight(case)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _size(entry: tuple[str, Any]) -> tuple[bool, float]:
+    """GiB first, models last."""
+    name = entry[0]
+    return not name[0].isdigit(), float(name) if name[0].isdigit() else 0.0
 
 
 def _seconds(value: float | None) -> str:

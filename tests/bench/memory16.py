@@ -99,7 +99,10 @@ for _ in range(int(sys.argv[1])):
     else:
         break
     piece = mmap.mmap(-1, 1 << 28, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    piece.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        piece.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        pass
     for at in range(0, 1 << 28, 4096):
         piece[at] = 1
     held.append(piece)
@@ -109,7 +112,7 @@ sys.stdin.read()
 
 
 def touch(gib: int = 0) -> None:
-    """Touch memory once and give it back: a virtual machine gets it from its host at the first touch. 0: all there is,
+    """Touch memory once and give it back: a virtual machine gets it from its host at the first touch. 0: all but 6 GiB,
     since what the kernel gives out later need not be what was touched last."""
     gib = gib or int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) >> 20
     words = [sys.executable, "-c", TOUCH, str(-(-gib * 4 // TOUCHERS))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def used_gpu(running: Running) -> str:
 def opened(running: Running) -> set[str]:
     """The nodes of GPUs that it has open. (What is in its /dev says nothing: libcuda makes all nodes there, those that
     the container's cgroup denies as well.)"""
-    files = (entry for pid in running.pids() for entry in Path(f"/proc/{pid}/fd").iterdir())
-    names = {Path(os.readlink(file)).name for file in files}
+    names = set()
+    for pid in running.pids():
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                names.add(Path(os.readlink(file)).name)
     return {name for name in names if name.removeprefix("nvidia").isdigit()}

@@ -235,13 +235,15 @@ def test_file_changes_when_criu_begins(vast: Snapshot, tmp_path: Path, prefix: P
 # A store that is full.
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.98])
-def test_store_full(two: Two, tmp_path: Path, prefix: Path, share: float) -> None:
+@pytest.mark.parametrize(
+    ("compression", "share"), [("off", 0.05), ("off", 0.5), ("off", 0.9), ("off", 0.98), ("zstd", 0.5)]
+)
+def test_store_full(two: Two, tmp_path: Path, prefix: Path, compression: str, share: float) -> None:
     """At the first bytes, in the middle of the memory, at the last files. What was there stays as it was."""
     root = tmp_path / "store"
     with Node(tmp_path / "node", prefix, store=root) as node, tmpfs(root, "size=512m,mode=700"):
         # Whether compression pays is measured, and differs from one capture to the next: so would what is needed.
-        node.configure(compression="off")
+        node.configure(compression=compression)
         faults_store = DirectoryStore(str(root))
         source = counter.run(node.runtime, "source", two.one.bundle(node.directory / "source"))
         node.rewarm("capture", "source", "--name", "trial")

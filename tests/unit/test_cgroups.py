@@ -113,3 +113,10 @@ def test_memory_room_on_v1(tmp_path: Path) -> None:
 
 def test_memory_room_where_there_is_none_to_know(tmp_path: Path) -> None:
     assert limited(tmp_path, {"a/b": {"memory.max": "x", "memory.current": 1, "memory.stat": ""}}) == []
+
+
+def test_own_is_where_memory_is_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [("/a", 1, frozenset({"cpu"})), ("/b", 1, frozenset({"memory"})), ("/c", 2, frozenset({"rw"}))]
+    monkeypatch.setattr(cgroups, "_hierarchies", lambda: places)
+    monkeypatch.setattr(cgroups, "_own", lambda version, controllers: f"/own{version}")
+    assert cgroups.own() == ["/b/own1", "/c/own2"]

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -155,12 +156,13 @@ def test_no_more_than_so_much_is_read_ahead(victim: Victim) -> None:
     assert reader.taken == 16
 
 
-@pytest.mark.parametrize("cold", [True, False])
-def test_what_is_read_and_what_is_ready(victim: Victim, cold: bool) -> None:
+@pytest.mark.parametrize("storage", ["cold", "slow", "none"])
+def test_what_is_read_and_what_is_ready(victim: Victim, monkeypatch: pytest.MonkeyPatch, storage: str) -> None:
     """Storage would have nothing to do until all that waits is written: in turn. Without storage what waits comes last,
     since a chunk of it is the least that a thread can take on while others end."""
     where, data = random_chunks(victim, 16)
     stop, written = threading.Event(), []
+    monkeypatch.setattr("rewarm.memory.fill._WAITED", 0.05 if storage == "slow" else 30.0)
 
     class Watched(Chunks):
         def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
@@ -168,35 +170,52 @@ def test_what_is_read_and_what_is_ready(victim: Victim, cold: bool) -> None:
             return super().next(buffer)
 
     reader = Watched(data, parallel=1)
-    reader.cold = cold
+    reader.cold = storage == "cold"
+    reader.pause = 0.1 if storage == "slow" else 0.0
     fill = Fill(reader, where, stop, Trace(), ahead=8 * WINDOW)
     fill.start()
     wait_for("the end of reading ahead", lambda: reader.finished == 1)
     assert reader.taken == 8
     fill.release({PID: victim.pid})
     fill.join()
-    assert written == [0] * 9 + ([2, 4, 6, 8, 10, 12, 14, 16] if cold else [1, 2, 3, 4, 5, 6, 7, 8])
+    assert written == [0] * 9 + ([1, 2, 3, 4, 5, 6, 7, 8] if storage == "none" else [2, 4, 6, 8, 10, 12, 14, 16])
     assert all(contents(victim, place) == one for place, one in zip(where, data, strict=True))
 
 
-def test_what_was_read_ahead_is_given_back() -> None:
-    victim = Victim(64)
-    try:
-        where, data = random_chunks(victim, 64)
-        fill, reader, _ = start(where, data, ahead=3 * 64 * WINDOW)
-        fill.start()
-        wait_for("the end of reading ahead", lambda: reader.finished == 1)
-        before = resident()
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_was_read_ahead_is_given_back(victim: Victim, failing: bool) -> None:
+    """The object that is still there afterwards does not keep it."""
+    where, data = random_chunks(victim, 16)
+    fill, reader, _ = start(where, data, ahead=3 * 4 * WINDOW)
+    fill.start()
+    wait_for("the end of reading ahead", lambda: reader.finished == 1)
+    spaces = [weakref.ref(space) for space in fill._spaces]
+    assert [space() is not None for space in spaces] == [True]
+    if failing:
+        fill.abandon()
+    else:
         fill.release({PID: victim.pid})
         fill.join()
-        wait_for("less memory", lambda: resident() < before - 48 * WINDOW)
-    finally:
-        victim.close()
+    wait_for("the end of the buffers", lambda: not any(space() for space in spaces))
 
 
-def resident() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * PAGE
+@pytest.mark.parametrize(
+    ("free", "expected"), [(1 << 40, 16), (16 * WINDOW * (1 + 16), 16), (16 * WINDOW * 9, 8), (1, 1)]
+)
+def test_memory_that_is_needed_is_not_used_to_read_ahead(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch, free: int, expected: int
+) -> None:
+    """One sixteenth of what is free beside the process, no more than there is to read, and one window at least."""
+    monkeypatch.setattr("rewarm.memory.fill.available", lambda: free)
+    where, data = random_chunks(victim, 16)
+    reader = Chunks(data, parallel=1)
+    fill = Fill(reader, where, threading.Event(), Trace(), ahead=1 << 40)
+    fill.start()
+    wait_for("the end of reading ahead", lambda: reader.finished == 1)
+    assert reader.taken == expected
+    fill.release({PID: victim.pid})
+    fill.join()
+    assert all(contents(victim, place) == one for place, one in zip(where, data, strict=True))
 
 
 def test_memory_that_the_process_may_not_write() -> None:

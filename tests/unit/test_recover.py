@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -346,22 +348,49 @@ def test_a_watcher_is_no_guard(path: Path) -> None:
             guard.kill()
 
 
-def test_a_guard_in_the_middle_of_execve(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no arguments yet, and is none the less there."""
+@pytest.mark.parametrize("empty", [[1], [1, 2, 3], [2]])
+def test_a_guard_in_the_middle_of_execve(path: Path, monkeypatch: pytest.MonkeyPatch, empty: list[int]) -> None:
+    """It has no arguments yet, or none any more, and is none the less there. `empty`: which looks find none."""
     words, asked = recover._words, []
 
-    def none_yet(pid: str) -> bytes:
+    def not_always(pid: int) -> bytes:
         asked.append(pid)
-        return b"" if asked.count(pid) < 4 else words(pid)
+        return b"" if pid == guard.pid and asked.count(pid) in empty else words(pid)
 
     command = [sys.executable, "-c", "import time; time.sleep(100)", "rewarm.recover", str(path)]
     with subprocess.Popen(command) as guard:
         try:
-            wait_for("its arguments", lambda: words(str(guard.pid)))
-            monkeypatch.setattr(recover, "_words", none_yet)
+            wait_for("its arguments", lambda: words(guard.pid))
+            monkeypatch.setattr(recover, "_LONGEST_EXEC", 30.0)
+            monkeypatch.setattr(recover, "_words", not_always)
             assert recover._guards(str(path)) == [guard.pid]
         finally:
             guard.kill()
+
+
+def test_processes_without_words_hold_nothing_up_for_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = recover._words
+    program = "import time; time.sleep(100)"
+    with (
+        subprocess.Popen([sys.executable, "-c", program]) as one,
+        subprocess.Popen([sys.executable, "-c", program]) as two,
+    ):
+        try:
+            wait_for("their arguments", lambda: words(one.pid) and words(two.pid))
+            monkeypatch.setattr(recover, "_LONGEST_EXEC", 0.5)
+            monkeypatch.setattr(recover, "_words", lambda pid: b"" if pid in (one.pid, two.pid) else words(pid))
+            began = time.monotonic()
+            assert recover._guards(str(path)) == []
+            assert time.monotonic() - began >= 0.5, "they were not waited for"
+            monkeypatch.setattr(recover, "_LONGEST_EXEC", 30.0)
+            began = time.monotonic()
+            os.kill(one.pid, signal.SIGKILL)
+            os.kill(two.pid, signal.SIGKILL)
+            assert recover._guards(str(path)) == []
+            assert time.monotonic() - began < 20, "they are gone"
+        finally:
+            one.kill()
+            two.kill()
 
 
 def test_sweep_of_no_state_is_no_failure(tmp_path: Path) -> None:

@@ -26,7 +26,10 @@ _WARM = 512 << 20
 _COLD = 64 << 20
 """The same from storage: with more, reading and verifying would keep the processors from CRIU."""
 _SHARE = 16
-"""One part in so many of the memory that is available may hold verified chunks that wait for the processes."""
+"""One part in so many of the memory that is available beside what is filled may hold verified chunks that wait for the
+processes."""
+_WAITED = 0.005
+"""Seconds for a chunk beyond which it has probably come from storage: from memory it takes one or two thousandths."""
 
 
 class Stream(Protocol):
@@ -62,7 +65,8 @@ class Fill:
         self._stop = stop
         self._trace = trace
         each = _COLD if reader.cold else _WARM
-        self._ahead = min(ahead, available() // _SHARE, each * reader.parallel)
+        filled = len(places) * WINDOW
+        self._ahead = min(ahead, filled, max(0, available() - filled) // _SHARE, each * reader.parallel)
         self._released = threading.Event()
         self._targets: dict[int, Target] = {}
         self._lock = threading.Lock()
@@ -130,6 +134,9 @@ class Fill:
         self._released.set()
         if aside.wait(self._tasks):
             self._close()
+        # A thread that hangs keeps this process, and its own window, but nothing else.
+        self._ready.clear()
+        self._spaces.clear()
 
     def _start(self, count: int) -> None:
         for _ in range(count):
@@ -146,7 +153,7 @@ class Fill:
         try:
             stream = self._reader.stream()
             began = time.monotonic_ns()
-            room, early = self._read_ahead(stream, ahead)
+            room, early = self._read_ahead(stream, 0 if self._released.is_set() else ahead)
             self._trace.add("memory.read", began, time.monotonic_ns(), bytes=early)
             if not self._released.is_set():
                 stream.finish()
@@ -154,12 +161,14 @@ class Fill:
             began, late = time.monotonic_ns(), 0
             reading = True
             while not self._stop.is_set():
+                asked = time.monotonic()
                 item = stream.next(room) if reading else None
                 reading = item is not None
                 if item is not None:
+                    waited = self._reader.cold or time.monotonic() - asked > _WAITED
                     self._write(*item)
                     late += len(item[1])
-                    if not self._reader.cold:
+                    if not waited:
                         continue  # what is ready comes last: one chunk at a time, so that all threads end together
                 # In turn: while all threads wrote what is ready, the storage would have nothing to do.
                 ready = self._next_ready()

@@ -108,6 +108,13 @@ def remove(directories: Iterable[str], timeout: float = _TIMEOUT) -> None:
         time.sleep(0.01)
 
 
+def own() -> list[str]:
+    """The directories of this process's own cgroup, where memory may be accounted."""
+    return [
+        mount + _own(version, names) for mount, version, names in _hierarchies() if version == 2 or "memory" in names
+    ]
+
+
 def memory_rooms(directories: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Bytes that may still be charged to each of these cgroups, and those above, that has a limit, before the OOM
     killer comes (memory.max; v1: memory.limit_in_bytes), and which it is. Page cache counts as free.

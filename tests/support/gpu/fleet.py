@@ -112,16 +112,12 @@ class Fleet:
                 annotations={"rewarm.dev/snapshot": snapshot} if snapshot else {},
                 mounts=mounts,
             )
-        except BaseException:
-            network.close()
-            raise
-        if self.shared:
-            linux = bundle.spec["linux"]
-            linux["namespaces"] = [entry for entry in linux["namespaces"] if entry["type"] != "network"]
-        if change is not None:
-            change(bundle.spec)
-        bundle.write()
-        try:
+            if self.shared:
+                linux = bundle.spec["linux"]
+                linux["namespaces"] = [entry for entry in linux["namespaces"] if entry["type"] != "network"]
+            if change is not None:
+                change(bundle.spec)
+            bundle.write()
             container = self.node.runtime.create(name, bundle, timeout=150)
             running = Running(name, case, bundle, network, container, self.node, env or {})
             self.running.append(running)
