@@ -40,6 +40,14 @@ def touch(size: int) -> None:
             memory[at] = 1
 
 
+def touch_for(size: float) -> None:
+    """What a restore of so many bytes may use: as much again as it may read ahead, and something for all else; never
+    more than is free, so that the page cache stays."""
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free, available = (int(found[name].split()[0]) << 10 for name in ("MemFree", "MemAvailable"))
+    touch(max(min(int(size) + available // 16 + (512 << 20), free - (1 << 30)), mmap.PAGESIZE))
+
+
 class HostNetwork(NetworkNamespace):
     """The machine's own network namespace, where no iproute2 is there to make another: one container at a time."""
 
@@ -164,7 +172,7 @@ class Sides:
             hand = label == BY_HAND
             made = self.program.bundle(self.node.directory / name, network, {} if hand else self.annotations())
             runtime = self.by_hand if hand else self.node.runtime
-            touch(int(self.memory * self.touched) + (512 << 20))
+            touch_for(self.memory * self.touched)
             began = time.monotonic()
             if hand:
                 runtime.restore(name, made, self.images)
