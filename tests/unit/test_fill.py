@@ -199,6 +199,28 @@ def test_what_was_read_ahead_is_given_back(victim: Victim, failing: bool) -> Non
     wait_for("the end of the buffers", lambda: not any(space() for space in spaces))
 
 
+def test_a_thread_that_hangs_leaves_the_rest_to_the_others(victim: Victim) -> None:
+    where, data = random_chunks(victim, 16)
+    stuck = threading.Event()
+
+    class First(Chunks):
+        def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
+            found = super().next(buffer)
+            if found is not None and found[0] == 0:
+                stuck.wait()
+            return found
+
+    reader = First(data, parallel=8)
+    reader.cold = True
+    fill = Fill(reader, where, threading.Event(), Trace(), ahead=8 * 16 * WINDOW)
+    fill.start()
+    wait_for("everything to be read", lambda: reader.taken == 16)
+    stuck.set()
+    fill.release({PID: victim.pid})
+    fill.join()
+    assert all(contents(victim, place) == one for place, one in zip(where, data, strict=True))
+
+
 @pytest.mark.parametrize(
     ("free", "expected"), [(1 << 40, 16), (16 * WINDOW * (1 + 16), 16), (16 * WINDOW * 9, 8), (1, 1)]
 )

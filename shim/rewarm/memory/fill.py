@@ -66,7 +66,7 @@ class Fill:
         self._trace = trace
         each = _COLD if reader.cold else _WARM
         filled = len(places) * WINDOW
-        self._ahead = min(ahead, filled, max(0, available() - filled) // _SHARE, each * reader.parallel)
+        self._ahead = min(ahead, max(0, available() - filled) // _SHARE, each * reader.parallel)
         self._released = threading.Event()
         self._targets: dict[int, Target] = {}
         self._lock = threading.Lock()
@@ -82,7 +82,8 @@ class Fill:
         who prepares the rest (all of Python takes turns). Raises RestoreError if no thread can be made.
         """
         count = min(self._reader.parallel, len(self._places))
-        windows = max(1, self._ahead // WINDOW // max(1, count))
+        # Whichever thread is the fastest may read all that there is.
+        windows = max(1, min(len(self._places), self._ahead // WINDOW // max(1, count)))
         self._waiting = [Task(lambda: self._run(windows), "fill") for _ in range(count)]
         self._start(count if self._reader.cold else 1)
 
