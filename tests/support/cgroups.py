@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +33,19 @@ def processes(path: str) -> set[int]:
     """Pids in the cgroup `path` and below it on any hierarchy."""
     found: set[int] = set()
     for directory in directories(path):
-        with contextlib.suppress(FileNotFoundError):  # removed by its owner meanwhile
+        with _removed_meanwhile():
             found |= {int(word) for word in (directory / "cgroup.procs").read_text().split()}
     return found
+
+
+@contextlib.contextmanager
+def _removed_meanwhile() -> Iterator[None]:
+    """Passes over a cgroup that its owner removes: before open(2) (ENOENT), or before read(2) or write(2) (ENODEV)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
 
 
 def remove(path: str, *, timeout: float = 10.0) -> None:
@@ -46,7 +57,8 @@ def remove(path: str, *, timeout: float = 10.0) -> None:
     for directory in directories(path):
         for name, value in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
             if (directory / name).exists():
-                (directory / name).write_text(value)
+                with _removed_meanwhile():
+                    (directory / name).write_text(value)
 
     def empty() -> bool:
         left = processes(path)
