@@ -24,12 +24,18 @@ def restore_log(directory: str) -> str:
 
 
 def keep(directory: str, state_dir: str) -> str:
-    """The next step: where CRIU's log of the last failure is kept when the container directory is removed."""
+    """The next step: where CRIU's log of the last failure is kept when the container directory is removed.
+
+    It stays in the directory as well: who undoes the restore reads in it what CRIU has left.
+    """
     path = restore_log(directory)
-    if not os.path.exists(path):
-        return "run `rewarm doctor`"
     kept = os.path.join(state_dir, "last-failed-restore.log")
-    os.replace(path, kept)
+    scratch = f"{path}~"
+    try:
+        os.link(path, scratch)
+        os.replace(scratch, kept)
+    except OSError:
+        return "run `rewarm doctor`"
     return f"CRIU's log is kept as {kept}"
 
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from rewarm import installation, layers, private, processes, settings
+from rewarm import causes, installation, layers, private, processes, settings
+from rewarm.criu import log as criu_log
 from rewarm.errors import NotUndone, OciError, RestoreError, RewarmError
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci.record import Record
@@ -69,8 +70,10 @@ def forget(path: str) -> None:
             _remove_scratch(os.path.join(parent, name))
 
 
-def undo(kept: Record, low_level: runc.Runc) -> None:
+def undo(path: str, kept: Record, low_level: runc.Runc) -> None:
     """Undo a restore: kill its processes, unmount, delete it from runc, put the file trees and config.json back.
+
+    `path` is the container directory, which stays.
 
     Nothing is deleted as long as processes live or mounts are there: a `runc delete` would go through them into
     the container's rootfs and volumes. Doing it twice does no harm. Raises NotUndone.
@@ -78,6 +81,7 @@ def undo(kept: Record, low_level: runc.Runc) -> None:
     try:
         _kill(kept)
         _unmount(kept)
+        _remove_yard(path)
         low_level.remove(kept.id)
         cgroups.remove(kept.cgroups)
         _restore_trees(kept)
@@ -107,6 +111,14 @@ def _unmount(kept: Record) -> None:
     mounts.unmount_below(os.path.join(kept.root, kept.id))
     if kept.rootfs:
         mounts.unmount_below(kept.rootfs, kept.mounts)
+
+
+def _remove_yard(path: str) -> None:
+    """What a CRIU that was killed has left in /tmp: an empty directory, for its mounts went with their namespace."""
+    yard = criu_log.mount_yard(causes.restore_log(path))
+    if yard:
+        with suppress(OSError):  # it has removed it itself, or it is not empty: then it is not CRIU's
+            os.rmdir(yard)
 
 
 def _restore_trees(kept: Record) -> None:
@@ -220,7 +232,7 @@ def _take(path: str, kept: Record, binary: str) -> None:
         # Should this fail too, whoever comes next sees that it is to be undone.
         kept = replace(kept, phase=record.RESTORING)
         record.save(path, kept)
-    undo(kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))
+    undo(path, kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))
     forget(path)
 
 
@@ -240,7 +252,7 @@ def recover(path: str, binary: str, *, wait: bool) -> bool:
         kept = left_over(path) if ours else None
         if kept is None:
             return False  # somebody else was faster
-        undo(kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))
+        undo(path, kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))
         forget(path)
     return True
 

@@ -133,7 +133,7 @@ def restore(plan: Plan) -> None:
                 memory.abandon()
             if not undone:
                 # What is on disk: `_prepare` may have been interrupted between writing it and returning it.
-                recover.undo(record.load(plan.directory) or kept, low_level)
+                recover.undo(plan.directory, record.load(plan.directory) or kept, low_level)
                 recover.forget(plan.directory)
         raise
 

@@ -190,9 +190,16 @@ def test_killed_during_a_hook(other: Node, snapshot: Snapshot, kind: str) -> Non
     made = bundle(other, "copy", snapshot)
     flag = faults.blocking(other, kind, made)
     before = faults.Before(made)
-    killed(other, "copy", made, appears(flag))
+    yards = []
+
+    def in_the_hook(process: subprocess.Popen[bytes]) -> None:
+        appears(flag)(process)
+        yards.append(faults.mount_yard(other, "copy"))
+
+    killed(other, "copy", made, in_the_hook)
     gone(other, "copy", made, before)
     assert faults.remains(other, "copy", made) == []
+    assert not yards[0].exists()
     works(other, "other", bundle(other, "other", snapshot), snapshot)
     works(other, "copy", made, snapshot)
 
@@ -321,6 +328,7 @@ def test_guard_killed_as_well(other: Node, snapshot: Snapshot) -> None:
     wait_for("hook", flag.exists)
     guard, runc, _ = family(process.pid)
     hook = sleeping(process.pid)
+    yard = faults.mount_yard(other, "copy")
     os.kill(worker(process.pid), signal.SIGSTOP)
     kill(guard)
     process.kill()
@@ -330,6 +338,7 @@ def test_guard_killed_as_well(other: Node, snapshot: Snapshot) -> None:
     works(other, "other", bundle(other, "other", snapshot), snapshot)
     reap_orphans()
     assert faults.remains(other, "copy", made) == []
+    assert not yard.exists()
     before.check_files()
     before.check_config()
     works(other, "copy", made, snapshot)
@@ -347,6 +356,7 @@ def test_a_helper_killed(other: Node, snapshot: Snapshot, victim: str, kind: str
     found = dict(zip(("guard", "runc", "criu"), family(process.pid), strict=True))
     found["worker"] = worker(process.pid)
     hook = sleeping(process.pid)
+    yard = faults.mount_yard(other, "copy")
     kill(found[victim])
     # The user's own: of a dead criu too runc waits for it, and it outlives a killed runc.
     kill(hook)
@@ -357,6 +367,7 @@ def test_a_helper_killed(other: Node, snapshot: Snapshot, victim: str, kind: str
     assert cgroups.processes(made.cgroup) == {container.pid}
     left = [line for line in faults.remains(other, "copy", made) if line.startswith("mount")]
     assert left == []
+    assert not yard.exists()
     other.runtime.start("copy")
     assert container.stdout.wait_text("\n2 ").startswith("ready\n1 ")
     other.runtime.delete("copy", force=True)
@@ -409,9 +420,11 @@ def test_terminated(other: Node, snapshot: Snapshot) -> None:
     before = faults.Before(made)
     process, container = other.runtime.spawn("create", "copy", made)
     wait_for("hook", flag.exists)
+    yard = faults.mount_yard(other, "copy")
     process.terminate()
     assert process.wait(10) == 128 + signal.SIGTERM
     assert faults.remains(other, "copy", made) == []
+    assert not yard.exists()
     before.check_files()
     before.check_config()
     before.check_names()

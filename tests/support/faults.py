@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -246,3 +247,12 @@ def remains(node: Node, container_id: str, made: Bundle) -> list[str]:
     parent = node.container_directory(container_id).parent
     known = sorted(parent.glob(f"{container_id}*")) if parent.exists() else []
     return found + [str(path) for path in (places[1], *known) if os.path.lexists(path)]
+
+
+def mount_yard(node: Node, container_id: str) -> Path:
+    """The directory in /tmp where the CRIU of a restore that goes on mounts the container's tree."""
+    log = (node.container_directory(container_id) / "work/restore.log").read_text(errors="replace")
+    found = re.search(r"/tmp/\.criu\.mntns\.\w{6}", log)
+    assert found is not None, log
+    assert Path(found[0]).is_dir()
+    return Path(found[0])

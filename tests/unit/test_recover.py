@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +104,7 @@ def test_everything_is_put_back(path: Path, bundle: Path) -> None:
 def test_undoing_twice_does_no_harm(path: Path, bundle: Path) -> None:
     kept = changed(path, bundle)
     for _ in range(2):
-        recover.undo(kept, runc.Runc("/no/runc", kept.root))
+        recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
         assert is_as_it_was(bundle)
 
 
@@ -192,7 +194,7 @@ def test_a_config_of_somebody_else_stays(path: Path, bundle: Path) -> None:
 def test_config_keeps_its_mode(path: Path, bundle: Path) -> None:
     kept = changed(path, bundle)
     os.chmod(kept.config_backup, 0o640)
-    recover.undo(kept, runc.Runc("/no/runc", kept.root))
+    recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
     assert (bundle / "config.json").stat().st_mode & 0o7777 == 0o640
 
 
@@ -203,10 +205,30 @@ def test_half_written_config_goes(path: Path, bundle: Path) -> None:
     assert is_as_it_was(bundle)
 
 
+def test_what_a_killed_criu_left_in_tmp_goes(path: Path, bundle: Path) -> None:
+    """By the name in its log, and only while it is empty."""
+    kept = changed(path, bundle)
+    yard, other = (Path(f"/tmp/.criu.mntns.{secrets.token_hex(3)}") for _ in range(2))
+    yard.mkdir()
+    other.mkdir()
+    try:
+        (path / "work").mkdir()
+        (path / "work/restore.log").write_text(f"(00.063002) mnt: \t\tWill mount 55 @ {yard}/mnt-0000000055 /sys\n")
+        (yard / "file").touch()
+        recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
+        assert yard.exists()
+        (yard / "file").unlink()
+        recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
+        assert not yard.exists() and other.exists()
+    finally:
+        shutil.rmtree(yard, ignore_errors=True)
+        other.rmdir()
+
+
 def test_a_place_that_holds_something_stays(path: Path, bundle: Path) -> None:
     kept = changed(path, bundle)
     (bundle / "rootfs/run/rewarm/file").write_text("somebody's")
-    recover.undo(kept, runc.Runc("/no/runc", kept.root))
+    recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
     assert (bundle / "rootfs/run/rewarm/file").read_text() == "somebody's"
 
 
@@ -215,7 +237,7 @@ def test_a_tree_that_was_unmounted_is_left(path: Path, bundle: Path) -> None:
     kept = changed(path, bundle)
     kept = replace(kept, undo=[replace(change, mounted=True) for change in kept.undo], places=[])
     (bundle / "rootfs/etc/issue").unlink()
-    recover.undo(kept, runc.Runc("/no/runc", kept.root))
+    recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
     assert not (bundle / "rootfs/etc/issue").exists()
 
 

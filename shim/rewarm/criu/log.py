@@ -1,11 +1,16 @@
-"""The lines of a CRIU log that say why it failed."""
+"""The lines of a CRIU log that say why it failed, and what it would have removed had it ended by itself."""
 
 from __future__ import annotations
 
 import os
+import re
 
 _CONTEXT = 5
+_HEAD = 2 << 20
 _TAIL = 2 << 20
+_WILL_MOUNT = re.compile(
+    rb"^\(\d+\.\d+\) mnt: \t\tWill mount \d+ @ (/tmp/\.criu\.mntns\.[A-Za-z0-9]{6})/", re.MULTILINE
+)
 # Debian's CRIU asks for a higher RLIMIT_NOFILE and goes on without; the line only misleads.
 _HARMLESS = ("RLIMIT_NOFILE",)
 
@@ -31,3 +36,17 @@ def cause(path: str) -> str:
         if " Error (" in line:
             return line.partition("Error ")[2].split("): ", 1)[-1].strip()
     return ""
+
+
+def mount_yard(path: str) -> str:
+    """The directory in /tmp below which CRIU mounted the container's tree, by the log of a restore; "" when none.
+
+    CRIU makes it by mkdtemp(3) in the host's mount namespace (mount.c, create_mnt_roots) and removes it unless it
+    is killed. The first line that names it counts: those above hold nothing that comes out of the images' mounts.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = _WILL_MOUNT.search(file.read(_HEAD))
+    except OSError:
+        return ""
+    return os.fsdecode(found[1]) if found else ""
