@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from contextlib import suppress
 
 from rewarm.criu import log
 
@@ -28,13 +30,14 @@ def keep(directory: str, state_dir: str) -> str:
 
     It stays in the directory as well: who undoes the restore reads in it what CRIU has left.
     """
-    path = restore_log(directory)
     kept = os.path.join(state_dir, "last-failed-restore.log")
-    scratch = f"{path}~"
+    scratch = f"{kept}~{os.getpid()}"
     try:
-        os.link(path, scratch)
+        shutil.copyfile(restore_log(directory), scratch)
         os.replace(scratch, kept)
     except OSError:
+        with suppress(OSError):
+            os.unlink(scratch)
         return "run `rewarm doctor`"
     return f"CRIU's log is kept as {kept}"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -114,11 +115,17 @@ def _unmount(kept: Record) -> None:
 
 
 def _remove_yard(path: str) -> None:
-    """What a CRIU that was killed has left in /tmp: an empty directory, for its mounts went with their namespace."""
-    yard = criu_log.mount_yard(causes.restore_log(path))
-    if yard:
-        with suppress(OSError):  # it has removed it itself, or it is not empty: then it is not CRIU's
-            os.rmdir(yard)
+    """What a CRIU that was killed has left in /tmp: an empty directory, for its mounts went with their namespace.
+
+    No older than this restore: another's would have to be named in the log before it had a name.
+    """
+    with suppress(OSError):  # CRIU was not started
+        begun = os.stat(os.path.join(path, "criu.conf")).st_mtime_ns
+        for yard in criu_log.mount_yards(causes.restore_log(path)):
+            with suppress(OSError):  # it has removed it itself
+                found = os.lstat(yard)
+                if stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and found.st_ctime_ns >= begun:
+                    os.rmdir(yard)
 
 
 def _restore_trees(kept: Record) -> None:

@@ -24,9 +24,21 @@ def written(directory: Path, text: str) -> Path:
     return path
 
 
-def test_mount_yard(tmp_path: Path) -> None:
-    assert log.mount_yard(str(written(tmp_path, LINES))) == "/tmp/.criu.mntns.DiO2KK"
-    assert log.mount_yard(str(tmp_path / "absent")) == ""
+def test_mount_yards(tmp_path: Path) -> None:
+    """Those that a path in the images brought as well: which is CRIU's own the log does not say for certain."""
+    assert log.mount_yards(str(written(tmp_path, LINES))) == {"/tmp/.criu.mntns.DiO2KK", "/tmp/.criu.mntns.Other0"}
+    assert log.mount_yards(str(tmp_path / "absent")) == set()
+    assert log.mount_yards(str(written(tmp_path, ""))) == set()
+
+
+def test_a_mount_yard_far_down(tmp_path: Path) -> None:
+    before = "(00.05) Collected [/a/long/path/of/a/file]\n" * 200_000
+    assert log.mount_yards(str(written(tmp_path, before + LINES))) >= {"/tmp/.criu.mntns.DiO2KK"}
+
+
+def test_more_mount_yards_than_there_can_be(tmp_path: Path) -> None:
+    lines = "".join(f"(00.1) mnt: \t\tWill mount 5 @ /tmp/.criu.mntns.{n:06}/mnt-1 /x\n" for n in range(1000))
+    assert len(log.mount_yards(str(written(tmp_path, lines)))) == 16
 
 
 @pytest.mark.parametrize(
@@ -44,7 +56,7 @@ def test_mount_yard(tmp_path: Path) -> None:
     ],
 )
 def test_no_mount_yard(tmp_path: Path, line: str) -> None:
-    assert log.mount_yard(str(written(tmp_path, f"{line}\n"))) == ""
+    assert log.mount_yards(str(written(tmp_path, f"{line}\n"))) == set()
 
 
 def test_what_is_kept_of_a_failure(tmp_path: Path) -> None:
@@ -59,4 +71,4 @@ def test_what_is_kept_of_a_failure(tmp_path: Path) -> None:
         path.unlink()
     assert causes.keep(str(tmp_path), str(state)) == "run `rewarm doctor`"
     assert (state / "last-failed-restore.log").exists()
-    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == []
+    assert [path.name for path in state.iterdir()] == ["last-failed-restore.log"]

@@ -206,23 +206,30 @@ def test_half_written_config_goes(path: Path, bundle: Path) -> None:
 
 
 def test_what_a_killed_criu_left_in_tmp_goes(path: Path, bundle: Path) -> None:
-    """By the name in its log, and only while it is empty."""
+    """By the names in its log, but nothing that was there before, or that holds something."""
     kept = changed(path, bundle)
-    yard, other = (Path(f"/tmp/.criu.mntns.{secrets.token_hex(3)}") for _ in range(2))
-    yard.mkdir()
-    other.mkdir()
+    older, own, full, unnamed = (Path(f"/tmp/.criu.mntns.{secrets.token_hex(3)}") for _ in range(4))
+    file = Path(f"/tmp/.criu.mntns.{secrets.token_hex(3)}")
     try:
+        older.mkdir()
+        time.sleep(0.05)
+        (path / "criu.conf").touch()
         (path / "work").mkdir()
-        (path / "work/restore.log").write_text(f"(00.063002) mnt: \t\tWill mount 55 @ {yard}/mnt-0000000055 /sys\n")
-        (yard / "file").touch()
-        recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
-        assert yard.exists()
-        (yard / "file").unlink()
-        recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
-        assert not yard.exists() and other.exists()
+        for yard in (own, full, unnamed):
+            yard.mkdir()
+        (full / "file").touch()
+        file.symlink_to(unnamed)
+        (path / "work/restore.log").write_text(
+            "".join(f"(00.1) mnt: \t\tWill mount 55 @ {yard}/mnt-55 /sys\n" for yard in (older, file, full, own))
+        )
+        for _ in range(2):
+            recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
+            assert not own.exists()
+            assert older.exists() and full.exists() and unnamed.exists() and file.is_symlink()
     finally:
-        shutil.rmtree(yard, ignore_errors=True)
-        other.rmdir()
+        file.unlink(missing_ok=True)
+        for yard in (older, own, full, unnamed):
+            shutil.rmtree(yard, ignore_errors=True)
 
 
 def test_a_place_that_holds_something_stays(path: Path, bundle: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 
 _CONTEXT = 5
-_HEAD = 2 << 20
+_MOST_YARDS = 16
 _TAIL = 2 << 20
 _WILL_MOUNT = re.compile(
     rb"^\(\d+\.\d+\) mnt: \t\tWill mount \d+ @ (/tmp/\.criu\.mntns\.[A-Za-z0-9]{6})/", re.MULTILINE
@@ -38,15 +39,20 @@ def cause(path: str) -> str:
     return ""
 
 
-def mount_yard(path: str) -> str:
-    """The directory in /tmp below which CRIU mounted the container's tree, by the log of a restore; "" when none.
+def mount_yards(path: str) -> set[str]:
+    """The directory in /tmp below which CRIU mounted the container's tree, by the log of a restore; none if that says
+    none. A few more where the log has been made to name others: it holds paths out of the images, as they are.
 
     CRIU makes it by mkdtemp(3) in the host's mount namespace (mount.c, create_mnt_roots) and removes it unless it
-    is killed. The first line that names it counts: those above hold nothing that comes out of the images' mounts.
+    is killed.
     """
+    found: set[str] = set()
     try:
-        with open(path, "rb") as file:
-            found = _WILL_MOUNT.search(file.read(_HEAD))
-    except OSError:
-        return ""
-    return os.fsdecode(found[1]) if found else ""
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
+            for match in _WILL_MOUNT.finditer(text):
+                found.add(os.fsdecode(match[1]))
+                if len(found) == _MOST_YARDS:
+                    break
+    except (OSError, ValueError):  # there is none, or it is empty
+        return set()
+    return found
