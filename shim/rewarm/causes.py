@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from contextlib import suppress
 
 from rewarm.criu import log
 
@@ -30,14 +28,19 @@ def keep(directory: str, state_dir: str) -> str:
 
     It stays in the directory as well: who undoes the restore reads in it what CRIU has left.
     """
+    import shutil  # takes milliseconds, which a restore that succeeds is not to pay for
+
+    path = restore_log(directory)
     kept = os.path.join(state_dir, "last-failed-restore.log")
-    scratch = f"{kept}~{os.getpid()}"
+    scratch = f"{path}~"  # goes with the directory, whoever is killed meanwhile
     try:
-        shutil.copyfile(restore_log(directory), scratch)
+        with (
+            open(path, "rb") as log_file,
+            open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as copy,
+        ):
+            shutil.copyfileobj(log_file, copy)
         os.replace(scratch, kept)
     except OSError:
-        with suppress(OSError):
-            os.unlink(scratch)
         return "run `rewarm doctor`"
     return f"CRIU's log is kept as {kept}"
 

@@ -72,3 +72,5 @@ def test_what_is_kept_of_a_failure(tmp_path: Path) -> None:
     assert causes.keep(str(tmp_path), str(state)) == "run `rewarm doctor`"
     assert (state / "last-failed-restore.log").exists()
     assert [path.name for path in state.iterdir()] == ["last-failed-restore.log"]
+    assert (state / "last-failed-restore.log").stat().st_mode & 0o7777 == 0o600
+    assert list((tmp_path / "work").iterdir()) == []

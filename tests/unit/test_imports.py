@@ -11,7 +11,10 @@ import pytest
 from support.cli import environment
 
 # The command line's, those for settings that most nodes have not written, for compressed chunks, and for captures.
-HEAVY = ("asyncio", "click", "concurrent", "email", "http", "logging", "multiprocessing", "rich", "yaml", "zstandard")
+HEAVY = (
+    *("asyncio", "click", "concurrent", "email", "http", "logging", "multiprocessing", "rich", "shutil", "yaml"),
+    "zstandard",
+)
 GPU = ("ctypes", "pynvml", "rewarm_native.cuda", "rewarm.devices", "rewarm.gpu.nvml", "rewarm.gpu.actions")
 TESTS = Path(__file__).resolve().parents[1]
 CAPTURE = ("rewarm.capture", "rewarm.criu.align", "rewarm.criu.carve", "rewarm.store.chunk_writer")

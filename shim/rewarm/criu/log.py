@@ -9,9 +9,7 @@ import re
 _CONTEXT = 5
 _MOST_YARDS = 16
 _TAIL = 2 << 20
-_WILL_MOUNT = re.compile(
-    rb"^\(\d+\.\d+\) mnt: \t\tWill mount \d+ @ (/tmp/\.criu\.mntns\.[A-Za-z0-9]{6})/", re.MULTILINE
-)
+_WILL_MOUNT = rb"^\(\d+\.\d+\) mnt: \t\tWill mount \d+ @ (/tmp/\.criu\.mntns\.[A-Za-z0-9]{6})/"
 # Debian's CRIU asks for a higher RLIMIT_NOFILE and goes on without; the line only misleads.
 _HARMLESS = ("RLIMIT_NOFILE",)
 
@@ -49,7 +47,7 @@ def mount_yards(path: str) -> set[str]:
     found: set[str] = set()
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as text:
-            for match in _WILL_MOUNT.finditer(text):
+            for match in re.finditer(_WILL_MOUNT, text, re.MULTILINE):
                 found.add(os.fsdecode(match[1]))
                 if len(found) == _MOST_YARDS:
                     break
