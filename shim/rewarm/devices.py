@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -70,16 +69,13 @@ class Devices:
                 )
 
     def hook(self) -> list[str]:
-        """The words of the hook that works out the map when the container is made; writes what it reads."""
+        """The words of the hook (rewarm_hooks.series) that works out the map when the container is made; writes what it
+        reads."""
         inventory = container.nvml(self._settings.libcuda).inventory
         sources = as_objects(device.gpu for device in self._manifest.requires.gpus)
         mig = inventory.mig_minors
         here = [{**gpu, "mig": gpu["minor"] in mig} for gpu in as_objects(inventory.gpus)]
-        words = [sys.executable, "-I", "-c"]
-        # Not -m: runpy takes longer than all else in it.
-        words.append(
-            "import sys; from rewarm_hooks.device_remap import main; sys.exit(main(sys.argv[1:], sys.stdin.buffer))"
-        )
+        words = ["device-remap"]
         for name, value in (("sources", sources), ("node", here)):
             path = os.path.join(self._directory, f"{name}.json")
             write_atomically(path, json.dumps(value).encode())

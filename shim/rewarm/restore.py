@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewarm import aside, carved, causes, deadline, layers, losses, node, processes, recover, resume
+from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, processes, recover, resume
 from rewarm.criu import images, options, vet
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
@@ -250,10 +250,12 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
             )
         shm = os.path.realpath(shm)
         changes.append(Undo(shm, os.path.join(directory, "devshm.undo"), os.path.ismount(shm)))
-    prepared = _prepared(plan)
-    changed = prepared if devices is None else spec.with_hook(prepared, devices.hook(), _HOOK_TIMEOUT)
-    if _has(plan, ROOTFS_DIFF):
-        changed = spec.with_hook(changed, _hook(plan, changes[0]), _HOOK_TIMEOUT)
+    changed = prepared = _prepared(plan)
+    hooks = [_rootfs_hook(plan, changes[0])] if _has(plan, ROOTFS_DIFF) else []
+    if devices is not None:
+        hooks.append(devices.hook())
+    if hooks:
+        changed = spec.with_hook(prepared, hook.words(*hooks), _HOOK_TIMEOUT)
     kept = replace(
         kept,
         config_backup=backup,
@@ -300,11 +302,9 @@ def _file(plan: Plan, name: str) -> str:
     return os.path.join(plan.directory, SNAPSHOT, name)
 
 
-def _hook(plan: Plan, change: Undo) -> list[str]:
+def _rootfs_hook(plan: Plan, change: Undo) -> list[str]:
     layer = _file(plan, ROOTFS_DIFF)
-    # Not -m: runpy takes longer than a small diff.
-    code = "import sys; from rewarm_hooks.rootfs_diff import main; sys.exit(main(sys.argv[1:]))"
-    return [sys.executable, "-I", "-c", code, "apply", "--layer", layer, "--root", change.root, "--undo", change.layer]
+    return ["rootfs-diff", "apply", "--layer", layer, "--root", change.root, "--undo", change.layer]
 
 
 def _guard(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:

@@ -143,9 +143,12 @@ def _attempt(
     try:
         for line in recover.sweep(settings.state_dir, binary):
             log.write(invocation, "warning", f"rewarm: a left-over restore could not be undone: {line}")
+        child.begin()
+        from rewarm.gpu import container
+
+        container.begin(bundle_spec, binary, settings.libcuda)
         from rewarm import warm  # a node whose settings are broken never gets here
 
-        child.begin()
         warm.attempt(invocation, bundle_spec, wanted, settings, binary, directory, child.life)
     except NotUndone:
         raise

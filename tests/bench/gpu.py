@@ -103,14 +103,15 @@ def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.N
         sides.forget_images()
     else:
         sides.end_source()
-        turns(run, label, sides, [REWARM], asked.turns, gib)
+        # None that is not counted, of either side: each takes a minute with all that belongs to it.
+        turns(run, label, sides, [REWARM], asked.turns, gib, first=1)
     sides.forget_snapshot()
     if not together:
         run.need(60 + gib * 4, f"{label}: {STOCK}")
         run.record(label, COLD, sides.begin())
         if capture_by_hand(run, label, sides):
-            turns(run, label, sides, [STOCK], 1, gib, first=1)
-    while len(figures["samples_s"][COLD]) < asked.cold:
+            turns(run, label, sides, [STOCK], asked.turns, gib, first=1)
+    while len(figures["samples_s"][COLD]) < (asked.cold if gib < LARGE else 1):
         run.need(20 + gib, f"{label}: {COLD} {len(figures['samples_s'][COLD]) + 1}")
         run.record(label, COLD, sides.run(COLD))
 
@@ -222,6 +223,19 @@ def gpu() -> dict[str, Any]:
         return {"gpu": f"unknown: {error}", "driver": Path("/proc/driver/nvidia/version").read_text().split("\n")[0]}
 
 
+def with_run_in_memory() -> None:
+    """Go on in a mount namespace whose /run is a tmpfs, unless it is one: as on every node with systemd.
+
+    CRIU keeps what it has found out about the kernel in /run, and on nothing else than a tmpfs; both sides would find
+    it out anew in every restore.
+    """
+    if FAKE or proc.command("stat", "-f", "-c", "%T", "/run").stdout.strip() == "tmpfs":
+        return
+    words = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
+    words += ['mount -t tmpfs tmpfs /run; exec "$@"', "sh", sys.executable, *sys.argv]
+    os.execvp(words[0], words)
+
+
 def main() -> int:
     if sys.argv[1:2] == ["merge"]:
         merged = gpu_results.merge([Path(word) for word in sys.argv[3:]])
@@ -234,10 +248,13 @@ def main() -> int:
     options.add_argument("output", type=Path)
     options.add_argument("--sizes", default="8,1,llm")
     options.add_argument("--turns", type=int, default=3)
-    options.add_argument("--cold", type=int, default=3, help="cold starts, the source's own counted")
+    options.add_argument(
+        "--cold", type=int, default=3, help=f"cold starts, the source's own counted; one from {LARGE} GiB"
+    )
     options.add_argument("--seconds", type=float, default=480.0, help="begin nothing after this time")
     options.add_argument("--directory", default="/var/tmp")
     asked = options.parse_args()
+    with_run_in_memory()
     proc.become_subreaper()
     run = Run(asked.output.resolve(), asked.seconds)
 

@@ -19,6 +19,7 @@ from rewarm.criu import density, images, vmas
 from rewarm.criu.carve import Carved, carve
 from rewarm.memory import places, plan
 from support import memory_images as made
+from support.criu_images import field, image
 from support.memory_images import PAGE, Area, Process
 
 TOP = 0x7F00_0000_0000
@@ -410,6 +411,15 @@ class TestHugePages:
         mappings = [(1, area.start, area.end, extra) for area, extra in zip(areas, (0, PAGE), strict=True)]
         plan.allow_huge_pages(mappings, [], tmp_path, 96 << 20, 100 << 20)
         assert [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")] == [1 << 14, 0]
+
+    def test_a_mapping_that_no_criu_has_written_stays(self, tmp_path: Path) -> None:
+        """Its end, then its start; and one whose first start is not the one that counts."""
+        rest = field(5, 3) + field(6, 0x22) + field(7, 1 | 1 << 9)
+        turned = field(2, TOP + (2 << 20)) + field(1, TOP) + rest
+        other = field(1, TOP) + field(2, TOP + (2 << 20)) + rest + field(1, TOP + (2 << 20)) + field(2, TOP + (4 << 20))
+        (tmp_path / "mm-1.img").write_bytes(image(field(14, turned) + field(14, other)))
+        vmas.advise(tmp_path / "mm-1.img", [(TOP, TOP + (2 << 20))], vmas.HUGEPAGE)
+        assert (tmp_path / "mm-1.img").read_bytes() == image(field(14, turned) + field(14, other))
 
     def test_not_on_a_kernel_without_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """madvise(2) would fail there, and CRIU with it."""

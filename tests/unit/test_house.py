@@ -39,6 +39,7 @@ ROOMS = {
     "rewarm.nftables": 2,
     "rewarm.scratch": 2,
     "rewarm.guard": 2,
+    "rewarm.hook": 2,
     "rewarm.request": 3,
     "rewarm.compat": 3,
     "rewarm.losses": 3,

@@ -5,11 +5,14 @@ A container that has none costs a look at its spec, nothing else.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewarm.errors import Unfit
+from rewarm import aside
+from rewarm.errors import GpuError, Unfit
 from rewarm_hooks.gpu_pairs import Gpu
 
 from . import visible
@@ -29,12 +32,34 @@ class ContainerGpus(NamedTuple):
     devices: tuple[Device, ...] = ()
 
 
-@cache
+_loading = threading.Lock()
+
+
+def begin(spec: dict[str, Any], low_level: str, libcuda: str) -> None:
+    """Load NVML in a thread of its own if a container with this spec has GPUs: half of that is waiting for the driver.
+
+    `nvml` waits for it, and says what is wrong. Raises RestoreError if no thread can be made.
+    """
+    if visible.asks_for_gpus(spec, low_level):
+        aside.Task(lambda: _try(libcuda), "nvml").start()
+
+
 def nvml(libcuda: str) -> Nvml:
-    """NVML of this process. `libcuda` is the setting. Raises GpuError."""
+    """NVML of this process, loaded once. `libcuda` is the setting. Raises GpuError."""
+    with _loading:
+        return _nvml(libcuda)
+
+
+@cache
+def _nvml(libcuda: str) -> Nvml:
     from .nvml import Nvml  # only for containers with GPUs
 
     return Nvml(libcuda)
+
+
+def _try(libcuda: str) -> None:
+    with suppress(GpuError), _loading:  # who needs it meets the error again
+        _ = _nvml(libcuda).inventory
 
 
 def of_spec(spec: dict[str, Any], low_level: str, libcuda: str) -> ContainerGpus:

@@ -23,8 +23,9 @@ from rewarm_native.memory import Target
 
 _WARM = 512 << 20
 """Bytes that a thread reads ahead from memory at most: more than that it does not get done while CRIU works."""
-_COLD = 64 << 20
-"""The same from storage: with more, reading and verifying would keep the processors from CRIU."""
+_COLD = 128 << 20
+"""The same from storage: a fast disk gives no more than that while CRIU works, and with more, reading and verifying
+would keep the processors from CRIU."""
 _SHARE = 16
 """One part in so many of the memory that is available beside what is filled may hold verified chunks that wait for the
 processes."""
