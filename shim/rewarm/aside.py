@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 PATIENCE = 1.0
 """Seconds in which a thread that was told to end does so, unless it hangs."""
+_MOMENT = 0.2
+"""Seconds in which one that nobody waited for ends, such as the one that loads NVML."""
 
 
 class Task:
@@ -88,8 +90,9 @@ def settle() -> None:
 
 
 def hangs() -> bool:
-    """Whether any task is not over: then this process may not come to its end when it wants to."""
-    _begun[:] = [task for task in _begun if not task.wait(0)]
+    """Whether any task is not over, even in a moment: then this process may not come to its end when it wants to."""
+    end = time.monotonic() + _MOMENT
+    _begun[:] = [task for task in _begun if not task.wait(max(0.0, end - time.monotonic()))]
     return bool(_begun)
 
 

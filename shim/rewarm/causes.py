@@ -7,7 +7,7 @@ import os
 
 from rewarm.criu import log
 
-_HOOKS = ("rootfs-diff:", "device-remap:")
+_HOOKS = ("rootfs-diff:", "device-remap:", "series:")
 
 
 def cause(directory: str, ended: str) -> str:

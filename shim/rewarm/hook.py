@@ -6,6 +6,7 @@ import os
 import sys
 
 import rewarm_hooks
+from rewarm_hooks.series import SEPARATOR
 
 _CODE = "import sys; sys.path.append(sys.argv.pop(1)); from rewarm_hooks.series import main; "
 _CODE += "sys.exit(main(sys.argv[1:], sys.stdin.buffer))"
@@ -18,6 +19,6 @@ def words(*hooks: list[str]) -> list[str]:
     """
     line: list[str] = []
     for hook in hooks:
-        line += ["--", *hook] if line else hook
+        line += [SEPARATOR, *hook] if line else hook
     packages = os.path.dirname(os.path.dirname(os.path.abspath(rewarm_hooks.__file__)))
     return [sys.executable, "-I", "-S", "-c", _CODE, packages, *line]

@@ -1,7 +1,7 @@
 """Restores of GPU containers on a machine with a GPU and without package sources; figures as JSON.
 
     gpu.py CARRIED OUTPUT [--sizes 8,1,llm] [--turns 3] [--cold 3] [--seconds 480] [--directory DIR]
-    gpu.py merge OUTPUT PART…            (writes docs/benchmarks/h100.json's content, prints the table)
+    gpu.py merge OUTPUT PART…            (writes the content of docs/benchmarks/h200.json, prints the table)
 
 CARRIED is what carry.sh gathered. A size is GiB of weights of a PyTorch server with CUDA graphs; `llm` is a
 transformers model of 8B parameters. They are measured in the order given. OUTPUT is written after every step: what
@@ -111,7 +111,7 @@ def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.N
         run.record(label, COLD, sides.begin())
         if capture_by_hand(run, label, sides):
             turns(run, label, sides, [STOCK], asked.turns, gib, first=1)
-    while len(figures["samples_s"][COLD]) < (asked.cold if gib < LARGE else 1):
+    while len(figures["samples_s"][COLD]) < (asked.cold if gib < ALONE else 1):
         run.need(20 + gib, f"{label}: {COLD} {len(figures['samples_s'][COLD]) + 1}")
         run.record(label, COLD, sides.run(COLD))
 
@@ -231,8 +231,11 @@ def with_run_in_memory() -> None:
     """
     if FAKE or proc.command("stat", "-f", "-c", "%T", "/run").stdout.strip() == "tmpfs":
         return
-    words = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
-    words += ['mount -t tmpfs tmpfs /run; exec "$@"', "sh", sys.executable, *sys.argv]
+    # A driver of the GPU operator lies in /run/nvidia.
+    script = "if [ -d /run/nvidia ]; then mount --rbind /run/nvidia /mnt; fi; "
+    script += "mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /run; "
+    script += 'if mountpoint -q /mnt; then mkdir /run/nvidia; mount --move /mnt /run/nvidia; fi; exec "$@"'
+    words = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh", sys.executable, *sys.argv]
     os.execvp(words[0], words)
 
 
@@ -249,7 +252,7 @@ def main() -> int:
     options.add_argument("--sizes", default="8,1,llm")
     options.add_argument("--turns", type=int, default=3)
     options.add_argument(
-        "--cold", type=int, default=3, help=f"cold starts, the source's own counted; one from {LARGE} GiB"
+        "--cold", type=int, default=3, help=f"cold starts, the source's own counted; one from {ALONE} GiB"
     )
     options.add_argument("--seconds", type=float, default=480.0, help="begin nothing after this time")
     options.add_argument("--directory", default="/var/tmp")
@@ -276,6 +279,7 @@ def main() -> int:
             proc.command("mount", "-t", "tmpfs", "tmpfs", directory / "rootfs")
             device.install(asked.carried.resolve(), prefix)
             say("installed")
+        run.found["run"] = proc.command("stat", "-f", "-c", "%T", "/run").stdout.strip()
         run.found |= {**device.machine(prefix), **gpu()} if not FAKE else gpu()
         run.save()
         if not FAKE:

@@ -536,6 +536,19 @@ def test_restore(captured: Place) -> None:
     captured.end("copy")
 
 
+def test_restore_with_an_nvml_that_does_not_answer(captured: Place) -> None:
+    """It is asked from the beginning on, in a thread: `create` starts cold in time all the same."""
+    captured.node.configure(libcuda=str(captured.gpus.libcuda), deadline=2)
+    captured.gpus.node(gpus(1), delay_ms=20000)
+    began = time.monotonic()
+    captured.node.runtime.create("copy", captured.bundle("copy", CHILDREN="1"))
+    assert time.monotonic() - began < 12
+    outcome = captured.node.outcome("copy")
+    assert outcome["outcome"] == "cold", outcome
+    said(outcome["reason"], "the deadline of 2 s passed during find")
+    captured.end("copy")
+
+
 def test_twice(captured: Place) -> None:
     for name in ("copy", "other"):
         captured.start(name, captured.bundle(name, CHILDREN="1"))

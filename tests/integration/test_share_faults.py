@@ -13,7 +13,7 @@ import pytest
 
 from rewarm.store.directory import DirectoryStore
 from support import carving, counter, faults
-from support.bundle import Bundle
+from support.bundle import Bundle, bind
 from support.carving import Snapshot, end, goes_on_right, nothing_remains_of, stays_cold
 from support.node import Node
 from support.outcomes import fails, said
@@ -92,6 +92,22 @@ def test_takes_requests_and_answers_none(tmp_path: Path, prefix: Path, snapshot:
         began = time.monotonic()
         reason = f"the deadline of {DEADLINE:g} s passed during find"
         fails(node, made, reason) if on_miss == "fail" else stays_cold(node, made, reason)
+        assert time.monotonic() - began < DEADLINE + GRACE
+        assert silence.asked.is_set()
+
+
+def test_a_volume_that_answers_nothing(tmp_path: Path, prefix: Path, snapshot: Snapshot) -> None:
+    """Where its bind mounts come from is looked at to find out which GPUs a container has."""
+    with (
+        Silence(tmp_path / "volume") as silence,
+        Node(tmp_path / "node", prefix, store=snapshot.store, cache="off", deadline=DEADLINE) as node,
+    ):
+        made = snapshot.bundle(node.directory / "copy")
+        made.spec["mounts"].append(bind(silence.target / "data", "/data"))
+        made.write()
+        began = time.monotonic()
+        # Not cold: that start would hang in runc.
+        fails(node, made, f"the deadline of {DEADLINE:g} s passed during find")
         assert time.monotonic() - began < DEADLINE + GRACE
         assert silence.asked.is_set()
 

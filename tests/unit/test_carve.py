@@ -14,12 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rewarm.criu import align, density, images, vmas
 from rewarm.criu import carve as carving
-from rewarm.criu import density, images, vmas
 from rewarm.criu.carve import Carved, carve
 from rewarm.memory import places, plan
 from support import memory_images as made
-from support.criu_images import field, image
 from support.memory_images import PAGE, Area, Process
 
 TOP = 0x7F00_0000_0000
@@ -412,14 +411,23 @@ class TestHugePages:
         plan.allow_huge_pages(mappings, [], tmp_path, 96 << 20, 100 << 20)
         assert [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")] == [1 << 14, 0]
 
-    def test_a_mapping_that_no_criu_has_written_stays(self, tmp_path: Path) -> None:
-        """Its end, then its start; and one whose first start is not the one that counts."""
-        rest = field(5, 3) + field(6, 0x22) + field(7, 1 | 1 << 9)
-        turned = field(2, TOP + (2 << 20)) + field(1, TOP) + rest
-        other = field(1, TOP) + field(2, TOP + (2 << 20)) + rest + field(1, TOP + (2 << 20)) + field(2, TOP + (4 << 20))
-        (tmp_path / "mm-1.img").write_bytes(image(field(14, turned) + field(14, other)))
-        vmas.advise(tmp_path / "mm-1.img", [(TOP, TOP + (2 << 20))], vmas.HUGEPAGE)
-        assert (tmp_path / "mm-1.img").read_bytes() == image(field(14, turned) + field(14, other))
+    @pytest.mark.parametrize(("mode", "madv"), [("madvise", [1 << 14, 1 << 14]), ("always", [1 << 14, 1 << 15])])
+    def test_pieces_of_a_mapping_that_was_cut(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, madv: list[int]
+    ) -> None:
+        """Their first start and end are still those of the whole: the last ones count."""
+        (tmp_path / "thp").mkdir()
+        (tmp_path / "thp/enabled").write_text(f"[{mode}] never\n")
+        monkeypatch.setattr(plan, "_THP", str(tmp_path / "thp"))
+        path = tmp_path / "mm-1.img"
+        made.write_mm(path, [Area(TOP, 1024)])
+        [whole] = vmas.load(path)
+        middle = TOP + (2 << 20)
+        align.write(path, [whole._replace(end=middle), whole._replace(start=middle)])
+        mappings = [(1, TOP, middle, 0), *([(1, middle, middle + (2 << 20), 0)] if mode == "madvise" else [])]
+        thin = [places.Place(1, 0, at, (1).to_bytes(places.MASK_BYTES, "little")) for at in (TOP, middle)]
+        plan.allow_huge_pages(mappings, thin, tmp_path, 0, None)
+        assert [vma.madv for vma in vmas.load(path)] == madv
 
     def test_not_on_a_kernel_without_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """madvise(2) would fail there, and CRIU with it."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rewarm import aside
 from rewarm.errors import Unfit
 from rewarm.gpu import container
 
@@ -27,6 +28,46 @@ def test_gpus_that_somebody_else_adds(spec: dict[str, Any], low_level: str, caus
     with pytest.raises(Unfit, match=cause) as caught:
         container.of_spec(spec, low_level, "/no/libcuda.so.1")
     assert "use CDI or device nodes" in str(caught.value)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What NVML was loaded for; loading it fails as nothing should."""
+    found: list[str] = []
+
+    def load(libcuda: str) -> None:
+        found.append(libcuda)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(container, "_nvml", load)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spec", "low_level", "expected"),
+    [
+        (NODES, "runc", ["/no/libcuda.so.1"]),
+        ({"process": {"env": ["NVIDIA_VISIBLE_DEVICES=none"]}}, "runc", []),
+        ({**ENV, **NODES, "hooks": HOOKS}, "runc", []),
+        ({**ENV, **NODES}, "/usr/bin/nvidia-container-runtime", []),
+    ],
+    ids=["GPU", "none", "hook", "runtime"],
+)
+def test_begin(
+    spec: dict[str, Any],
+    low_level: str,
+    expected: list[str],
+    loaded: list[str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Only for who will ask for it; what goes wrong is said to who asks, and not on the container's standard error."""
+    container.begin(spec, low_level, "/no/libcuda.so.1")
+    assert not aside.hangs()
+    assert loaded == expected
+    assert capfd.readouterr() == ("", "")
+    if expected:
+        with pytest.raises(RuntimeError, match="broken"):
+            container.nvml("/no/libcuda.so.1")
 
 
 def test_no_gpu_asks_nobody() -> None:

@@ -102,11 +102,13 @@ def test_splitting(arguments: list[str], hooks: list[list[str]]) -> None:
 
 def test_only_what_is_asked_for_is_imported(call: Call) -> None:
     """It stands in the path of every restore; `-S` has to leave the hooks all that they need."""
-    words = hook.words(call.diff)
-    assert words[:3] == [sys.executable, "-I", "-S"]
-    code = words[words.index("-c") + 1].replace("sys.exit(", "print(").replace("))", ")); print(*sys.modules)")
-    words[words.index("-c") + 1] = code
-    done = subprocess.run(words, input="{}", capture_output=True, text=True, check=True, timeout=60)
-    found = set(done.stdout.split())
-    assert "rewarm_hooks.rootfs_diff" in found
-    assert not found & {"rewarm_hooks.device_remap", "site", "typing", "dataclasses", "pathlib", "subprocess", "rewarm"}
+    for one, other in ((call.diff, "device_remap"), (call.remap, "rootfs_diff")):
+        words = hook.words(one)
+        assert words[:4] == [sys.executable, "-I", "-S", "-c"]
+        words[4] = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {words[4]}"
+        state = json.dumps({**STATE, "bundle": str(call.directory / "bundle")})
+        done = subprocess.run(words, input=state, capture_output=True, text=True, check=True, timeout=60)
+        found = set(done.stdout.split())
+        assert f"rewarm_hooks.{one[0].replace('-', '_')}" in found
+        heavy = {"site", "typing", "dataclasses", "pathlib", "subprocess", "rewarm"}
+        assert not found & {f"rewarm_hooks.{other}", *heavy}

@@ -131,15 +131,13 @@ def _vma(message: images.Message) -> Vma:
 def advise(path: Path, ranges: Collection[tuple[int, int]], advice: int) -> None:
     """Set the bit of an advice for the mappings with these (start, end). Raises images.ImageError, OSError.
 
-    CRIU's restorer (criu/pie/restorer.c) calls madvise(2) for every bit when the mapping has its place and content. A
-    mapping whose start and end are not its first fields, where CRIU writes them, is left as it is.
+    CRIU's restorer (criu/pie/restorer.c) calls madvise(2) for every bit when the mapping has its place and content.
     """
-    beginnings = tuple(encode.integer(1, start) + encode.integer(2, end) for start, end in ranges)
     records = []
     for fields in images.raw_records(path):
         out = b""
         for number, raw, value in fields:
-            if number == 14 and isinstance(value, bytes) and value.startswith(beginnings):
+            if number == 14 and isinstance(value, bytes):
                 message = images.decode(value, path.name)
                 if (images.number(message, 1), images.number(message, 2)) in ranges and not is_guard(message):
                     # Of a field that is there twice the last one counts.

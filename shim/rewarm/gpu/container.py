@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rewarm import aside
-from rewarm.errors import GpuError, Unfit
+from rewarm.errors import Unfit
 from rewarm_hooks.gpu_pairs import Gpu
 
 from . import visible
@@ -40,8 +40,8 @@ def begin(spec: dict[str, Any], low_level: str, libcuda: str) -> None:
 
     `nvml` waits for it, and says what is wrong. Raises RestoreError if no thread can be made.
     """
-    if visible.asks_for_gpus(spec, low_level):
-        aside.Task(lambda: _try(libcuda), "nvml").start()
+    # The look at the spec as well: it looks at the sources of bind mounts, which may hang.
+    aside.Task(lambda: _try(spec, low_level, libcuda), "nvml").start()
 
 
 def nvml(libcuda: str) -> Nvml:
@@ -57,9 +57,11 @@ def _nvml(libcuda: str) -> Nvml:
     return Nvml(libcuda)
 
 
-def _try(libcuda: str) -> None:
-    with suppress(GpuError), _loading:  # who needs it meets the error again
-        _ = _nvml(libcuda).inventory
+def _try(spec: dict[str, Any], low_level: str, libcuda: str) -> None:
+    with suppress(Exception):  # who needs it meets the error again
+        if visible.asks_for_gpus(spec, low_level) and not visible.injected(spec, low_level):
+            with _loading:
+                _ = _nvml(libcuda).inventory
 
 
 def of_spec(spec: dict[str, Any], low_level: str, libcuda: str) -> ContainerGpus:
