@@ -13,7 +13,7 @@ from cffi import FFI  # type: ignore[import-untyped, unused-ignore]
 
 _HERE = Path(__file__).resolve().parent
 _HEADERS = ("native.h", "tracing.h", "borrow.h", "detour.h")
-_SOURCES = ("process.c", "tracing.c", "borrow.c", "mempolicy.c", "detour.c", "advise.c", "parking.c", "memory.c")
+_SOURCES = ("process.c", "tracing.c", "borrow.c", "mempolicy.c", "detour.c", "advise.c", "memory.c")
 
 # The declarations of native.h that Python uses; the compiler checks them against it.
 _DECLARATIONS = """
@@ -36,10 +36,6 @@ int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
 int rw_watch_begin(int tid, struct rw_way *way);
 int rw_watch(const struct rw_way *way, uint64_t smallest);
-int rw_hold(int tid);
-int rw_interrupt(int tid);
-int rw_is_held(int tid);
-int rw_let_go(int tid);
 size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
 size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);
 size_t rw_pack_pages(void *data, size_t pages, const uint8_t *mask);

@@ -19,6 +19,7 @@
 
 enum {
 	OPTIONS = PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEEXEC,
+	EVENT_SHIFT = 8,
 };
 
 struct watch {
@@ -138,7 +139,7 @@ static void at_system_call(pid_t tid, struct watch *watch)
 /* Lets the thread go on from a stop: as it would have gone on had nobody looked. */
 static int go_on(pid_t tid, struct watch *watch, int status)
 {
-	const int event = status >> RW_EVENT_SHIFT;
+	const int event = status >> EVENT_SHIFT;
 
 	if (event == PTRACE_EVENT_EXEC)
 		return -ENOEXEC;

@@ -39,13 +39,6 @@ struct rw_way {
 int rw_watch_begin(int tid, struct rw_way *way);
 int rw_watch(const struct rw_way *way, uint64_t smallest);
 
-/* A thread `tid` of another process is held still from when rw_is_held returns 1 (0: not yet) until rw_let_go, or until
- * the calling thread ends; only rw_is_held may be called by others. -ESRCH when it has ended. */
-int rw_hold(int tid);
-int rw_interrupt(int tid); /* the second half of it */
-int rw_is_held(int tid);
-int rw_let_go(int tid);
-
 /* Memory, in pages of 4096 bytes. A mask has bit N % 8 of byte N / 8 for page N. Data is page-aligned. */
 
 /* Sets the bits of the pages that hold anything but zeros (that are equal); returns how many. */

@@ -10,7 +10,6 @@
 
 enum {
 	RW_SYSCALL_STOP = SIGTRAP | 0x80, /* by PTRACE_O_TRACESYSGOOD */
-	RW_EVENT_SHIFT = 8,               /* where the event is in what a stop is reported with (waitid(2)) */
 	RW_USER_CODE_64 = 0x33,           /* the code segment of 64-bit programs */
 };
 

@@ -82,15 +82,6 @@ def namespace_pid(pid: int, tid: int | None = None) -> int:
     return 0
 
 
-def tracer(pid: int, tid: int) -> int:
-    """Who traces a thread (ptrace), a host pid; 0 if nobody does, or it is gone."""
-    try:
-        with open(f"/proc/{pid}/task/{tid}/status", encoding="utf-8", errors="replace", newline="\n") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("TracerPid:")), 0)
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-
-
 def threads(pid: int) -> list[int]:
     try:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))
