@@ -174,6 +174,7 @@ def work(child):
     return "gave up"
 
 signal.signal(signal.SIGTERM, interrupted)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 try:
     print([apart.run(work, 100, undo)], flush=True)
     {after}
