@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench import fio
 from bench.measured import Measured, median
-from bench.sides import REWARM, Capture, Phase, Program, Sides, stored
+from bench.sides import REWARM, Capture, Phase, Program, Sides, stored, touch_for
 from support import samples
 from support.node import Node
 from support.proc import command, wait_for
@@ -36,8 +36,12 @@ def cold(directory: Path, prefix: Path) -> list[Measured]:
         packs = sorted((node.store / "v1" / "packs").rglob("*/*"))
         seconds = []
 
+        def drop() -> None:
+            forget(node.store)
+            touch_for(sides.memory * sides.touched)  # as before a restore
+
         def by_fio(engine: str) -> float:
-            return fio.rate(packs, engine, drop=lambda: forget(node.store))
+            return fio.rate(packs, engine, drop=drop)
 
         def by_rewarm() -> float:
             forget(node.store)

@@ -1,6 +1,6 @@
 """The GPUs that a container has on this node: which they are, and what state they are in.
 
-A container that has none costs a look at its spec, nothing else.
+A container that has none costs looks at its spec, nothing else.
 """
 
 from __future__ import annotations
