@@ -168,6 +168,7 @@ install_programs() {
     local build=$work/build name
     quietly "C programs: building" make -C "$work/source/native" BUILD="$build"
     install_file "$build/rewarm-guard" "$prefix/libexec/rewarm-guard" 0755
+    install_file "$build/rewarm-device-memory.so" "$prefix/lib/rewarm-device-memory.so" 0644
     install_link ../venv/bin/rewarm "$prefix/bin/rewarm"
     # Last: from here on containerd can call it.
     install_file "$build/rewarm-runc" "$prefix/bin/rewarm-runc" 0755

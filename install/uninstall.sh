@@ -106,8 +106,8 @@ remove_links() {
 
 remove_files() {
     # What install.sh made, name by name: the prefix may hold other people's files.
-    rm -f "$prefix/bin/rewarm-runc" "$prefix/bin/rewarm" "$prefix/libexec/rewarm-guard"
-    rm -f "$prefix"/{bin/rewarm-runc,bin/rewarm,libexec/rewarm-guard,venv}.new.*
+    rm -f "$prefix"/{bin/rewarm-runc,bin/rewarm,libexec/rewarm-guard,lib/rewarm-device-memory.so}
+    rm -f "$prefix"/{bin/rewarm-runc,bin/rewarm,libexec/rewarm-guard,lib/rewarm-device-memory.so,venv}.new.*
     rm -rf "$prefix/venv" "$prefix/venvs" "$prefix/criu" "$prefix/share/rewarm"
     if [[ -e $state/packages ]]; then
         say "left in place, installed for rewarm: $(sort -u "$state/packages" | tr '\n' ' ')"
@@ -115,7 +115,7 @@ remove_files() {
     rm -rf "$state"
     rm -f "$prefix/.lock"
     local directory
-    for directory in "$prefix"/{bin,libexec,share} "$prefix" "$(dirname "$state")"; do
+    for directory in "$prefix"/{bin,lib,libexec,share} "$prefix" "$(dirname "$state")"; do
         [[ ! -d $directory ]] || rmdir --ignore-fail-on-non-empty "$directory"
     done
 }

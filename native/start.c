@@ -242,7 +242,8 @@ static int empty_directory(int fd, dev_t device, int depth, const char *const *k
 /* What the restored tree has read would only take memory in /run. The container runs: no failure. */
 static void tidy(const struct call *call, const char *path, int directory)
 {
-	static const char *const kept[] = { "record.json", "outcome.json", "trace.json", "control", NULL };
+	static const char *const kept[] = { "record.json",      "outcome.json", "trace.json", "control",
+					    "device-memory.so", "engine.json",  "engine.log", NULL };
 	int fd = fcntl(directory, F_DUPFD_CLOEXEC, 0);
 	struct stat status;
 	int error = fd < 0 || fstat(directory, &status) < 0 ? -errno : 0;

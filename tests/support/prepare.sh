@@ -29,6 +29,7 @@ packages=(
     make
     mmdebstrap
     mount
+    musl-tools
     podman
     python3
     python3-dev

@@ -1,0 +1,183 @@
+/* A handle is given back in every case: the driver's checkpoint saves the memory of one that is left.
+ *
+ * Nothing here waits for the device, whose work is over: the driver's lock has seen to that before the program was
+ * stopped. To wait would be to wait for ever, where a stopped thread is inside the driver with one of its locks (seen with
+ * 16 threads at work: cuMemFree did not come back). */
+#include "pieces.h"
+#include "device.h"
+
+#include <errno.h>
+
+struct handle {
+	const struct rw_driver *driver;
+	uint64_t value;
+	bool held;
+};
+
+static void release(const struct handle *handle)
+{
+	if (handle->held)
+		handle->driver->cuMemRelease(handle->value);
+}
+
+#define autorelease __attribute__((cleanup(release)))
+
+static uint8_t state_of(const struct rw_piece *piece)
+{
+	return __atomic_load_n(piece->state, __ATOMIC_ACQUIRE);
+}
+
+static void set_state(const struct rw_piece *piece, uint8_t state)
+{
+	__atomic_store_n(piece->state, state, __ATOMIC_RELEASE);
+}
+
+/* This thread's own modes: calls that are unsafe in a capture are refused to it by no capture of another. */
+static int enter(const struct rw_driver *driver, const struct rw_piece *piece)
+{
+	static bool relaxed;
+	int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+
+	if (!relaxed)
+		relaxed = driver->cuThreadExchangeStreamCaptureMode(&mode) == CUDA_SUCCESS;
+	return driver->cuCtxSetCurrent(piece->allocation->context);
+}
+
+/* In a stream of its own, which no other thread can have locked. */
+static int copy(const struct rw_driver *driver, uint64_t target, uint64_t source, size_t size)
+{
+	void *stream;
+	int result = driver->cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING);
+
+	if (result != CUDA_SUCCESS)
+		return result;
+	result = driver->cuMemcpyDtoDAsync_v2(target, source, size, stream);
+	if (result == CUDA_SUCCESS)
+		result = driver->cuStreamSynchronize(stream);
+	driver->cuStreamDestroy_v2(stream);
+	return result;
+}
+
+static int hold(struct handle *handle, const struct rw_piece *piece)
+{
+	int result = handle->driver->cuMemRetainAllocationHandle(&handle->value, (void *)(uintptr_t)piece->address);
+
+	handle->held = result == CUDA_SUCCESS;
+	return result;
+}
+
+/* All or nothing. */
+static int put(const struct handle *handle, const struct rw_piece *piece)
+{
+	int result = handle->driver->cuMemMap(piece->address, piece->size, 0, handle->value, 0);
+
+	if (result != CUDA_SUCCESS)
+		return result;
+	result = rw_set_access(handle->driver, piece->allocation->device, piece->address, piece->size);
+	if (result != CUDA_SUCCESS)
+		handle->driver->cuMemUnmap(piece->address, piece->size);
+	return result;
+}
+
+/* The memory of the piece into that of `handle`, by way of an address that nobody else knows. */
+static int copy_to(const struct handle *handle, const struct rw_piece *piece)
+{
+	const struct rw_driver *driver = handle->driver;
+	uint32_t device = piece->allocation->device;
+	uint64_t scratch;
+
+	int result = driver->cuMemAddressReserve(&scratch, piece->size, 0, 0, 0);
+	if (result != CUDA_SUCCESS)
+		return result;
+	result = driver->cuMemMap(scratch, piece->size, 0, handle->value, 0);
+	if (result == CUDA_SUCCESS) {
+		result = rw_set_peer_access(driver, device, scratch, piece->size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+		if (result == CUDA_SUCCESS)
+			result = copy(driver, scratch, piece->address, piece->size);
+		driver->cuMemUnmap(scratch, piece->size);
+	}
+	driver->cuMemAddressFree(scratch, piece->size);
+	return result;
+}
+
+int rw_own(const struct rw_piece *piece)
+{
+	const struct rw_driver *driver = rw_driver();
+	autorelease struct handle new = { .driver = driver }, old = { .driver = driver };
+	struct rw_kind kind = rw_kind_of(piece->allocation->device);
+
+	if (state_of(piece) & RW_AWAY)
+		return -ENOENT;
+	if ((state_of(piece) & RW_IMPORTED) == 0)
+		return CUDA_SUCCESS;
+	int result = enter(driver, piece);
+	if (result == CUDA_SUCCESS)
+		result = hold(&old, piece);
+	if (result == CUDA_SUCCESS) {
+		result = driver->cuMemCreate(&new.value, piece->size, &kind, 0);
+		new.held = result == CUDA_SUCCESS;
+	}
+	if (result == CUDA_SUCCESS)
+		result = copy_to(&new, piece);
+	if (result == CUDA_SUCCESS)
+		result = driver->cuMemUnmap(piece->address, piece->size);
+	if (result != CUDA_SUCCESS)
+		return result;
+	result = put(&new, piece);
+	if (result == CUDA_SUCCESS)
+		set_state(piece, 0);
+	else if (put(&old, piece) != CUDA_SUCCESS)
+		set_state(piece, RW_AWAY);
+	return result;
+}
+
+int rw_export(const struct rw_piece *piece, int *descriptor)
+{
+	const struct rw_driver *driver = rw_driver();
+	autorelease struct handle handle = { .driver = driver };
+
+	if (state_of(piece) & RW_AWAY)
+		return -ENOENT;
+	int result = enter(driver, piece);
+	if (result == CUDA_SUCCESS)
+		result = hold(&handle, piece);
+	if (result == CUDA_SUCCESS)
+		result = driver->cuMemExportToShareableHandle(descriptor, handle.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+	return result;
+}
+
+int rw_unmap(const struct rw_piece *piece)
+{
+	const struct rw_driver *driver = rw_driver();
+
+	if (state_of(piece) & RW_AWAY)
+		return CUDA_SUCCESS;
+	int result = enter(driver, piece);
+	if (result == CUDA_SUCCESS)
+		result = driver->cuMemUnmap(piece->address, piece->size);
+	if (result == CUDA_SUCCESS)
+		set_state(piece, RW_AWAY);
+	return result;
+}
+
+int rw_map(const struct rw_piece *piece, int descriptor)
+{
+	const struct rw_driver *driver = rw_driver();
+	autorelease struct handle handle = { .driver = driver };
+
+	if ((state_of(piece) & RW_AWAY) == 0)
+		return CUDA_SUCCESS;
+	if (descriptor < 0)
+		return -EBADF;
+	int result = enter(driver, piece);
+	if (result == CUDA_SUCCESS) {
+		result = driver->cuMemImportFromShareableHandle(&handle.value, (void *)(uintptr_t)descriptor,
+								CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+		handle.held = result == CUDA_SUCCESS;
+	}
+	if (result == CUDA_SUCCESS)
+		result = put(&handle, piece);
+	if (result == CUDA_SUCCESS)
+		set_state(piece, RW_IMPORTED);
+	return result;
+}

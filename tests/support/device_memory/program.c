@@ -1,0 +1,237 @@
+/* A program with CUDA that does what it is told: a line of words on stdin, a line of numbers on stdout. Addresses and
+ * sizes are numbers as strtoull(3) reads them. It knows nothing of rewarm. */
+#include <dirent.h>
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+extern int cudaMalloc(void **, size_t), cudaFree(void *), cudaFreeAsync(void *, void *);
+extern int cudaSetDevice(int), cudaDeviceReset(void), cudaGetLastError(void), cudaIpcGetMemHandle(void *, void *);
+extern int cudaDeviceEnablePeerAccess(int, unsigned), cudaDeviceDisablePeerAccess(int);
+#ifdef WITH_DRIVER
+extern int cuMemAlloc_v2(uint64_t *, size_t), cuMemFree_v2(uint64_t);
+extern int cuMemGetAddressRange_v2(uint64_t *, size_t *, uint64_t);
+extern int cuCtxCreate_v2(void **, unsigned, int), cuCtxPopCurrent_v2(void **), cuIpcGetMemHandle(void *, uint64_t);
+#endif
+
+enum { THREADS = 4, ROUNDS = 1500, KEPT = 64, MIB = 1 << 20 };
+
+static void *driver(const char *name)
+{
+	void *library = dlopen("libcuda.so.1", RTLD_NOW);
+	void *found = library == NULL ? NULL : dlsym(library, name);
+
+	if (found == NULL) {
+		fprintf(stderr, "no %s: %s\n", name, dlerror());
+		exit(1);
+	}
+	return found;
+}
+
+static int64_t count(int which)
+{
+	int64_t (*ask)(int) = driver("fake_count");
+
+	return ask(which);
+}
+
+/* Allocates and frees in an order of its own, and looks whether what it wrote is there. */
+static void *stir(void *seed)
+{
+	unsigned random = (unsigned)(uintptr_t)seed;
+	uint64_t *kept[KEPT] = { NULL };
+	uintptr_t wrong = 0;
+
+	for (int round = 0; round < ROUNDS; round++) {
+		int at = rand_r(&random) % KEPT;
+		if (kept[at] != NULL) {
+			wrong += *kept[at] != (uintptr_t)kept[at] + (uintptr_t)seed;
+			wrong += cudaFree(kept[at]) != 0;
+			kept[at] = NULL;
+		} else {
+			size_t size = rand_r(&random) % 4 == 0 ? 1000 : (size_t)(2 + rand_r(&random) % 9) * MIB;
+			wrong += cudaMalloc((void **)&kept[at], size) != 0;
+			*kept[at] = (uintptr_t)kept[at] + (uintptr_t)seed;
+		}
+	}
+	for (int at = 0; at < KEPT; at++)
+		wrong += kept[at] != NULL && cudaFree(kept[at]) != 0;
+	return (void *)wrong;
+}
+
+static uint64_t stir_all(void)
+{
+	pthread_t threads[THREADS];
+	uint64_t wrong = 0;
+
+	for (uintptr_t at = 0; at < THREADS; at++)
+		pthread_create(&threads[at], NULL, stir, (void *)(at + 1));
+	for (int at = 0; at < THREADS; at++) {
+		void *result;
+		pthread_join(threads[at], &result);
+		wrong += (uintptr_t)result;
+	}
+	return wrong;
+}
+
+static void fill(uint64_t address, uint64_t size, uint64_t seed)
+{
+	for (uint64_t at = 0; at < size / 8; at++)
+		((volatile uint64_t *)address)[at] = (at + 1) * (seed | 1);
+}
+
+static bool check(uint64_t address, uint64_t size, uint64_t seed)
+{
+	for (uint64_t at = 0; at < size / 8; at++)
+		if (((volatile uint64_t *)address)[at] != (at + 1) * (seed | 1))
+			return false;
+	return true;
+}
+
+static int open_descriptors(void)
+{
+	int found = 0;
+
+	for (int number = 3; number < 4096; number++)
+		found += fcntl(number, F_GETFD) >= 0;
+	return found;
+}
+
+/* In a child of fork(2), which must be without effect on the parent: how many descriptors it has, what a free of the
+ * parent's memory says there, and whether new memory there is the driver's. */
+static void in_child(uint64_t address)
+{
+	int64_t before = count(1);
+	fflush(stdout);
+	pid_t child = fork();
+
+	if (child == 0) {
+		int descriptors = open_descriptors(), freed = cudaFree((void *)address);
+		uint64_t new = 0;
+		int got = cudaMalloc((void **)&new, 4 * MIB);
+		printf("%d %d %d %d %d\n", descriptors, freed, got, count(1) == before, count(3) > 0);
+		fflush(stdout);
+		_exit(0);
+	}
+	waitpid(child, NULL, 0);
+}
+
+static int set(const char *what, uint64_t value)
+{
+	void (*change)(const char *, int) = driver("fake_set");
+
+	change(what, (int)value);
+	return 0;
+}
+
+static int set_mode(int mode)
+{
+	int (*exchange)(int *) = driver("cuThreadExchangeStreamCaptureMode");
+
+	return exchange(&mode);
+}
+
+static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
+{
+	uint64_t found = 0;
+	uint8_t handle[64];
+	char line[256] = "";
+	int result;
+
+	if (strcmp(word, "malloc") == 0) {
+		result = cudaMalloc((void **)&found, a);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "free") == 0)
+		printf("%d\n", cudaFree((void *)a));
+	else if (strcmp(word, "free_async") == 0)
+		printf("%d\n", cudaFreeAsync((void *)a, NULL));
+	else if (strcmp(word, "malloc_null") == 0)
+		printf("%d\n", cudaMalloc(NULL, a));
+	else if (strcmp(word, "last_error") == 0)
+		printf("%d\n", cudaGetLastError());
+	else if (strcmp(word, "device") == 0)
+		printf("%d\n", cudaSetDevice((int)a));
+	else if (strcmp(word, "ipc") == 0)
+		printf("%d\n", cudaIpcGetMemHandle(handle, (void *)a));
+	else if (strcmp(word, "enable") == 0)
+		printf("%d\n", cudaDeviceEnablePeerAccess((int)a, 0));
+	else if (strcmp(word, "disable") == 0)
+		printf("%d\n", cudaDeviceDisablePeerAccess((int)a));
+	else if (strcmp(word, "reset") == 0)
+		printf("%d\n", cudaDeviceReset());
+	else if (strcmp(word, "access") == 0)
+		printf("%" PRIu64 "\n", ((uint64_t(*)(uint64_t))driver("fake_access"))(a));
+	else if (strcmp(word, "count") == 0)
+		printf("%" PRId64 "\n", count((int)a));
+	else if (strcmp(word, "set_sticky") == 0 || strcmp(word, "set_capturing") == 0)
+		printf("%d\n", set(word + 4, a));
+	else if (strcmp(word, "set_fail_map") == 0 || strcmp(word, "set_fail_access") == 0)
+		printf("%d\n", set(word + 4, a));
+	else if (strcmp(word, "mode") == 0)
+		printf("%d\n", set_mode((int)a));
+	else if (strcmp(word, "fill") == 0) {
+		fill(a, b, c);
+		printf("0\n");
+	} else if (strcmp(word, "check") == 0)
+		printf("%d\n", check(a, b, c));
+	else if (strcmp(word, "stir") == 0)
+		printf("%" PRIu64 "\n", stir_all());
+	else if (strcmp(word, "fork") == 0)
+		in_child(a);
+	else if (strcmp(word, "close") == 0)
+		printf("%d\n", close((int)a));
+	else if (strcmp(word, "replace") == 0)
+		printf("%d\n", dup2((int)a, (int)b));
+	else if (strcmp(word, "pair") == 0) {
+		int pair[2];
+		result = socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair);
+		printf("%d %d %d\n", result, pair[0], pair[1]);
+	} else if (strcmp(word, "send") == 0)
+		printf("%zd\n", send((int)a, line, b, 0));
+	else if (strcmp(word, "receive") == 0)
+		printf("%zd\n", recv((int)a, line, sizeof(line), MSG_DONTWAIT));
+	else if (strcmp(word, "descriptors") == 0)
+		printf("%d\n", open_descriptors());
+#ifdef WITH_DRIVER
+	else if (strcmp(word, "cu_alloc") == 0) {
+		result = cuMemAlloc_v2(&found, a);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "cu_free") == 0)
+		printf("%d\n", cuMemFree_v2(a));
+	else if (strcmp(word, "cu_ipc") == 0)
+		printf("%d\n", cuIpcGetMemHandle(handle, a));
+	else if (strcmp(word, "cu_range") == 0) {
+		size_t size = 0;
+		result = cuMemGetAddressRange_v2(&found, &size, a);
+		printf("%d %" PRIu64 " %zu\n", result, found, size);
+	} else if (strcmp(word, "cu_context") == 0) {
+		void *context;
+		printf("%d\n", a == 0 ? cuCtxPopCurrent_v2(&context) : cuCtxCreate_v2(&context, 0, (int)b));
+	}
+#endif
+	else
+		printf("what is %s?\n", word);
+}
+
+int main(void)
+{
+	char line[256];
+
+	while (fgets(line, sizeof(line), stdin) != NULL) {
+		char *words[4] = { "", "0", "0", "0" }, *rest = line;
+		for (int at = 0; at < 4 && (rest = strtok(at == 0 ? line : NULL, " \n")) != NULL; at++)
+			words[at] = rest;
+		answer(words[0], strtoull(words[1], NULL, 0), strtoull(words[2], NULL, 0), strtoull(words[3], NULL, 0));
+		fflush(stdout);
+	}
+	return 0;
+}

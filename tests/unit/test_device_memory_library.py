@@ -1,0 +1,133 @@
+"""rewarm-device-memory.so as a file: what it asks of a container, and what it leaves alone there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import device_program
+from support.device_program import FLAVOURS, SECONDS, Built
+
+EXPORTED = {
+    "cuCtxDisablePeerAccess",
+    "cuCtxEnablePeerAccess",
+    "cuDevicePrimaryCtxReset",
+    "cuDevicePrimaryCtxReset_v2",
+    "cuIpcGetMemHandle",
+    "cuMemAlloc_v2",
+    "cuMemFreeAsync",
+    "cuMemFreeAsync_ptsz",
+    "cuMemFree_v2",
+    "cuMemGetAddressRange_v2",
+    "cudaDeviceDisablePeerAccess",
+    "cudaDeviceEnablePeerAccess",
+    "cudaDeviceReset",
+    "cudaFree",
+    "cudaFreeAsync",
+    "cudaFreeAsync_ptsz",
+    "cudaIpcGetMemHandle",
+    "cudaMalloc",
+}
+# Functions of every libc from glibc 2.17 on (libpthread and libdl apart until 2.34), and of musl.
+NEEDED = {
+    "__errno_location", "__stack_chk_fail", "__stack_chk_guard", "calloc", "close", "fcntl", "free", "memcpy",
+    "memset", "mmap", "munmap", "poll", "prctl", "recv", "recvmsg", "sched_yield", "sendmsg", "sigfillset",
+    "sigprocmask", "socketpair", "strlen", "strncmp", "strrchr", "syscall", "write",
+}  # fmt: skip
+WEAK = {
+    "__register_atfork", "dl_iterate_phdr", "dlclose", "dlerror", "dlopen", "dlsym", "pthread_atfork",
+    "pthread_attr_destroy", "pthread_attr_init", "pthread_attr_setdetachstate", "pthread_attr_setstacksize",
+    "pthread_create",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return device_program.build(tmp_path_factory.getbasetemp(), "plain")
+
+
+@pytest.fixture(scope="module", params=FLAVOURS)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return device_program.build(tmp_path_factory.getbasetemp(), request.param)
+
+
+def symbols(library: Path) -> list[tuple[str, str, str]]:
+    """Binding, section and name of the dynamic ones."""
+    lines = device_program.output_of("readelf", "-W", "--dyn-syms", library).splitlines()[3:]
+    return [(words[4], words[6], words[7]) for line in lines if len(words := line.split()) > 7]
+
+
+def test_it_exports_what_it_stands_in_front_of_and_nothing_else(plain: Built) -> None:
+    assert {name for _, section, name in symbols(plain.library) if section != "UND"} == EXPORTED
+
+
+def test_it_fits_every_libc(plain: Built) -> None:
+    undefined = [(binding, name) for binding, section, name in symbols(plain.library) if section == "UND"]
+    assert {name for binding, name in undefined if binding == "GLOBAL"} <= NEEDED
+    assert {name for binding, name in undefined if binding == "WEAK"} == WEAK
+    assert "NEEDED" not in device_program.output_of("readelf", "-d", plain.library)
+    assert "No version information" in device_program.output_of("readelf", "-V", plain.library)
+
+
+def test_it_does_nothing_at_load(plain: Built) -> None:
+    dynamic = device_program.output_of("readelf", "-d", plain.library)
+    assert not any(word in dynamic for word in ("INIT", "FINI", "TEXTREL"))
+    assert "TLS" not in device_program.output_of("readelf", "-lW", plain.library)
+
+
+def test_a_build_is_reproducible_and_names_no_place(plain: Built, tmp_path: Path) -> None:
+    again = device_program.make_library(tmp_path).read_bytes()
+    assert again == plain.library.read_bytes()
+    assert str(device_program.REPOSITORY).encode() not in again
+
+
+@pytest.mark.parametrize("name", ["bare", "bare-static"])
+def test_a_program_without_cuda_has_no_thread_and_no_descriptor_more(built: Built, name: str) -> None:
+    program = built.directory / name
+    alone = subprocess.run([program], check=True, capture_output=True, text=True, timeout=SECONDS)
+    loaded = subprocess.run([program], env=built.environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert loaded.returncode == 0 and loaded.stderr == "" and loaded.stdout == alone.stdout
+    assert alone.stdout.startswith("1 ")
+
+
+def test_programs_of_the_machine_run(plain: Built) -> None:
+    for command in (["true"], [sys.executable, "-c", "import threading"], ["sh", "-c", "ls / | cat"]):
+        done = subprocess.run(command, env=plain.environment(), capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_plugin_whose_libraries_nobody_else_sees(built: Built) -> None:
+    command = [built.directory / "host", built.directory / "plugin.so"]
+    done = subprocess.run(command, env=built.environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0 and done.stderr == ""
+    assert any(line.startswith("rewarm-mem-") for line in done.stdout.splitlines())
+
+
+def test_python_with_an_extension(plain: Built) -> None:
+    code = f"""
+import ctypes, pathlib
+plugin = ctypes.CDLL({str(plain.directory / "plugin.so")!r})
+pointer = ctypes.c_void_p()
+assert plugin.plugin_allocate(ctypes.byref(pointer), ctypes.c_size_t(4 << 20)) == 0
+print(*(path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+assert plugin.plugin_free(pointer) == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain.environment(), capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rewarm-mem-" in done.stdout
+
+
+def test_without_a_cuda_library_the_answer_is_an_error(plain: Built) -> None:
+    code = f"""
+import ctypes
+library = ctypes.CDLL({str(plain.library)!r})
+pointer = ctypes.c_void_p()
+print(library.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(4 << 20)))
+print(library.cudaFree(None), library.cuMemFree_v2(0))
+"""
+    assert device_program.output_of(sys.executable, "-c", code) == "3\n3 3"
