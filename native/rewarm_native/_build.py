@@ -13,7 +13,17 @@ from cffi import FFI  # type: ignore[import-untyped, unused-ignore]
 
 _HERE = Path(__file__).resolve().parent
 _HEADERS = ("native.h", "tracing.h", "borrow.h", "detour.h")
-_SOURCES = ("process.c", "tracing.c", "borrow.c", "mempolicy.c", "detour.c", "advise.c", "memory.c")
+_SOURCES = (
+    "process.c",
+    "tracing.c",
+    "borrow.c",
+    "mempolicy.c",
+    "detour.c",
+    "advise.c",
+    "awake.c",
+    "lanes.c",
+    "memory.c",
+)
 
 # The declarations of native.h that Python uses; the compiler checks them against it.
 _DECLARATIONS = """
@@ -36,6 +46,21 @@ int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
 int rw_watch_begin(int tid, struct rw_way *way);
 int rw_watch(const struct rw_way *way, uint64_t smallest);
+int rw_get_fd(int pidfd, int fd);
+int rw_rouse(int tid, uint64_t *mask);
+int rw_keep_awake(int *born);
+int rw_let_sleep(int tid, uint64_t mask);
+
+struct rw_lane_calls {
+    void *upload;
+    void *download;
+    void *record;
+    void *wait;
+};
+
+int rw_upload(const struct rw_lane_calls *calls, uint64_t device, const void *host, size_t size, void *stream,
+              void *event, void *next);
+int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
 size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
 size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);
 size_t rw_pack_pages(void *data, size_t pages, const uint8_t *mask);
@@ -55,8 +80,46 @@ typedef struct {
     CUcheckpointGpuPair *gpuPairs; unsigned int gpuPairsCount; char reserved[52];
 } CUcheckpointRestoreArgs;
 typedef struct { uint64_t reserved[8]; } CUcheckpointUnlockArgs;
+typedef uint64_t CUdeviceptr;
+typedef uint64_t CUmemGenericAllocationHandle;
+typedef struct { int type; int id; } CUmemLocation;
+typedef struct {
+    int type; int requestedHandleTypes; CUmemLocation location; void *win32HandleMetaData;
+    struct { unsigned char compressionType; unsigned char gpuDirectRDMACapable; unsigned short usage;
+             unsigned char reserved[4]; } allocFlags;
+} CUmemAllocationProp;
+typedef struct { CUmemLocation location; int flags; } CUmemAccessDesc;
+CUresult cuInit(unsigned int flags);
+CUresult cuDeviceGetCount(int *count);
+CUresult cuDeviceGet(int *device, int ordinal);
+CUresult cuDeviceGetAttribute(int *value, int attribute, int device);
+CUresult cuDeviceGetUuid_v2(CUuuid *uuid, int device);
+CUresult cuDevicePrimaryCtxRetain(void **context, int device);
+CUresult cuDevicePrimaryCtxRelease_v2(int device);
+CUresult cuCtxSetCurrent(void *context);
+CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop,
+                     uint64_t flags);
+CUresult cuMemRelease(CUmemGenericAllocationHandle handle);
+CUresult cuMemAddressReserve(CUdeviceptr *ptr, size_t size, size_t alignment, CUdeviceptr addr, uint64_t flags);
+CUresult cuMemAddressFree(CUdeviceptr ptr, size_t size);
+CUresult cuMemMap(CUdeviceptr ptr, size_t size, size_t offset, CUmemGenericAllocationHandle handle, uint64_t flags);
+CUresult cuMemUnmap(CUdeviceptr ptr, size_t size);
+CUresult cuMemSetAccess(CUdeviceptr ptr, size_t size, const CUmemAccessDesc *desc, size_t count);
+CUresult cuMemExportToShareableHandle(void *fd, CUmemGenericAllocationHandle handle, int type, uint64_t flags);
+CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, void *fd, int type);
+CUresult cuMemHostRegister_v2(void *p, size_t size, unsigned int flags);
+CUresult cuMemHostUnregister(void *p);
+CUresult cuStreamCreate(void **stream, unsigned int flags);
+CUresult cuStreamSynchronize(void *stream);
+CUresult cuEventCreate(void **event, unsigned int flags);
+CUresult cuEventRecord(void *event, void *stream);
+CUresult cuEventSynchronize(void *event);
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, void *stream);
+CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, void *stream);
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size, void *stream);
 CUresult cuDriverGetVersion(int *version);
 CUresult cuGetErrorName(CUresult error, const char **name);
+CUresult cuCheckpointOperationComplete(void);
 CUresult cuCheckpointProcessGetState(int pid, int *state);
 CUresult cuCheckpointProcessGetRestoreThreadId(int pid, int *tid);
 CUresult cuCheckpointProcessLock(int pid, CUcheckpointLockArgs *args);

@@ -17,6 +17,7 @@ RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
 
 INVALID_VALUE = 1
 NOT_INITIALIZED = 3
+OUT_OF_MEMORY = 2
 OPERATING_SYSTEM = 304
 NOT_READY = 600
 NOT_SUPPORTED = 801
@@ -29,10 +30,11 @@ _NEEDED = ("GetState", "GetRestoreThreadId", "Lock", "Checkpoint", "Restore", "U
 
 
 class CudaError(Exception):
-    """What the driver answered: `code` and `name` of the CUresult, the `call`, and the `pid` that it was about."""
+    """What the driver answered: `code` and `name` of the CUresult, the `call`, and the `pid` that it was about (0: this
+    process)."""
 
     def __init__(self, code: int, name: str, call: str, pid: int) -> None:
-        super().__init__(f"{call} of process {pid}: {name}")
+        super().__init__(f"{call} of process {pid}: {name}" if pid else f"{call}: {name}")
         self.code = code
         self.name = name
         self.call = call
@@ -62,6 +64,15 @@ class Driver:
         """The CUDA version that the driver speaks, 1000 * major + 10 * minor; 0 if it does not say."""
         found = ffi.new("int *")
         return int(found[0]) if self._lib.cuDriverGetVersion(found) == 0 else 0
+
+    @property
+    def has_custom_storage(self) -> bool:
+        """Whether the driver hands device memory over to who checkpoints (615 and later, CUDA 13.4). Only the symbol is
+        looked for, nothing calls it."""
+        try:
+            return bool(self._lib.cuCheckpointOperationComplete)
+        except (AttributeError, ffi.error):
+            return False
 
     def state(self, pid: int) -> int:
         """RUNNING, LOCKED, CHECKPOINTED or FAILED."""

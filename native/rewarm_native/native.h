@@ -39,6 +39,36 @@ struct rw_way {
 int rw_watch_begin(int tid, struct rw_way *way);
 int rw_watch(const struct rw_way *way, uint64_t smallest);
 
+/* A descriptor of another process, close-on-exec: pidfd_getfd(2), Linux 5.6. */
+int rw_get_fd(int pidfd, int fd);
+
+/* In a process that a signal has stopped (group stop), has the thread `tid` run all the same: the calling thread traces
+ * it from then on. If that one ends, `tid` stops again, as the others. No signal is delivered to it meanwhile; *mask are
+ * those that it blocked before. */
+int rw_rouse(int tid, uint64_t *mask);
+
+/* Has go on what is stopped of the threads that the calling one has roused, and of those that they have made. 1 if there
+ * was anything to do, 0 if not; *born is then a thread that is new or has been stopped again. */
+int rw_keep_awake(int *born);
+
+/* Undoes rw_rouse: the thread stops with the others, or runs on if they do. */
+int rw_let_sleep(int tid, uint64_t mask);
+
+/* Functions of the CUDA driver, by address (cuda.h): cuMemcpyHtoDAsync, cuMemcpyDtoHAsync, cuEventRecord,
+ * cuEventSynchronize. */
+struct rw_lane_calls {
+	void *upload;
+	void *download;
+	void *record;
+	void *wait;
+};
+
+/* Copies `size` bytes in a stream and has the event follow them. Of `next`, if it is not NULL, the end is waited for: in
+ * one call, since Python would take its lock in between. Return the driver's CUresult. */
+int rw_upload(const struct rw_lane_calls *calls, uint64_t device, const void *host, size_t size, void *stream, void *event,
+	      void *next);
+int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
+
 /* Memory, in pages of 4096 bytes. A mask has bit N % 8 of byte N / 8 for page N. Data is page-aligned. */
 
 /* Sets the bits of the pages that hold anything but zeros (that are equal); returns how many. */

@@ -6,6 +6,8 @@
 #include <sched.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 int rw_set_child_subreaper(int on)
 {
@@ -15,6 +17,13 @@ int rw_set_child_subreaper(int on)
 int rw_set_pdeathsig(int signal)
 {
 	return prctl(PR_SET_PDEATHSIG, (long)signal, 0L, 0L, 0L) < 0 ? -errno : 0;
+}
+
+int rw_get_fd(int pidfd, int fd)
+{
+	const long result = syscall(SYS_pidfd_getfd, pidfd, fd, 0U);
+
+	return result < 0 ? -errno : (int)result;
 }
 
 struct socket_request {

@@ -63,6 +63,18 @@ def open_socket_in_netns(target: int | str | os.PathLike[str], family: int, type
     return socket.socket(family, type, proto, fileno=fd)
 
 
+def get_fd(pid: int, fd: int) -> int:
+    """A descriptor of another process, not inheritable: pidfd_getfd(2), Linux 5.6.
+
+    Raises OSError: ESRCH (gone), EBADF (it has no such), EPERM (no CAP_SYS_PTRACE).
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        return _check(lib.rw_get_fd(pidfd, fd), f"take descriptor {fd} of process {pid}")
+    finally:
+        os.close(pidfd)
+
+
 def set_memory_policies(
     pid: int,
     tid: int,

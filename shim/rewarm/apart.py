@@ -173,7 +173,8 @@ def _run(work: Callable[[Child], str], limit: float, signals: _Signals) -> str:
         said = _answer(pid, answers, limit, signals)
         # What it has open may hang when it exits, too (FUSE asks the server even then): it is left behind, and does
         # nothing.
-        status = _reap(pid, 0 if said is not None and said["hangs"] else _LONGEST_EXIT)
+        left = said is not None and (said["hangs"] or said["lingers"])
+        status = _reap(pid, 0 if left else _LONGEST_EXIT)
         if said is None:
             raise _death(status)
     except OSError as error:
@@ -265,8 +266,12 @@ def _child(work: Callable[[Child], str], parent: int, life: int, answer: int) ->
         said = {"reason": f"restore container: internal error {error!r}; report it"}
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     said["hangs"] = aside.hangs()
+    # The kernel takes tenths of a second to take a CUDA context down. A cold start may need the memory of it.
+    said["lingers"] = "rewarm_native.device" in sys.modules and not said.get("reason", "failed")
     if said["hangs"]:
         _let_go(answer)
+    elif said["lingers"]:
+        _let_go_of_streams()
     with os.fdopen(answer, "wb") as file:
         file.write(json.dumps(said).encode() + b"\n")
     # At once: taking the interpreter down costs milliseconds.
@@ -276,15 +281,19 @@ def _child(work: Callable[[Child], str], parent: int, life: int, answer: int) ->
 def _let_go(keep: int) -> None:
     """Close all descriptors but one, as far as that does not hang: locks, sockets, and the container's streams, whose
     other ends wait for their last holder."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
+    _let_go_of_streams()
     fds = {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, keep}
     tasks = [aside.Task(partial(_close, fd), "close") for fd in fds]
     with suppress(RestoreError):  # no more threads: what is open then is closed when this process ends
         for task in tasks:
             task.start()
     aside.wait(tasks)
+
+
+def _let_go_of_streams() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
 
 
 def _close(fd: int) -> None:

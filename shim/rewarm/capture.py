@@ -28,7 +28,9 @@ from rewarm.lifeline import Held, Lifeline
 from rewarm.memory import places
 from rewarm.oci import record, runc, spec
 from rewarm.oci.runc import Container, Runc
+from rewarm.quiet import Quiet
 from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
+from rewarm.saved import SavedMemory, add_library
 from rewarm.scratch import Scratch
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore, SnapshotRef
@@ -95,19 +97,21 @@ def capture(
         writer = stack.enter_context(store.writer(namespace, name, compression=settings.compression, threads=threads))
         scratch = stack.enter_context(Scratch(settings.work_dir))
         lifeline = stack.enter_context(Lifeline(_held(container, low_level, scratch, settings, users)))
+        frozen = Frozen(low_level, container, lifeline)
+        saved = stack.enter_context(SavedMemory(gpus, users, writer, settings, threads))
+        quiet = stack.enter_context(Quiet(container, bundle_spec, settings, lifeline))
         if users is not None:
             step(GPU_MEMORY)
             lifeline.holding()
-        frozen = Frozen(low_level, container, lifeline)
-        guard = hold.Guard(lifeline.locked, lifeline.taken, lifeline.released, lambda: frozen.frozen)
         with trace.phase("capture.cuda"):
+            guard = _gpu_guard(lifeline, frozen)
             held = Hold(gpus, users, settings.gpu_lock_timeout, settings.capture_timeout, guard)
             device_memory = stack.enter_context(held)
+            saved.start(device_memory)
         step(DUMP)
         stack.enter_context(frozen)
         with trace.phase("capture.criu"):
             device_memory.check(processes.in_cgroups(container.cgroup_paths))
-            cuda = Cuda(tuple(map(processes.namespace_pid, device_memory.pids)), device_memory.used)
             dump(container, low_level, criu, scratch, settings, lifeline)
             lifeline.dumped(settings.capture_timeout)
             memory = sum(path.stat().st_size for path in (scratch.snapshot / CHECKPOINT).glob("pages-*.img"))
@@ -116,9 +120,13 @@ def capture(
             pids = processes.tree(container.pid)
             recorded = losses.record(pids, frozenset(frozen.stopped))
             _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
+        with trace.phase("capture.device"):
+            numbers = tuple(map(processes.namespace_pid, device_memory.pids))
+            cuda = Cuda(numbers, device_memory.used, *saved.finish())
         if not stop:
             frozen.resume()
             device_memory.resume()
+            quiet.resume()
         notes += _remove_network_lock(container)
         step("storing memory")
         with trace.phase("capture.carve"):
@@ -127,6 +135,7 @@ def capture(
         with trace.phase("capture.store"):
             for path in sorted(p for p in scratch.snapshot.rglob("*") if p.is_file()):
                 writer.add_file(path.relative_to(scratch.snapshot).as_posix(), path)
+            add_library(bundle_spec, writer)
         manifest = Manifest(
             name=name,
             namespace=namespace,
@@ -153,7 +162,19 @@ def capture(
             device_memory.forget()
     total = time.monotonic() - began
     paused = max(frozen.seconds, device_memory.seconds)
+    notes += quiet.notes
     return Captured(ref, published, paused, total, published.stored_bytes, writer.new_bytes, tuple(notes))
+
+
+def _gpu_guard(lifeline: Lifeline, frozen: Frozen) -> hold.Guard:
+    return hold.Guard(
+        locked=lifeline.locked,
+        taking=lifeline.taking,
+        piece=lifeline.piece,
+        taken=lifeline.taken,
+        released=lifeline.released,
+        frozen=lambda: frozen.frozen,
+    )
 
 
 @contextmanager

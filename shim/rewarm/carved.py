@@ -1,9 +1,12 @@
-"""The carved memory of one snapshot on its way back: tables from the store, chunks from store or cache, the fill."""
+"""The memory of one snapshot on its way back, as far as neither CRIU nor the driver brings it: tables from the store,
+chunks from store or cache, the fill of processes, the load of GPUs."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rewarm import node, processes, slots
 from rewarm.criu import images
@@ -20,6 +23,9 @@ from rewarm.store.manifest import Manifest
 from rewarm.store.reader import ChunkReader
 from rewarm.trace import Trace
 
+if TYPE_CHECKING:
+    from rewarm.gpu.load import Load
+
 _NEXT_STEP = "capture it again"
 
 
@@ -27,17 +33,27 @@ class CarvedMemory:
     """Made by `load`. `start`, `check`, `hurry`, `release`, `join` in this order, or `abandon` at any time."""
 
     def __init__(
-        self, ref: SnapshotRef, manifest: Manifest, where: list[Place], reader: ChunkReader, fill: Fill
+        self,
+        ref: SnapshotRef,
+        manifest: Manifest,
+        where: list[Place],
+        reader: ChunkReader,
+        fill: Fill,
+        device: Load | None,
     ) -> None:
         self._ref = ref
         self._manifest = manifest
         self._places = where
         self._reader = reader
         self._fill = fill
+        self.device = device
+        """Device memory, which who maps it into the processes joins."""
         self._alive: dict[int, int | None] = {}
 
     def start(self) -> None:
         """Start to read. Raises RestoreError if no thread can be made."""
+        if self.device is not None:
+            self.device.start()
         self._fill.start()
 
     def hurry(self) -> None:
@@ -66,7 +82,13 @@ class CarvedMemory:
 
         Raises what failed first: SnapshotDamaged, StoreError, RestoreError; also if a process has ended meanwhile.
         """
-        self._fill.join()
+        try:
+            self._fill.join()
+        except RestoreError:
+            # A failure of either ends both, and the other one then only misses what did not come.
+            if self.device is not None:
+                self.device.raise_failure()
+            raise
         self._reader.close()
         for pid, start in self._alive.items():
             if start is not None and processes.start_time(pid) != start:
@@ -77,10 +99,14 @@ class CarvedMemory:
     def raise_failure(self) -> None:
         """Raise what has failed so far, if anything has."""
         self._fill.raise_failure()
+        if self.device is not None:
+            self.device.raise_failure()
 
     def abandon(self) -> None:
         """End the threads, as far as they can be."""
         self._fill.abandon()
+        if self.device is not None:
+            self.device.abandon()
 
     def report(self, trace: Trace) -> None:
         """Note in the trace what was read from where."""
@@ -94,16 +120,27 @@ class CarvedMemory:
 
 
 def load(
-    store: DirectoryStore, ref: SnapshotRef, manifest: Manifest, settings: Settings, trace: Trace, stop: threading.Event
+    store: DirectoryStore,
+    ref: SnapshotRef,
+    manifest: Manifest,
+    settings: Settings,
+    trace: Trace,
+    stop: threading.Event,
+    gpus: Sequence[str] = (),
 ) -> CarvedMemory | None:
-    """Read the snapshot's tables; None if nothing of its memory was carved. Raises SnapshotDamaged, StoreError."""
+    """Read the snapshot's tables; None if nothing of its memory was carved or taken. `gpus`: the UUID of the GPU that
+    stands for each of the snapshot's. Raises SnapshotDamaged, StoreError."""
     if manifest.file(chunks.CHUNKS) is None and manifest.file(PLACES) is None and not manifest.memory.filled:
         return None
     table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))
-    if not table:
+    if not table and not manifest.cuda.served_bytes:
         raise SnapshotDamaged("read memory/chunks of", str(ref), "it has no chunks", _NEXT_STEP)
+    data = store.read_file(manifest, PLACES) if manifest.file(PLACES) is not None else b""
+    # The first chunks are those of device memory.
+    first = max(0, len(table) - places.count(data))
+    device, table = table[:first], table[first:]
     try:
-        where = places.decode(store.read_file(manifest, PLACES), [chunk.size for chunk in table])
+        where = places.decode(data, [chunk.size for chunk in table])
     except places.Bad as bad:
         raise SnapshotDamaged("read memory/places of", str(ref), str(bad), _NEXT_STEP) from None
     filled = sum(chunk.size for chunk in table)
@@ -114,7 +151,40 @@ def load(
     cache = cache_for(settings, store)
     reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
     fill = Fill(reader, where, stop, trace, ahead=_ahead(settings, filled))
-    return CarvedMemory(ref, manifest, where, reader, fill)
+    load = None
+    if device or manifest.cuda.served_bytes:
+        of_device = ChunkReader(store, manifest.packs, device, cache=cache, stop=stop, threads=threads)
+        load = _device(store, ref, manifest, of_device, settings, trace, stop, gpus)
+    return CarvedMemory(ref, manifest, where, reader, fill, load)
+
+
+def _device(
+    store: DirectoryStore,
+    ref: SnapshotRef,
+    manifest: Manifest,
+    reader: ChunkReader,
+    settings: Settings,
+    trace: Trace,
+    stop: threading.Event,
+    gpus: Sequence[str],
+) -> Load:
+    from rewarm.gpu import pieces  # only what has device memory loads anything of it
+    from rewarm.gpu.load import Load
+
+    cuda = manifest.cuda
+    try:
+        if manifest.file(pieces.PIECES) is None:
+            raise pieces.Bad("there is no such file")
+        data = store.read_file(manifest, pieces.PIECES)
+        found = pieces.decode(data, [chunk.size for chunk in reader.chunks], len(gpus), cuda.processes)
+        if sum(piece.size for piece in found) != cuda.served_bytes:
+            raise pieces.Bad(f"its pieces are not of {cuda.served_bytes} bytes, which the manifest says")
+        for gpu, used in enumerate(cuda.used_bytes):
+            if sum(piece.size for piece in found if piece.gpu == gpu) > used:
+                raise pieces.Bad(f"its pieces on GPU {gpu} are of more than {used} bytes, which was all")
+    except pieces.Bad as bad:
+        raise SnapshotDamaged(f"read {pieces.PIECES} of", str(ref), str(bad), _NEXT_STEP) from None
+    return Load(reader, found, gpus, settings.libcuda, stop, trace)
 
 
 def _ahead(settings: Settings, filled: int) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+from rewarm import preload
 from rewarm.oci import record, spec
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record
@@ -16,12 +17,18 @@ from rewarm.request import Request
 
 
 def prepare(
-    invocation: Invocation, bundle_spec: spec.Spec, wanted: Request, directory: str, kept: Record, reason: str
+    invocation: Invocation,
+    bundle_spec: spec.Spec,
+    wanted: Request,
+    binary: str,
+    directory: str,
+    kept: Record,
+    reason: str,
 ) -> None:
     """Write the record and the prepared config.json; start the watcher of a container that is to be captured.
 
-    `kept` is the record as `create` began it; undoing a restore has taken the directory away. Raises OSError,
-    FileExistsError if another call has begun this container meanwhile.
+    `binary` is the runtime below rewarm, `kept` the record as `create` began it; undoing a restore has taken the
+    directory away. Raises OSError, FileExistsError if another call has begun this container meanwhile.
     """
     request = {key: str(value) for key, value in asdict(wanted).items()}
     kept = replace(kept, phase=record.COLD, reason=reason, request=request)
@@ -31,7 +38,8 @@ def prepare(
         record.make_directory(directory, kept)
     outcome = {"outcome": "cold", "reason": reason}
     write_atomically(os.path.join(directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
-    spec.save(invocation.bundle, spec.prepared(bundle_spec, record.control(directory)))
+    library = preload.provide(bundle_spec, wanted, binary, directory)
+    spec.save(invocation.bundle, spec.prepared(bundle_spec, record.control(directory), library))
     if wanted.capture == "on-ready":
         _watch(directory)
 

@@ -11,7 +11,7 @@ from typing import Any
 from rewarm import node
 from rewarm.errors import Unfit
 from rewarm.gpu.container import ContainerGpus
-from rewarm.oci.spec import CONTROL_DESTINATION, digest, mounts, without_io_uring
+from rewarm.oci.spec import OWN_DESTINATIONS, digest, mounts, without_io_uring
 from rewarm.request import environment_keys, image_name
 from rewarm.settings import Settings
 from rewarm.store.manifest import GpuDevice, Mount, Requires
@@ -162,8 +162,8 @@ def _same_keys(snapshot: tuple[str, ...], here: tuple[str, ...]) -> None:
 
 
 def _same_mounts(snapshot: tuple[Mount, ...], here: tuple[Mount, ...]) -> None:
-    there = {m.destination: m.type for m in snapshot if m.destination != CONTROL_DESTINATION}
-    own = {m.destination: m.type for m in here if m.destination != CONTROL_DESTINATION}
+    there = {m.destination: m.type for m in snapshot if m.destination not in OWN_DESTINATIONS}
+    own = {m.destination: m.type for m in here if m.destination not in OWN_DESTINATIONS}
     for destination, kind in sorted(there.items()):
         if destination not in own:
             raise _unfit(f"snapshot has a mount at {destination}, this container has none")

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rewarm import processes
 from rewarm.errors import RestoreError
@@ -20,8 +20,12 @@ from rewarm.store.manifest import Manifest
 from rewarm_hooks.gpu_pairs import as_objects, pair
 from rewarm_native.cuda import Driver
 
+if TYPE_CHECKING:
+    from rewarm.gpu.load import Load
+
 _RECORD = "devices.json"
-_UUID_BYTES = 16
+_LIBRARY = 30.0
+"""Seconds in which the device memory library maps what it is given."""
 
 
 class Devices:
@@ -44,6 +48,10 @@ class Devices:
         does not undo a restore that runs out of it. The driver that will be needed is loaded as well. Raises
         RestoreError, GpuError.
         """
+        self._check_room({})
+
+    def _check_room(self, there: Mapping[int, int]) -> None:
+        """`there`: bytes of device memory that the processes need and that are on the GPUs already, by index."""
         cuda = self._manifest.cuda
         if not cuda.processes:
             return
@@ -51,7 +59,8 @@ class Devices:
         sources = [device.gpu for device in self._manifest.requires.gpus]
         live = {device.gpu: device for device in self._live().devices}
         nvml = container.nvml(self._settings.libcuda)
-        for (_, target), needed in zip(pair(sources, list(live)), cuda.used_bytes, strict=True):
+        for index, ((_, target), used) in enumerate(zip(pair(sources, list(live)), cuda.used_bytes, strict=True)):
+            needed = max(0, used - there.get(index, 0))
             others = nvml.processes(target.uuid) if live[target].compute_mode == EXCLUSIVE else []
             if needed and others:
                 raise RestoreError(
@@ -67,6 +76,11 @@ class Devices:
                     text,
                     "see who uses it with `nvidia-smi`",
                 )
+
+    def targets(self) -> list[str]:
+        """The UUID of the GPU that stands for each of the snapshot's, in their order."""
+        sources = [device.gpu for device in self._manifest.requires.gpus]
+        return [target.uuid for _, target in pair(sources, [device.gpu for device in self._live().devices])]
 
     def hook(self) -> list[str]:
         """The words of the hook (rewarm_hooks.series) that works out the map when the container is made; writes what it
@@ -92,11 +106,12 @@ class Devices:
         _check_view(init, rootfs)
         return nodes.put_right(init, self._spec)
 
-    def resume(self, init: int, stopped: Collection[int]) -> None:
+    def resume(self, init: int, stopped: Collection[int], load: Load | None) -> None:
         """Let the processes of the tree below `init` (host pid) run, but those `stopped` (numbers in the container),
-        and give those that use CUDA their device memory back.
+        and give those that use CUDA their device memory back; `load` is what of it does not go the driver's way.
 
-        Their programs run from here on: the driver does its work in a thread of theirs. Raises RestoreError, GpuError.
+        Their programs run from here on: the driver does its work in a thread of theirs. Where there is a `load`, they
+        stand still until all of their memory is there. Raises RestoreError, GpuError.
         """
         tree = processes.tree(init)
         numbers = {processes.namespace_pid(pid): pid for pid in tree}
@@ -107,13 +122,33 @@ class Devices:
             if pid is None or start is None:
                 raise RestoreError("restore GPU memory of", f"process {number}", "it is not among the restored ones")
             found.append(Context(pid, start, processes.command(pid)))
-        self.check_room()
-        for pid in reversed(tree):
-            if processes.namespace_pid(pid) not in stopped:
-                processes.send(pid, signal.SIGCONT)
-        if self._driver is not None:
-            pairs = [(_bytes(entry["source"]), _bytes(entry["target"])) for entry in self.map]
+        self._check_room({} if load is None else load.sizes())
+        going = [pid for pid in reversed(tree) if processes.namespace_pid(pid) not in stopped]
+        pairs = [(_bytes(entry["source"]), _bytes(entry["target"])) for entry in self.map]
+        if load is not None and self._driver is not None:
+            self._bring_back(self._driver, load, found, numbers, pairs)
+        for pid in going:
+            processes.send(pid, signal.SIGCONT)
+        if load is None and self._driver is not None:
             actions.restore(self._driver, found, pairs)
+
+    def _bring_back(
+        self, driver: Driver, load: Load, found: list[Context], numbers: dict[int, int], pairs: actions.Pairs
+    ) -> None:
+        """The driver's part, then what was loaded meanwhile, in processes of which nothing else runs."""
+        from rewarm.gpu import awake, taking
+
+        if self.map and [entry["target"] for entry in self.map] != self.targets():
+            raise RestoreError("read device map", _RECORD, "it is not the one by which device memory was loaded")
+        taking.allow_descriptors()
+        with awake.Awake(driver, [context.pid for context in found]):
+            actions.restore(driver, found, pairs)
+            places = load.join()
+            try:
+                for number, its in places.items():
+                    taking.fill(driver, numbers[number], its, _LIBRARY, whole=True)
+            finally:
+                taking.close(places)
 
     def _live(self) -> container.ContainerGpus:
         return container.of_spec(self._spec, self._low_level, self._settings.libcuda)
@@ -146,11 +181,7 @@ def _check_view(init: int, rootfs: str) -> None:
 
 
 def _bytes(uuid: str) -> bytes:
-    """The 16 bytes of "GPU-ad04c04b-…", as cuda.h's CUuuid has them."""
     try:
-        found = bytes.fromhex(uuid.removeprefix("GPU-").replace("-", ""))
+        return container.uuid_bytes(uuid)
     except ValueError:
-        found = b""
-    if len(found) != _UUID_BYTES:
-        raise RestoreError("read device map", repr(uuid), "it is no UUID of a GPU")
-    return found
+        raise RestoreError("read device map", repr(uuid), "it is no UUID of a GPU") from None

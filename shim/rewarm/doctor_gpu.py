@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from rewarm import installation
 from rewarm.checks import OK, WARNING, Check, Node
 
 _LOADED = "/proc/driver/nvidia"
@@ -35,4 +36,9 @@ def gpus(node: Node) -> Check:
     if driver.version < library.NEEDED_FOR_MAP:
         step = "update the driver to 580 or newer"
         return Check("GPUs", WARNING, f"{found}; it restores to the GPU of the capture only", step)
+    if not os.path.isfile(installation.device_memory()):
+        step = "reinstall rewarm: all device memory goes by way of the driver"
+        return Check("GPUs", WARNING, f"{found}; the device memory library is not installed", step)
+    if driver.has_custom_storage:
+        found += "; the driver's own custom storage is there, and not used yet"
     return Check("GPUs", OK, found)

@@ -102,7 +102,10 @@ class Guard:
         if self._status is None:
             pidfd = os.pidfd_open(self._pid)
             try:
-                if select.select([pidfd], [], [], timeout)[0]:
+                # Not select(2): with memory of GPUs behind descriptors there may be thousands.
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                if poll.poll(None if timeout is None else timeout * 1000):
                     self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
             finally:
                 os.close(pidfd)

@@ -19,5 +19,9 @@ def guard() -> str:
     return os.path.join(prefix(), "libexec", "rewarm-guard")
 
 
+def device_memory() -> str:
+    return os.path.join(prefix(), "lib", "rewarm-device-memory.so")
+
+
 def criu() -> str:
     return os.path.join(prefix(), "criu", "bin", "criu")

@@ -1,10 +1,10 @@
 """A helper process that lets a container go on if the rewarm that captures it cannot.
 
-It waits at the end of a pipe until the capture is over. When rewarm and the runc that it runs are gone without a word,
-or when the container is still held long after its memory was copied (a store that hangs), the helper resumes it, and
-after a death removes what the capture had gathered.
+It waits at the end of a socket pair until the capture is over. When rewarm and the runc that it runs are gone without a
+word, or when the container is still held long after its memory was copied (a store that hangs), the helper resumes it,
+and after a death removes what the capture had gathered.
 
-    python -m rewarm.lifeline JSON      (standard input: the pipe)
+    python -m rewarm.lifeline JSON      (standard input: the socket)
 """
 
 from __future__ import annotations
@@ -14,25 +14,30 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rewarm import netlock, processes, scratch
+from rewarm import aside, netlock, processes, scratch
 from rewarm.errors import CaptureError, RewarmError
 from rewarm.oci.runc import Runc
 
 if TYPE_CHECKING:
     from rewarm.gpu.nvml import Nvml
+    from rewarm.gpu.pieces import Span
     from rewarm.gpu.room import Needed
     from rewarm_native.cuda import Driver
 
 _HOLDING, _LOCKED, _TAKEN, _RELEASED = "holding", "locked", "taken", "released"
+_TAKING, _PIECE, _QUIET, _LOUD = "taking", "piece", "quiet", "loud"
 _FREEZING, _DUMPING, _DUMPED, _RESUMED, _KEPT, _DONE = "freezing", "dumping", "dumped", "resumed", "kept", "done"
 _READY = b"ready\n"
 _START = 20.0
@@ -68,31 +73,34 @@ class Held:
 
 
 class Lifeline:
-    """One helper, of one capture. `fd` is the pipe's end: a program that inherits it keeps the helper waiting."""
+    """One helper, of one capture. `fd` is an end of its socket: a program that inherits it keeps the helper waiting."""
 
     def __init__(self, held: Held) -> None:
         """Start the helper. Raises CaptureError."""
-        read, self.fd = os.pipe()
+        self._taking = False
+        # Not a pipe: descriptors of device memory go this way.
+        self._socket, theirs = socket.socketpair()
+        self.fd = self._socket.fileno()
         try:
             self._helper = subprocess.Popen(
                 [sys.executable, "-I", "-m", "rewarm.lifeline", json.dumps(asdict(held))],
-                stdin=read,
+                stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
                 cwd="/",
             )
         except OSError as error:
-            os.close(self.fd)
+            self._socket.close()
             raise CaptureError("start helper", sys.executable, error.strerror or str(error)) from error
         finally:
-            os.close(read)
+            theirs.close()
         # Before anything is held: nobody may be there to undo it, or nothing of what that takes.
         assert self._helper.stdout is not None
         with self._helper.stdout as answer:
             ready = select.select([answer], [], [], _START)[0] and answer.readline() == _READY
         if not ready:
-            os.close(self.fd)
+            self._socket.close()
             self._helper.kill()
             self._helper.wait()
             raise CaptureError("start helper", sys.executable, "it does not start", "reinstall rewarm")
@@ -105,6 +113,23 @@ class Lifeline:
         """All processes are locked, so no lock is on its way any more."""
         self._tell(_LOCKED)
 
+    def quiet(self, engine: str, port: int, limit: float) -> None:
+        """The container's engine is about to be told to be quiet; `limit` are the seconds for telling it to go on."""
+        self._tell(_QUIET, engine, str(port), str(limit))
+
+    def loud(self) -> None:
+        """It was told to go on, or is gone."""
+        self._tell(_LOUD)
+
+    def taking(self, pids: Collection[int]) -> None:
+        """The device memory of these processes (host pids) is about to be taken; they are stopped for it."""
+        self._taking = True
+        self._tell(_TAKING, *map(str, pids))
+
+    def piece(self, pid: int, span: Span, fd: int) -> None:
+        """This piece is about to be taken; `fd` is its memory, which the helper keeps as well."""
+        self._tell(_PIECE, str(pid), str(span.address), str(span.size), fds=[fd])
+
     def taken(self, needed: Needed) -> None:
         """What has to be free on the GPUs for the device memory that is, or is about to be, in the processes' own."""
         sizes = [f"{uuid}={pid}={size}" for uuid, found in needed.items() for pid, size in found.items()]
@@ -112,6 +137,7 @@ class Lifeline:
 
     def released(self) -> None:
         """The processes have their device memory again."""
+        self._taking = False
         self._tell(_RELEASED)
 
     def freezing(self, stopped: Mapping[int, int]) -> None:
@@ -143,16 +169,20 @@ class Lifeline:
         that if it takes long: what went wrong is to be said meanwhile."""
         if kind is None:
             self._tell(_DONE)
-        os.close(self.fd)
+        self._socket.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._helper.wait(None if kind is None else _PATIENCE)
 
-    def _tell(self, *words: str) -> None:
+    def _tell(self, *words: str, fds: Sequence[int] = ()) -> None:
+        data = " ".join(words).encode() + b"\n"
         try:
-            os.write(self.fd, " ".join(words).encode() + b"\n")
-        except BrokenPipeError:
+            if fds:
+                sent = socket.send_fds(self._socket, [data], fds)
+                data = data[sent:]
+            self._socket.sendall(data)
+        except (BrokenPipeError, ConnectionResetError):
             # Somebody has killed the helper. What is held can be released without it, but nothing may be held.
-            if words[0] in (_HOLDING, _FREEZING):
+            if words[0] in (_HOLDING, _FREEZING, _QUIET) or self._taking:
                 raise CaptureError("reach helper", "of the capture", "it was killed", "capture it again") from None
 
 
@@ -166,13 +196,18 @@ class _Watch:
         self._nvml: Nvml | None = None
         if held.cuda:
             # Now: they may be replaced by the time they are needed.
-            from rewarm.gpu import actions, container, library, room  # noqa: F401
+            from rewarm.gpu import container, library, room, taking  # noqa: F401
+
+            taking.allow_descriptors()
 
             self._driver = library.load(held.libcuda)
             self._nvml = container.nvml(held.libcuda)
         self._frozen = False
         self._holding = self._locking = False
         self._needed: dict[str, dict[int, int]] = {}
+        self._places: dict[int, list[tuple[Span, int]]] = {}
+        self._fds: deque[int] = deque()
+        self._engine: tuple[str, int, float] | None = None
         self._stopped: dict[int, int] = {}
         self._dump: tuple[int, int, float] | None = None
         self._orphan = False
@@ -183,9 +218,20 @@ class _Watch:
         """How long it may take until the next word; None if it does not matter."""
         return None if self._limit is None else max(0.0, self._limit - time.monotonic())
 
+    def receive(self, fds: Iterable[int]) -> None:
+        """Descriptors, which come with the lines that they belong to, or before."""
+        self._fds.extend(fds)
+
+    def _forget_places(self) -> None:
+        for found in self._places.values():
+            for _, fd in found:
+                os.close(fd)
+        self._places = {}
+
     def hear(self, line: str) -> None:
         word, *rest = line.split()
         if word == _FREEZING:
+            self._limit = None
             self._frozen, self._stopped = True, {int(pid): int(start) for pid, start in _pairs(rest)}
         elif word == _DUMPING:
             self._dump = int(rest[0]), int(rest[1]), float(rest[2])
@@ -195,9 +241,25 @@ class _Watch:
             self._frozen, self._limit = False, None
         elif word in (_HOLDING, _RELEASED):
             self._holding = self._locking = word == _HOLDING
+            self._forget_places()
+            if word == _RELEASED and not self._frozen:
+                self._limit = None
+        elif word == _TAKING:
+            self._places = {int(pid): [] for pid in rest}
+            self._limit = time.monotonic() + _LONGEST_CALL + self._held.lock_timeout
+        elif word == _QUIET:
+            self._engine = rest[0], int(rest[1]), float(rest[2])
+        elif word == _LOUD:
+            self._engine = None
+        elif word == _PIECE:
+            from rewarm.gpu.pieces import Span
+
+            process, *span = map(int, rest)
+            self._places[process].append((Span(*span), self._fds.popleft()))
         elif word == _LOCKED:
             self._locking = False
         elif word == _TAKEN:
+            self._limit = None
             for uuid, pid, size in _pairs(rest):
                 self._needed.setdefault(uuid, {})[int(pid)] = int(size)
         elif word == _KEPT:
@@ -217,6 +279,14 @@ class _Watch:
         if self._holding and self._held.cuda:
             self._holding = False
             self._release()
+        alive = processes.start_time(self._held.pid) == self._held.start
+        if self._engine is not None and self._orphan and alive:
+            from rewarm import engines
+
+            engine, port, limit = self._engine
+            self._engine = None
+            with contextlib.suppress(RewarmError, OSError):
+                engines.resume(engine, self._held.pid, port, limit)
 
     def _thaw(self) -> None:
         """As long as it takes: a runc that cannot be run now may be mended, and nobody else will come."""
@@ -232,7 +302,7 @@ class _Watch:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _release(self) -> None:
-        from rewarm.gpu import actions, contexts, room  # only where there is a GPU
+        from rewarm.gpu import contexts, room, taking  # only where there is a GPU
 
         found = [contexts.Context(*one) for one in self._held.cuda]
         # The driver does not undo a restore that runs out of memory: whoever took it meanwhile has to let go first.
@@ -243,13 +313,21 @@ class _Watch:
 
         # There is nobody to tell what went wrong: the processes show it.
         end = time.monotonic() + (self._held.lock_timeout + _MARGIN if self._locking else 0.0)
+        pause = _PAUSE
         while self._driver is not None:
-            with contextlib.suppress(RewarmError):
-                actions.go_on(self._driver, found, _LONGEST_CALL)
-            # A lock that waited for its GPU when its caller was killed may come through yet.
-            if time.monotonic() > end:
+            done = False
+            with contextlib.suppress(Exception):  # others' memory is here as well
+                # A call that hangs is left to itself.
+                work = partial(taking.go_on, self._driver, found, self._places, _LONGEST_CALL, _LONGEST_CALL)
+                aside.run(work, 2 * _LONGEST_CALL)
+                done = True
+            # A lock that waited for its GPU when its caller was killed may come through yet. What was taken out of a
+            # process nobody else has: a debugger that is in the way will go, and so may what hangs.
+            alive = any(processes.start_time(pid) == start for pid, start, _ in self._held.cuda)
+            if time.monotonic() > end and (done or not self._places or not alive):
                 return
-            time.sleep(_PAUSE)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def orphaned(self) -> None:
         """Rewarm has ended. A dump that goes on is let go on, for so long."""
@@ -269,24 +347,16 @@ class _Watch:
 
     def abandoned(self, patience: float = _LONGEST_DUMP) -> None:
         """Everybody is gone; but for a CRIU that outlived its caller, since killing it would break the processes."""
+        self._orphan = True
         if self._frozen:
             end = time.monotonic() + patience
-            while _traced(self._held.pid) and time.monotonic() < end:
+            while processes.traced(self._held.pid) and time.monotonic() < end:
                 time.sleep(0.05)
             if processes.start_time(self._held.pid) == self._held.start:
                 with contextlib.suppress(CaptureError):
                     netlock.remove(self._held.pid)
         self.resume()
         scratch.remove_dead(Path(self._held.directory))
-
-
-def _traced(pid: int) -> bool:
-    """Whether some process (CRIU, a debugger) traces `pid`."""
-    try:
-        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace", newline="\n") as file:
-            return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in file)
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def _pairs(words: list[str]) -> list[list[str]]:
@@ -300,6 +370,7 @@ def main(words: list[str]) -> int:
         signal.signal(number, lambda *_: None)
     held = Held(**json.loads(words[0]))
     watch = _Watch(held)
+    pipe = socket.socket(fileno=os.dup(0))
     owner = [os.pidfd_open(held.owner)]
     os.write(1, _READY)
     heard = b""
@@ -312,7 +383,10 @@ def main(words: list[str]) -> int:
             owner = []  # whoever it has started may hold the pipe for as long as it likes
             watch.orphaned()
             continue
-        data = os.read(0, 4096)
+        data, fds, flags, _ = socket.recv_fds(pipe, 4096, 64)
+        if flags & socket.MSG_CTRUNC:
+            return 1  # no more descriptors: rewarm notices that nobody is here before anything is taken
+        watch.receive(fds)
         if not data:
             watch.abandoned()
             return 0

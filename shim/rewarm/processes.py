@@ -82,6 +82,15 @@ def namespace_pid(pid: int, tid: int | None = None) -> int:
     return 0
 
 
+def traced(pid: int) -> bool:
+    """Whether some process (CRIU, a debugger) traces it."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace", newline="\n") as file:
+            return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in file)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def threads(pid: int) -> list[int]:
     try:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from rewarm.errors import RequestError
-from rewarm.oci.spec import CONTROL_DESTINATION, Spec, digest, mounts, spec_annotations
+from rewarm.oci.spec import OWN_DESTINATIONS, Spec, digest, mounts, spec_annotations, without_library
 from rewarm.settings import Settings
 from rewarm.store.names import ALLOWED, is_name
 
@@ -123,8 +123,14 @@ def image_name(spec: Spec) -> str:
 
 
 def environment(spec: Spec) -> dict[str, str]:
+    """The container's own, without what rewarm has added."""
     words = (spec.get("process") or {}).get("env") or []
-    return dict(word.partition("=")[::2] for word in map(str, words))
+    found = dict(word.partition("=")[::2] for word in map(str, words))
+    if "LD_PRELOAD" in found:
+        found["LD_PRELOAD"] = without_library(found["LD_PRELOAD"])
+        if not found["LD_PRELOAD"]:  # which is the same as none
+            del found["LD_PRELOAD"]
+    return found
 
 
 def environment_keys(spec: Spec, settings: Settings) -> tuple[str, ...]:
@@ -139,6 +145,6 @@ def derived_name(spec: Spec, settings: Settings) -> str:
         "image": image_name(spec),
         "args": list((spec.get("process") or {}).get("args") or []),
         "env": sorted((key, environment(spec)[key]) for key in environment_keys(spec, settings)),
-        "mounts": sorted(m for m in mounts(spec) if m[0] != CONTROL_DESTINATION),
+        "mounts": sorted(m for m in mounts(spec) if m[0] not in OWN_DESTINATIONS),
     }
     return "auto-" + digest(identity)[:20]

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, processes, recover, resume
+from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, preload, processes, recover, resume
 from rewarm.criu import images, options, vet
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
@@ -27,7 +27,7 @@ from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci import log as oci_log
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
-from rewarm.oci.spec import CONTROL_DESTINATION, Spec
+from rewarm.oci.spec import CONTROL_DESTINATION, LIBRARY_DESTINATION, OWN_DESTINATIONS, Spec
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS
 from rewarm.store.directory import DirectoryStore, SnapshotRef
@@ -44,7 +44,8 @@ CHECKPOINT = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff.tar"
 DEV_SHM = "devshm-checkpoint.tar"
 SHM = "/dev/shm"
-_FILES = (ROOTFS_DIFF, DEV_SHM, CHUNKS, PLACES)
+LIBRARY, PIECES = "device/library.so", "device/pieces"
+_FILES = (ROOTFS_DIFF, DEV_SHM, CHUNKS, PLACES, LIBRARY, PIECES)
 # What runc's own restore flags cannot say for this call; a cold start can.
 _UNSUPPORTED_FLAGS = ("preserve-fds", "pidfd-socket")
 _HOOK_TIMEOUT = 60
@@ -83,7 +84,7 @@ def restore(plan: Plan) -> None:
         _guard(plan, low_level, guard)
         devices = _devices(plan)
         with plan.trace.phase("restore.tables"):
-            memory = aside.run(lambda: _begin_memory(plan, stop))
+            memory = aside.run(lambda: _begin_memory(plan, stop, devices))
         with plan.trace.phase("restore.materialise"):
             aside.run(lambda: _materialise(plan, over))
         with plan.trace.phase("restore.vet"):
@@ -116,7 +117,8 @@ def restore(plan: Plan) -> None:
         if devices is not None and plan.manifest.cuda.processes:
             with plan.trace.phase("restore.cuda"):
                 # The driver works in the processes: from here on the container runs.
-                aside.run(lambda: devices.resume(container.pid, losses.stopped_pids(plan.manifest.processes)))
+                load = None if memory is None else memory.device
+                aside.run(lambda: devices.resume(container.pid, losses.stopped_pids(plan.manifest.processes), load))
                 _check_init(container)
         deadline.disarm()
         with plan.trace.phase("restore.commit"), _unsignalled():
@@ -201,9 +203,10 @@ def _devices(plan: Plan) -> Devices | None:
     return devices
 
 
-def _begin_memory(plan: Plan, stop: threading.Event) -> carved.CarvedMemory | None:
+def _begin_memory(plan: Plan, stop: threading.Event, devices: Devices | None) -> carved.CarvedMemory | None:
     """Read what is carved, and begin to fetch it: nothing has to wait for CRIU but the writing."""
-    memory = carved.load(plan.store, plan.ref, plan.manifest, plan.settings, plan.trace, stop)
+    gpus = [] if devices is None else devices.targets()
+    memory = carved.load(plan.store, plan.ref, plan.manifest, plan.settings, plan.trace, stop, gpus)
     if memory is not None:
         memory.start()
     return memory
@@ -217,11 +220,13 @@ def _materialise(plan: Plan, over: threading.Event) -> None:
             raise SnapshotDamaged("read snapshot", str(plan.ref), cause, "remove it with `rewarm rm`")
     directory = Path(plan.directory, SNAPSHOT)
     directory.mkdir(mode=0o700)
-    materialise(plan.store, plan.manifest, directory, without=(CHUNKS, PLACES), stop=over)
+    materialise(plan.store, plan.manifest, directory, without=(CHUNKS, PLACES, PIECES), stop=over)
+    if _has(plan, LIBRARY):
+        preload.bring_back(_file(plan, LIBRARY), plan.directory)
 
 
 def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
-    destinations = {destination for destination, _ in spec.mounts(plan.spec)} | {CONTROL_DESTINATION}
+    destinations = {destination for destination, _ in spec.mounts(plan.spec)} | set(OWN_DESTINATIONS)
     checkpoint = Path(_file(plan, CHECKPOINT))
     try:
         vet.vet(checkpoint, plan.spec, destinations)
@@ -263,7 +268,7 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
         undo=changes,
         rootfs=rootfs,
         mounts=mounts.below(rootfs),
-        places=list(_new_places(rootfs, [destination for destination, _ in spec.mounts(prepared)])),
+        places=list(mounts.new_places(rootfs, [destination for destination, _ in spec.mounts(prepared)])),
     )
     record.save(directory, kept)
     return kept, changed
@@ -276,22 +281,11 @@ def _change(plan: Plan, kept: Record, changed: Spec) -> None:
     spec.save(plan.invocation.bundle, changed)
 
 
-def _new_places(rootfs: str, destinations: list[str]) -> Iterator[str]:
-    """Every directory on the way to a mount point that runc will have to make in the rootfs."""
-    for destination in destinations:
-        path = rootfs
-        for name in os.path.normpath("/" + destination).split("/")[1:]:
-            path = os.path.join(path, name)
-            if os.path.islink(path):
-                break  # runc follows it inside the rootfs; what is behind it is left to stay
-            if not os.path.lexists(path):
-                yield path
-
-
 def _prepared(plan: Plan) -> Spec:
-    """The live spec with rewarm's own additions; the control mount only where the snapshot's tree has it."""
-    has_control = any(mount.destination == CONTROL_DESTINATION for mount in plan.manifest.requires.mounts)
-    return spec.prepared(plan.spec, record.control(plan.directory) if has_control else None)
+    """The live spec with rewarm's own additions; mounts of its own only where the snapshot's tree has them."""
+    there = {mount.destination for mount in plan.manifest.requires.mounts}
+    control = record.control(plan.directory) if CONTROL_DESTINATION in there else None
+    return spec.prepared(plan.spec, control, preload.file(plan.directory) if LIBRARY_DESTINATION in there else None)
 
 
 def _has(plan: Plan, name: str) -> bool:

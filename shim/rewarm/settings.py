@@ -81,6 +81,8 @@ class Settings:
     """Path of libcuda.so.1; auto: where NVIDIA's driver, images of nodes and the GPU operator put it."""
     gpu_lock_timeout: float = 30.0
     """How long a capture waits for what the GPUs still have to do for the container."""
+    engine_timeout: float = 60.0
+    """How long an engine named by rewarm.dev/engine may take to be quiet before a capture, and to go on after it."""
     ignore_env: tuple[str, ...] = _IGNORE_ENV
     """Globs of environment keys that may differ between a snapshot and a container."""
 
@@ -286,5 +288,6 @@ _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "read_ahead": _BYTES,
     "libcuda": (_auto_or_path, "auto, or an absolute path"),
     "gpu_lock_timeout": _SECONDS,
+    "engine_timeout": _SECONDS,
     "ignore_env": (lambda value: _list(value, lambda glob: "=" not in glob), "a list of globs of environment keys"),
 }

@@ -19,7 +19,9 @@ from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record
 from rewarm.settings import Settings
 
-_KEPT = frozenset({"record.json", "outcome.json", "trace.json", "control"})
+_KEPT = frozenset(
+    {"record.json", "outcome.json", "trace.json", "control", "device-memory.so", "engine.json", "engine.log"}
+)
 
 
 def start(invocation: Invocation, settings: Settings, binary: str) -> int:

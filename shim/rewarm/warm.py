@@ -5,8 +5,9 @@ from __future__ import annotations
 from rewarm import aside, compat, deadline, node
 from rewarm.errors import RestoreError, RewarmError, SnapshotNotFound, Unfit
 from rewarm.gpu import container
-from rewarm.oci import spec
+from rewarm.oci import log, spec
 from rewarm.oci.argv import Invocation
+from rewarm.oci.spec import LIBRARY_DESTINATION
 from rewarm.request import Request
 from rewarm.restore import Plan, restore
 from rewarm.settings import Settings
@@ -36,6 +37,11 @@ def attempt(
             plan = Plan(invocation, bundle_spec, life, settings, binary, directory, store, ref, manifest, trace)
             with trace.phase("restore"):
                 restore(plan)
+            if wanted.engine != "none":
+                from rewarm import waker  # only who has an engine waits for its import
+
+                if text := waker.start(directory, wanted, bundle_spec):
+                    log.write(invocation, "warning", f"rewarm: {text}")
         finally:
             # A timer outlives execve(2): it would kill the runc that this process becomes.
             deadline.disarm()
@@ -78,6 +84,11 @@ def choose(store: DirectoryStore, wanted: Request, here: Requires) -> tuple[Snap
             if isinstance(manifest, RewarmError):
                 raise manifest
             compat.check(manifest.requires, here)
+            if wanted.device_memory == "off" and any(
+                m.destination == LIBRARY_DESTINATION for m in manifest.requires.mounts
+            ):
+                cause = "snapshot was taken with the device memory library, and rewarm.dev/device-memory is off"
+                raise Unfit("fit snapshot", "to this container", cause)
             return ref, manifest
         except RewarmError as error:
             first = first or error

@@ -22,6 +22,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from rewarm.capture import Captured
+    from rewarm.store.gpus import Cuda
 
 _POD_NAMESPACE = "io.kubernetes.cri.sandbox-namespace"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -132,6 +133,10 @@ def interruptible() -> Iterator[_Proceed]:
             signal.signal(number, handler)
 
 
+def _device_memory(cuda: Cuda) -> str:
+    return f"{output.size(cuda.served_bytes)} not by way of the driver, {output.size(cuda.served_zeros)} of it zeros"
+
+
 def _show(made: Captured, source: Container, as_json: bool, stopped: bool) -> None:
     memory = made.manifest.memory
     if as_json:
@@ -147,6 +152,8 @@ def _show(made: Captured, source: Container, as_json: bool, stopped: bool) -> No
                 "memory_bytes": made.manifest.memory_bytes,
                 "filled_bytes": memory.filled,
                 "zero_bytes": memory.zeros,
+                "device_bytes": made.manifest.cuda.served_bytes,
+                "device_zero_bytes": made.manifest.cuda.served_zeros,
                 "stored_bytes": made.stored,
                 "added_bytes": made.added,
                 "paused_seconds": round(made.paused, 3),
@@ -160,6 +167,7 @@ def _show(made: Captured, source: Container, as_json: bool, stopped: bool) -> No
         [
             ("id", made.ref.id),
             ("memory", f"{output.size(made.manifest.memory_bytes)}, {output.size(memory.zeros)} of it zeros"),
+            *([("device memory", _device_memory(made.manifest.cuda))] if made.manifest.cuda.served_bytes else []),
             ("stored", f"{output.size(made.stored)}, {output.size(made.added)} of it new in the store"),
             ("container", f"{'stopped' if stopped else 'running'}, paused for {output.seconds(made.paused)}"),
             ("took", output.seconds(made.total)),

@@ -10,7 +10,7 @@ import click
 
 from rewarm.errors import GpuError, Unfit
 from rewarm.settings import Settings
-from rewarm.store.chunks import CHUNKS, RECORD
+from rewarm.store.chunks import CHUNK, CHUNKS, RECORD
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import GpuDevice, Manifest, Process, Requires
 
@@ -117,7 +117,8 @@ def _chunks(manifest: Manifest) -> int:
 
 
 def _memory(manifest: Manifest) -> list[tuple[str, str]]:
-    memory, count = manifest.memory, _chunks(manifest)
+    memory = manifest.memory
+    count = _chunks(manifest) - (manifest.cuda.served_bytes - manifest.cuda.served_zeros) // CHUNK
     stored, raw = sum(pack.size for pack in manifest.packs), sum(pack.raw_size for pack in manifest.packs)
     larger = sum(mapping.end - mapping.start for mapping in memory.huge)
     return [
@@ -164,12 +165,16 @@ def _gpu(device: GpuDevice) -> str:
 
 
 def _device_memory(manifest: Manifest) -> str:
-    """Of how many processes the driver has moved device memory into their own, and how much of each GPU."""
+    """How much of each GPU, and of how many processes."""
     cuda = manifest.cuda
     if not cuda.processes:
         return "none"
     used = ", ".join(output.size(size) for size in cuda.used_bytes)
-    return f"{used} of {len(cuda.processes)} process{'es' * (len(cuda.processes) != 1)}"
+    text = f"{used} of {len(cuda.processes)} process{'es' * (len(cuda.processes) != 1)}"
+    if cuda.served_bytes:
+        zeros = f"{output.size(cuda.served_zeros)} of it zeros, not stored"
+        text += f"; {output.size(cuda.served_bytes)} of it not by way of the driver, {zeros}"
+    return text
 
 
 def _process(process: Process) -> tuple[str, ...]:

@@ -32,6 +32,15 @@ class ContainerGpus(NamedTuple):
     devices: tuple[Device, ...] = ()
 
 
+def uuid_bytes(uuid: str) -> bytes:
+    """The 16 bytes of "GPU-ad04c04b-…", as cuda.h's CUuuid has them. ValueError for what is none."""
+    found = bytes.fromhex(uuid.removeprefix("GPU-").replace("-", ""))
+    if len(found) != _UUID_BYTES:
+        raise ValueError(uuid)
+    return found
+
+
+_UUID_BYTES = 16
 _loading = threading.Lock()
 
 

@@ -35,3 +35,12 @@ def of_number(pid: int, number: int) -> int | None:
     if number in tids:
         return number
     return next((tid for tid in tids if processes.namespace_pid(pid, tid) == number), None)
+
+
+def name(pid: int, tid: int) -> str:
+    """A thread's name (15 bytes at most), "" if it is gone."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/comm", encoding="utf-8", errors="replace", newline="\n") as file:
+            return file.read().rstrip("\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

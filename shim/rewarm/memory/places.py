@@ -58,6 +58,11 @@ def encode(places: Iterable[Place]) -> bytes:
     return b"".join(_RECORD.pack(*place) for place in places)
 
 
+def count(data: bytes) -> int:
+    """How many places there are, if the file is what it should be."""
+    return len(data) // _RECORD.size
+
+
 def decode(data: bytes, sizes: list[int]) -> list[Place]:
     """The places of chunks of these sizes (bytes). Raises Bad for all that a capture would not have written."""
     if len(data) != len(sizes) * _RECORD.size:

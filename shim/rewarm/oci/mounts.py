@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 
 from rewarm.errors import OciError
 
@@ -51,3 +51,15 @@ def unmount_below(directory: str, keep: Collection[str] = ()) -> None:
 
 def _unescape(found: re.Match[bytes]) -> bytes:
     return bytes([int(found[1], 8)])
+
+
+def new_places(rootfs: str, destinations: Iterable[str]) -> Iterator[str]:
+    """Everything on the way to a mount point, and that itself, that runc will have to make in the rootfs."""
+    for destination in destinations:
+        path = rootfs
+        for name in os.path.normpath("/" + destination).split("/")[1:]:
+            path = os.path.join(path, name)
+            if os.path.islink(path):
+                break  # runc follows it inside the rootfs; what is behind it is left to stay
+            if not os.path.lexists(path):
+                yield path

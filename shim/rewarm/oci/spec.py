@@ -1,7 +1,8 @@
 """config.json: read, changed, put back.
 
-Only three things are ever added to a container's spec: the control directory's mount, the denial of
-io_uring, and (for the time of a restore) the hook that applies the rootfs diff. What a user may not ask
+Only these are ever added to a container's spec: the control directory's mount, the denial of io_uring, for
+one with GPUs the device memory library with its LD_PRELOAD, and (for the time of a restore) the hook that
+applies the rootfs diff. What a user may not ask
 for, `org.criu.config`, is taken out.
 """
 
@@ -18,6 +19,10 @@ from rewarm.errors import OciError
 Spec = dict[str, Any]
 
 CONTROL_DESTINATION = "/run/rewarm"
+LIBRARY_DESTINATION = "/run/rewarm-device-memory.so"
+"""Where the device memory library is in a container."""
+OWN_DESTINATIONS = (CONTROL_DESTINATION, LIBRARY_DESTINATION)
+_PRELOAD = "LD_PRELOAD"
 # runc's `features` lists it as potentially unsafe: it names a file of CRIU options on the node.
 _STRIPPED_ANNOTATIONS = ("org.criu.config",)
 _IO_URING = ("io_uring_setup", "io_uring_enter", "io_uring_register")
@@ -121,11 +126,11 @@ def bind_source(spec: Spec, destination: str) -> str:
     return ""
 
 
-def prepared(spec: Spec, control: str | None) -> Spec:
+def prepared(spec: Spec, control: str | None, library: str | None = None) -> Spec:
     """A copy of the spec that a capturable container runs with.
 
-    `control` is the node's directory for the control mount, or None to add no such mount. Preparing a
-    prepared spec changes nothing more.
+    `control` is the node's directory for the control mount, `library` the node's file for the device memory
+    library, or None to add no such mount. Preparing a prepared spec changes nothing more.
     """
     spec = copy.deepcopy(spec)
     for name in _STRIPPED_ANNOTATIONS:
@@ -133,7 +138,7 @@ def prepared(spec: Spec, control: str | None) -> Spec:
             spec["annotations"].pop(name, None)
     linux = spec.setdefault("linux", {})
     linux["seccomp"] = without_io_uring(linux.get("seccomp"))
-    others = [m for m in spec.get("mounts") or [] if m.get("destination") != CONTROL_DESTINATION]
+    others = [m for m in spec.get("mounts") or [] if m.get("destination") not in OWN_DESTINATIONS]
     if control is not None:
         others.append(
             {
@@ -143,8 +148,38 @@ def prepared(spec: Spec, control: str | None) -> Spec:
                 "options": ["bind", "rw", "nosuid", "nodev", "noexec"],
             }
         )
+    if library is not None:
+        # It may come from a file system with noexec.
+        options = ["bind", "ro", "nosuid", "nodev", "exec"]
+        others.append({"destination": LIBRARY_DESTINATION, "type": "bind", "source": library, "options": options})
     spec["mounts"] = others
+    process = spec.get("process")
+    if isinstance(process, dict) and isinstance(process.get("env"), list):
+        process["env"] = _preloading(process["env"], library is not None)
+    elif isinstance(process, dict) and library is not None:
+        process["env"] = _preloading([], True)
     return spec
+
+
+def _preloading(env: list[Any], wanted: bool) -> list[Any]:
+    """The environment with the library in front of what LD_PRELOAD names already, or without it."""
+    found = []
+    others = ""
+    for word in env:
+        key, _, value = str(word).partition("=")
+        if key == _PRELOAD:
+            others = without_library(value)
+        else:
+            found.append(word)
+    value = ":".join(filter(None, [LIBRARY_DESTINATION if wanted else "", others]))
+    return [*found, f"{_PRELOAD}={value}"] if value else found
+
+
+def without_library(preload: str) -> str:
+    """A value of LD_PRELOAD as it was before rewarm added to it."""
+    if preload == LIBRARY_DESTINATION:
+        return ""
+    return preload.removeprefix(LIBRARY_DESTINATION + ":")
 
 
 def without_io_uring(seccomp: Spec | None) -> Spec:

@@ -29,10 +29,13 @@ class GpuDevice:
 @dataclass(frozen=True)
 class Cuda:
     """`processes`: those whose device memory the driver has moved into their own memory, by their number in the
-    container; `used_bytes`: what they had of each GPU of `requires.gpus`, in that order."""
+    container; `used_bytes`: what they had of each GPU of `requires.gpus`, in that order; `served_bytes`: how much of
+    all that does not go the driver's way, but in pieces (gpu/pieces.py); `served_zeros`: what of it is not stored."""
 
     processes: tuple[int, ...] = ()
     used_bytes: tuple[int, ...] = ()
+    served_bytes: int = 0
+    served_zeros: int = 0
 
 
 def read_gpus(reader: Reader, key: str) -> tuple[GpuDevice, ...]:
@@ -59,8 +62,15 @@ def _device(reader: Reader) -> GpuDevice:
 
 def read_cuda(reader: Reader, gpus: int) -> Cuda:
     """Raises Bad."""
-    cuda = Cuda(reader.integers("processes", fields.MAX_PID), reader.integers("used_bytes", fields.MAX_I64))
+    cuda = Cuda(
+        reader.integers("processes", fields.MAX_PID),
+        reader.integers("used_bytes", fields.MAX_I64),
+        reader.integer("served_bytes"),
+        reader.integer("served_zeros"),
+    )
     reader.done()
+    if cuda.served_zeros > cuda.served_bytes:
+        raise Bad(f"field {reader.path('served_zeros')} is more than served_bytes")
     if len(set(cuda.processes)) != len(cuda.processes) or 0 in cuda.processes:
         raise Bad(f"field {reader.path('processes')} is no list of different processes")
     if cuda.processes and not gpus:

@@ -1,0 +1,184 @@
+"""Memory of a GPU in this process, by the CUDA driver's virtual memory API: to fill it, to read it, to hand it on.
+
+Made by one process, exported as a descriptor, and mapped by another (cuda.h, "Virtual Memory Management"; measured in
+docs/decisions/0015). Bound like cuda.py: nothing is loaded before the first object. Every call raises CudaError.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from ._cuda import ffi
+from ._native import ffi as native_ffi
+from ._native import lib as native
+from .cuda import CudaError
+
+GRANULARITY = 2 << 20
+"""Bytes: sizes and addresses are multiples of it (cuMemGetAllocationGranularity)."""
+
+_PINNED, _ON_DEVICE, _READ_WRITE, _DESCRIPTOR = 1, 1, 3, 1
+_NON_BLOCKING, _NO_TIMING = 1, 2
+_RDMA_WITH_VMM = 110
+"""CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED: memory is made as the library makes it."""
+
+
+class Device:
+    """This process's primary context on one GPU. `enter` is to be called in every thread that uses it."""
+
+    def __init__(self, path: str, uuid: bytes) -> None:
+        """Load the library at `path`, initialise it and make the context on the GPU with these 16 bytes: some tenths of
+        a second. Raises OSError, CudaError; LookupError if this process sees no such GPU."""
+        self._lib: Any = ffi.dlopen(path)
+        self._call("cuInit", 0)
+        self._ordinal = self._find(uuid)
+        context = ffi.new("void **")
+        self._call("cuDevicePrimaryCtxRetain", context, self._ordinal)
+        self._context = context[0]
+        self.enter()
+        rdma = ffi.new("int *")
+        self._call("cuDeviceGetAttribute", rdma, _RDMA_WITH_VMM, self._ordinal)
+        self._rdma = int(rdma[0] != 0)
+        names = {
+            "upload": "cuMemcpyHtoDAsync_v2",
+            "download": "cuMemcpyDtoHAsync_v2",
+            "record": "cuEventRecord",
+            "wait": "cuEventSynchronize",
+        }
+        calls = {key: native_ffi.cast("void *", self._address(name)) for key, name in names.items()}
+        self._calls = native_ffi.new("struct rw_lane_calls *", calls)
+
+    def enter(self) -> None:
+        """Make the context that of the calling thread."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def create(self, size: int) -> int:
+        """New memory that can be exported: its handle. What is in it is not said."""
+        prop = ffi.new("CUmemAllocationProp *")
+        prop.type, prop.requestedHandleTypes = _PINNED, _DESCRIPTOR
+        prop.location.type, prop.location.id = _ON_DEVICE, self._ordinal
+        prop.allocFlags.gpuDirectRDMACapable = self._rdma
+        handle = ffi.new("CUmemGenericAllocationHandle *")
+        self._call("cuMemCreate", handle, size, prop, 0)
+        return int(handle[0])
+
+    def take(self, fd: int) -> int:
+        """The handle of memory that another process has exported; `fd` stays the caller's to close."""
+        handle = ffi.new("CUmemGenericAllocationHandle *")
+        self._call("cuMemImportFromShareableHandle", handle, ffi.cast("void *", fd), _DESCRIPTOR)
+        return int(handle[0])
+
+    def give(self, handle: int) -> int:
+        """A descriptor for memory that `create` made, which keeps it as long as it is open, whatever this process does.
+        An imported one cannot be exported (INVALID_VALUE)."""
+        fd = ffi.new("int *")
+        self._call("cuMemExportToShareableHandle", fd, handle, _DESCRIPTOR, 0)
+        return int(fd[0])
+
+    def release(self, handle: int) -> None:
+        """Let go of a handle; what is mapped stays."""
+        self._call("cuMemRelease", handle)
+
+    def map(self, handle: int, size: int) -> int:
+        """The address at which this process sees the memory from now on."""
+        address = ffi.new("CUdeviceptr *")
+        self._call("cuMemAddressReserve", address, size, 0, 0, 0)
+        access = ffi.new("CUmemAccessDesc *")
+        access.location.type, access.location.id, access.flags = _ON_DEVICE, self._ordinal, _READ_WRITE
+        self._call("cuMemMap", address[0], size, 0, handle, 0)
+        self._call("cuMemSetAccess", address[0], size, access, 1)
+        return int(address[0])
+
+    def unmap(self, address: int, size: int) -> None:
+        """Undo `map`."""
+        self._call("cuMemUnmap", address, size)
+        self._call("cuMemAddressFree", address, size)
+
+    def pin(self, space: mmap.mmap) -> None:
+        """Have the GPU reach a mapping by itself: its pages stay where they are until this process ends."""
+        self._call("cuMemHostRegister_v2", ffi.from_buffer(space), len(space), 0)
+
+    def lane(self) -> Lane:
+        """A stream of copies."""
+        return Lane(self)
+
+    def close(self) -> None:
+        """Give up the context, and all memory of it that nobody else has."""
+        self._call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+
+    def _find(self, uuid: bytes) -> int:
+        count, device, found = ffi.new("int *"), ffi.new("int *"), ffi.new("CUuuid *")
+        self._call("cuDeviceGetCount", count)
+        for ordinal in range(count[0]):
+            self._call("cuDeviceGet", device, ordinal)
+            self._call("cuDeviceGetUuid_v2", found, device[0])
+            if bytes(found.bytes) == uuid:
+                return int(device[0])
+        raise LookupError(f"the driver shows {count[0]} GPUs, and not this one")
+
+    def _address(self, name: str) -> int:
+        return int(ffi.cast("uintptr_t", ffi.addressof(self._lib, name)))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        self.check(int(getattr(self._lib, name)(*arguments)), name)
+
+    def check(self, code: int, name: str) -> None:
+        """Raise CudaError if a call has failed."""
+        if code:
+            text = ffi.new("const char **")
+            known = self._lib.cuGetErrorName(code, text) == 0 and text[0]
+            word = bytes(ffi.string(text[0])).decode("ascii", "replace") if known else f"CUresult {code}"
+            raise CudaError(code, word, name, 0)
+
+
+class Lane:
+    """One thread's stream of copies between pinned memory and the GPU. Its events stand for buffers: which of them is
+    free again is asked by number."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._lib = device._lib
+        self._calls = device._calls
+        stream = ffi.new("void **")
+        device._call("cuStreamCreate", stream, _NON_BLOCKING)
+        self._stream = stream[0]
+        self._native_stream = self._pointer(stream[0])
+        self._events: list[Any] = []
+
+    def event(self) -> int:
+        """The number of a new event."""
+        event = ffi.new("void **")
+        self._device._call("cuEventCreate", event, _NO_TIMING)
+        self._events.append(self._pointer(event[0]))
+        return len(self._events) - 1
+
+    def upload(self, address: int, data: memoryview, event: int, after: int | None = None) -> None:
+        """Begin to copy pinned `data` to the GPU; `event` is over when that is done. Then waits for event `after`,
+        which may have been recorded earlier or never."""
+        host = native_ffi.from_buffer(data)
+        following = native_ffi.NULL if after is None else self._events[after]
+        code = native.rw_upload(
+            self._calls, address, host, len(data), self._native_stream, self._events[event], following
+        )
+        self._device.check(code, "copy to the GPU")
+
+    def download(self, data: memoryview, address: int, event: int) -> None:
+        """Begin to copy from the GPU into pinned `data`; `event` is over when that is done."""
+        host = native_ffi.from_buffer(data)
+        code = native.rw_download(self._calls, host, address, len(data), self._native_stream, self._events[event])
+        self._device.check(code, "copy from the GPU")
+
+    def wait(self, event: int) -> None:
+        """Until what was begun with this event is done."""
+        self._device._call("cuEventSynchronize", ffi.cast("void *", native_ffi.cast("uintptr_t", self._events[event])))
+
+    def zero(self, address: int, size: int) -> None:
+        """Begin to fill memory of the GPU with zeros."""
+        self._device._call("cuMemsetD8Async", address, 0, size, self._stream)
+
+    def finish(self) -> None:
+        """Wait until all that was begun is done."""
+        self._device._call("cuStreamSynchronize", self._stream)
+
+    def _pointer(self, pointer: Any) -> Any:
+        return native_ffi.cast("void *", int(ffi.cast("uintptr_t", pointer)))

@@ -1,0 +1,79 @@
+"""The device memory of a container on its way into a snapshot, as far as it was taken out of the driver's hands."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rewarm import aside, preload, processes
+from rewarm.errors import GpuError
+from rewarm.gpu import pieces
+from rewarm.gpu.container import ContainerGpus
+from rewarm.gpu.hold import Hold, Users
+from rewarm.oci.spec import Spec
+from rewarm.settings import Settings
+from rewarm.store.writer import SnapshotWriter
+
+if TYPE_CHECKING:
+    from rewarm.gpu.save import Save
+
+
+class SavedMemory:
+    """Context manager, entered before the pause. Where no process has served memory it does nothing."""
+
+    def __init__(
+        self, gpus: ContainerGpus, users: Users | None, writer: SnapshotWriter, settings: Settings, threads: int
+    ) -> None:
+        """Opens the GPUs. Raises GpuError."""
+        self._writer = writer
+        self._limit = settings.capture_timeout
+        self._save: Save | None = None
+        if users is not None and users.served:
+            from rewarm.gpu.save import Save  # only where there is anything
+
+            writer.expect(sum(users.served.values()))
+            uuids = [device.gpu.uuid for device in gpus.devices]
+            self._save = Save(settings.libcuda, uuids, writer.add_chunk, threads)
+
+    def __enter__(self) -> SavedMemory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self._close()
+
+    def start(self, held: Hold) -> None:
+        """Begin to read what `held` has taken. Raises GpuError, RestoreError."""
+        if self._save is not None:
+            places = held.places()
+            numbered = [(processes.namespace_pid(pid), gpu, span, fd) for pid, gpu, span, fd in places]
+            save = self._save
+            try:
+                aside.run(lambda: save.start(numbered), self._limit)
+            except TimeoutError as error:
+                raise GpuError("read memory of", "the GPUs", str(error), "look for Xid lines in `dmesg`") from error
+
+    def finish(self) -> tuple[int, int]:
+        """Wait until all is stored; only then may the processes run again. Returns the bytes, and how many of them
+        are in windows of zeros, which are not stored.
+
+        Raises GpuError, StoreError.
+        """
+        if self._save is None:
+            return 0, 0
+        found = self._save.join(self._limit)
+        self._close()
+        if found:
+            self._writer.add_bytes(pieces.PIECES, pieces.encode(found))
+        zeros = sum(piece.chunks.count(pieces.ZEROS) for piece in found) * pieces.WINDOW
+        return sum(piece.size for piece in found), zeros
+
+    def _close(self) -> None:
+        if self._save is not None:
+            self._save.close()
+            self._save = None
+
+
+def add_library(spec: Spec, writer: SnapshotWriter) -> None:
+    """The library that the container has, if any: its processes have it mapped, and another version would not do."""
+    if path := preload.of(spec):
+        writer.add_file(pieces.LIBRARY, path)
