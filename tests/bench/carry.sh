@@ -41,7 +41,7 @@ END
 chmod 0755 "$target/bin/criu"
 
 make -s -C "$repository/native" BUILD="$scratch/native"
-cp "$scratch/native/rewarm-runc" "$scratch/native/rewarm-guard" "$target/bin/"
+cp "$scratch/native/rewarm-runc" "$scratch/native/rewarm-guard" "$scratch/native/rewarm-device-memory.so" "$target/bin/"
 
 # cffi builds against the limited API: one module for every Python from 3.2 on.
 mkdir "$scratch/source"

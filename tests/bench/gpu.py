@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import gpu_results
 from bench import memory16 as device
-from bench.gpu_sides import COLD, REWARM, STOCK, GpuSides, Timed
+from bench.gpu_sides import COLD, PLAIN, REWARM, STOCK, GpuSides, Timed
 from bench.memory16 import BEGAN, say
 from support import proc
 from support.bundle import unmount_below
@@ -90,16 +90,26 @@ def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.N
     run.found["cases"][label] = figures
     run.need(60 + gib * 6, f"{label}: everything")
     sides.memory = 0 if FAKE else int(gib * GIB)
-    run.record(label, COLD, sides.begin())
-    figures["capture"][REWARM] = sides.capture(timeout=300)
+    run.record(label, COLD, sides.begin(REWARM))
     figures["program"] = sides.ask("/state")
-    say(f"{label}: captured by rewarm: {json.dumps(figures['capture'][REWARM])}")
-    run.save()
+    capture(run, label, sides, REWARM)
     together = gib < ALONE
+    if asked.alone:
+        sides.end_source()
+        turns(run, label, sides, [REWARM], asked.turns, gib, first=1)
+        sides.forget_snapshot()
+        return
     if together:
-        # The driver and CRIU by hand end the source.
-        by_hand = capture_by_hand(run, label, sides)
-        turns(run, label, sides, [STOCK, REWARM] if by_hand else [REWARM], asked.turns, gib)
+        sides.end_source()
+        # By hand, and by the driver alone: what the library serves is not stock. CRIU by hand ends the source.
+        run.record(label, COLD, sides.begin(PLAIN))
+        names = [REWARM]
+        if asked.plain:
+            capture(run, label, sides, PLAIN)
+            names.append(PLAIN)
+        if capture_by_hand(run, label, sides):
+            names.insert(0, STOCK)
+        turns(run, label, sides, names, asked.turns, gib)
         sides.forget_images()
     else:
         sides.end_source()
@@ -108,12 +118,20 @@ def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.N
     sides.forget_snapshot()
     if not together:
         run.need(60 + gib * 4, f"{label}: {STOCK}")
-        run.record(label, COLD, sides.begin())
+        run.record(label, COLD, sides.begin(PLAIN))
         if capture_by_hand(run, label, sides):
             turns(run, label, sides, [STOCK], asked.turns, gib, first=1)
     while len(figures["samples_s"][COLD]) < (asked.cold if gib < ALONE else 1):
         run.need(20 + gib, f"{label}: {COLD} {len(figures['samples_s'][COLD]) + 1}")
         run.record(label, COLD, sides.run(COLD))
+
+
+def capture(run: Run, label: str, sides: GpuSides, side: str) -> None:
+    """A snapshot of the source as it is; of REWARM its device memory is taken out of the driver's hands."""
+    said = sides.capture(side, timeout=300)
+    run.found["cases"][label]["capture"][side] = said
+    say(f"{label}: captured by {side}: {json.dumps(said)}")
+    run.save()
 
 
 def capture_by_hand(run: Run, label: str, sides: GpuSides) -> bool:
@@ -254,6 +272,8 @@ def main() -> int:
     options.add_argument(
         "--cold", type=int, default=3, help=f"cold starts, the source's own counted; one from {ALONE} GiB"
     )
+    options.add_argument("--alone", action="store_true", help="nothing but rewarm with the device memory library")
+    options.add_argument("--plain", action="store_true", help="rewarm without the device memory library as well")
     options.add_argument("--seconds", type=float, default=480.0, help="begin nothing after this time")
     options.add_argument("--directory", default="/var/tmp")
     asked = options.parse_args()

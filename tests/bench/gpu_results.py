@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 STOCK, REWARM, COLD = "criu and driver", "rewarm", "cold"
-MAIN = "8"
-"""The case that the targets speak of."""
+MAIN, LARGEST = "8", "40"
+"""The cases that the targets speak of."""
 
 
 def summarise(case: dict[str, Any]) -> None:
@@ -55,6 +55,11 @@ def merge(parts: list[Path]) -> dict[str, Any]:
     main = done.get(MAIN, {})
     merged["speedup_vs_criu_driver_8g"] = main.get("speedup_vs_criu_driver")
     merged["speedup_vs_cold_8g"] = main.get("speedup_vs_cold")
+    largest = done.get(LARGEST, {})
+    merged["device_8g_speedup_vs_stock"] = main.get("speedup_vs_criu_driver")
+    merged["device_40g_s"] = largest.get("median_s", {}).get(REWARM)
+    load = largest.get("median_phases_s", {}).get(REWARM, {}).get("device.load")
+    merged["device_load_gbps"] = round(largest["gib"] * (1 << 30) / load / 1e9, 1) if load else None
     merged["phases"] = {name: case.get("median_phases_s", {}) for name, case in done.items()}
     return merged
 

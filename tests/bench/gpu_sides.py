@@ -27,7 +27,8 @@ from support.node import Node
 from support.proc import command, descendants, wait_for
 from support.runtime import Runtime
 
-STOCK, REWARM, COLD = "criu and driver", "rewarm", "cold"
+STOCK, REWARM, PLAIN, COLD = "criu and driver", "rewarm", "rewarm without the library", "cold"
+SNAPSHOTS = {REWARM: "bench", PLAIN: "plain"}
 ANSWER = 240.0
 READ_AHEAD = "from rewarm.settings import Settings; print(Settings().read_ahead)"
 
@@ -70,8 +71,10 @@ class GpuSides:
         self.by_hand.cleanup()
         self.node.runtime.cleanup()
 
-    def _made(self, name: str, *, snapshot: bool = False) -> Bundle:
-        annotations = {"rewarm.dev/snapshot": "bench"} if snapshot else {}
+    def _made(self, name: str, side: str) -> Bundle:
+        annotations = {"rewarm.dev/snapshot": SNAPSHOTS[side]} if side in SNAPSHOTS else {}
+        if side == PLAIN:
+            annotations["rewarm.dev/device-memory"] = "off"
         made = self.machine.bundle(
             self.directory / "bundles" / name, self.case, network=None, env=self.env, annotations=annotations
         )
@@ -97,11 +100,12 @@ class GpuSides:
             self.expected = answer
         assert answer == self.expected, f"the answer is not the source's: {answer}, {self.expected}"
 
-    def start_source(self) -> Timed:
-        """The program from nothing; it stays for the captures."""
+    def start_source(self, side: str) -> Timed:
+        """The program from nothing; it stays for the captures. Of REWARM with the library, else without."""
         self._turn += 1
         self.source = f"source-{self._turn}"
-        self._bundle = self._made(self.source)
+        # Stock has no mounts of rewarm's, and so not the snapshot that is without the library either.
+        self._bundle = self._made(self.source, REWARM if side == REWARM else COLD)
         began = time.monotonic()
         self.node.runtime.create(self.source, self._bundle)
         self.node.runtime.start(self.source)
@@ -120,15 +124,16 @@ class GpuSides:
         self._bundle.close()
         self._bundle = None
 
-    def capture(self, timeout: float) -> dict[str, Any]:
+    def capture(self, side: str, timeout: float) -> dict[str, Any]:
         """`rewarm capture`; the source runs on and is right."""
         self.ask("/reset")
         began = time.monotonic()
-        done = self.node.rewarm("capture", self.source, "--name", "bench", "--json", timeout=timeout)
+        done = self.node.rewarm("capture", self.source, "--name", SNAPSHOTS[side], "--json", timeout=timeout)
         seconds = time.monotonic() - began
         said = json.loads(done.stdout)
         self._right(self.ask())
-        self.memory = int(said["memory_bytes"])
+        # Without the library, device memory is in it.
+        self.memory = max(0 if side == REWARM else self.memory, int(said["memory_bytes"]))
         keys = ("paused_seconds", "total_seconds", "memory_bytes", "zero_bytes", "stored_bytes", "notes")
         return {"command_seconds": round(seconds, 3), **{key: said.get(key) for key in keys}}
 
@@ -149,7 +154,7 @@ class GpuSides:
             raise
         end = time.monotonic()
         size = sum(file.stat().st_size for file in self.images.iterdir())
-        self.memory = self.memory or size
+        self.memory = max(self.memory, size)
         return {
             "total_seconds": round(end - began, 3),
             "cuda_seconds": round(cuda, 3),
@@ -169,32 +174,34 @@ class GpuSides:
         free = int(Path("/proc/meminfo").read_text().split("MemFree:")[1].split()[0]) << 10
         touch(max(min(int(self.memory * 1.25) + self.read_ahead + (512 << 20), free - (2 << 30)), 1 << 20))
 
-    def begin(self) -> Timed:
+    def begin(self, side: str) -> Timed:
         """`start_source`, with memory that is there."""
         self._touch()
-        return self.start_source()
+        return self.start_source(side)
 
     def run(self, side: str) -> Timed:
         """One container of a side, ended afterwards."""
         self._touch()
-        return {STOCK: self._stock, REWARM: self._rewarm, COLD: self._cold}[side]()
+        if side in SNAPSHOTS:
+            return self._rewarm(side)
+        return self._stock() if side == STOCK else self._cold()
 
     def _cold(self) -> Timed:
-        found = self.start_source()
+        found = self.start_source(COLD)
         self.end_source()
         return found
 
     @contextlib.contextmanager
-    def _container(self, runtime: Runtime, side: str, *, snapshot: bool) -> Iterator[tuple[str, Bundle]]:
+    def _container(self, runtime: Runtime, side: str) -> Iterator[tuple[str, Bundle]]:
         self._turn += 1
         name = f"{side.split()[0]}-{self._turn}"
-        made = self._made(name, snapshot=snapshot)
+        made = self._made(name, side)
         yield name, made
         runtime.stop(name)
         made.close()
 
     def _stock(self) -> Timed:
-        with self._container(self.by_hand, STOCK, snapshot=False) as (name, made):
+        with self._container(self.by_hand, STOCK) as (name, made):
             began = time.monotonic()
             self.by_hand.restore(name, made, self.images, timeout=240)
             restored = time.monotonic()
@@ -209,8 +216,8 @@ class GpuSides:
         phases = {"criu": restored - began, "cuda": resumed - restored, "answer": end - resumed}
         return Timed(end - began, phases)
 
-    def _rewarm(self) -> Timed:
-        with self._container(self.node.runtime, REWARM, snapshot=True) as (name, made):
+    def _rewarm(self, side: str) -> Timed:
+        with self._container(self.node.runtime, side) as (name, made):
             began = time.monotonic()
             self.node.runtime.create(name, made)
             created = time.monotonic()

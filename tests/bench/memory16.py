@@ -53,6 +53,8 @@ def install(carried: Path, prefix: Path) -> None:
     for source, target in (("rewarm-runc", "bin"), ("rewarm-guard", "libexec"), ("runc", "bin"), ("criu", "criu/bin")):
         shutil.copy(carried / "bin" / source, prefix / target / source)
         (prefix / target / source).chmod(0o755)
+    (prefix / "lib").mkdir()
+    shutil.copy(carried / "bin/rewarm-device-memory.so", prefix / "lib/rewarm-device-memory.so")
     venv = prefix / "venv"
     failures = [failure for python in PYTHONS if (failure := environment(carried, venv, python))]
     if len(failures) == len(PYTHONS):

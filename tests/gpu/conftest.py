@@ -28,7 +28,7 @@ from support.proc import become_subreaper
 
 HERE = Path(__file__).parent
 # Those that could leave the GPU in a bad state come last.
-ORDER = ("test_cases", "test_lifecycle", "test_remap", "test_cgroup", "test_refused", "test_faults")
+ORDER = ("test_cases", "test_served", "test_lifecycle", "test_remap", "test_cgroup", "test_refused", "test_faults")
 LONGEST = 150
 BEGAN = time.monotonic()
 LIMIT = float(os.environ.get("REWARM_GPU_SECONDS", "3600"))
@@ -153,7 +153,9 @@ def fleet(gpu_node: Node, request: pytest.FixtureRequest) -> Iterator[Fleet]:
 
 def start(fleet: Fleet, name: str) -> Running:
     source = SOURCES[name]
-    return fleet.start(f"source-{name}", source.case, env=source.env, change=source.change)
+    # There is no such snapshot yet: it starts cold.
+    snapshot = name if source.served else None
+    return fleet.start(f"source-{name}", source.case, env=source.env, change=source.change, snapshot=snapshot)
 
 
 @pytest.fixture

@@ -153,7 +153,9 @@ static int checkpoint(pid_t pid, const struct page *page, unsigned patience_ms)
 	int result = wait_for_beat(pid, page, patience_ms);
 	if (result == OK)
 		result = device_out(pid, page);
-	return result == OK ? set_state(pid, CHECKPOINTED) : result;
+	if (result == OK)
+		result = set_state(pid, CHECKPOINTED);
+	return result == OK ? device_gone(page) : result;
 }
 
 static int restore(pid_t pid, struct page *page, const struct restore_args *args, const struct script *script)

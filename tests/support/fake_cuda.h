@@ -61,6 +61,7 @@ void write_log(uint64_t begin, enum call_kind kind, pid_t pid, int result, const
 uint64_t now_ns(void);
 
 int device_out(pid_t pid, const struct page *page);
+int device_gone(const struct page *page);
 int device_in(pid_t pid, struct page *page, const unsigned char target[static 16], bool nodes);
 void uuid_text(char text[static 64], const unsigned char uuid[static 16]);
 

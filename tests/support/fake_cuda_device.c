@@ -75,7 +75,7 @@ static void device_path(char path[static PATH_MAX], const unsigned char uuid[sta
 	path_of(path, name);
 }
 
-/* Moves the process's device memory into its region. */
+/* Copies the process's device memory into its region. */
 int device_out(pid_t pid, const struct page *page)
 {
 	char path[PATH_MAX], piece[PIECE];
@@ -89,8 +89,15 @@ int device_out(pid_t pid, const struct page *page)
 		if (done + (uint64_t)got > page->size || move(pid, page->region + done, piece, (size_t)got, true) != 0)
 			break;
 	close(file);
-	if (done != page->size)
-		return UNKNOWN;
+	return done == page->size ? OK : UNKNOWN;
+}
+
+/* Once the process is checkpointed: who is killed before that has taken nothing. */
+int device_gone(const struct page *page)
+{
+	char path[PATH_MAX];
+
+	device_path(path, page->uuid, page->token);
 	return unlink(path) == 0 ? OK : UNKNOWN;
 }
 

@@ -45,7 +45,14 @@ H100 = "NVIDIA H100 80GB HBM3"
 _here = Path(__file__).resolve().parent
 _HEADERS = ("fake_cuda.h", "fake_node.h")
 _SOURCES = {
-    "libcuda.so.1": ("fake_cuda.c", "fake_cuda_device.c", "fake_cuda_script.c"),
+    "libcuda.so.1": (
+        "fake_cuda.c",
+        "fake_cuda_device.c",
+        "fake_cuda_script.c",
+        "fake_cuda_copies.c",
+        "device_memory/fake_libcuda.c",
+    ),
+    "libcudart.so.12": ("device_memory/fake_libcudart.c",),
     "libnvidia-ml.so.1": ("fake_nvml.c",),
     "too-old/libcuda.so.1": ("fake_cuda.c",),
 }

@@ -197,10 +197,12 @@ class Before:
         return path.read_bytes(), path.stat().st_mode
 
     def check_files(self, *, mount_points: bool = False) -> None:
-        """AssertionError if the root filesystem is another; `mount_points` allows empty directories that are new."""
+        """AssertionError if the root filesystem is another; `mount_points` allows empty ones that are new."""
         now = files(self._made.rootfs, self._made.upper)
         if mount_points:
-            new = [place for place in now if place not in self._files and (self._made.rootfs / place).is_dir()]
+            places = [place for place in now if place not in self._files]
+            paths = {place: self._made.rootfs / place for place in places}
+            new = [place for place, path in paths.items() if path.is_dir() or path.lstat().st_size == 0]
             now = {place: facts for place, facts in now.items() if place not in new}
         different = {
             place: (self._files.get(place), now.get(place))

@@ -38,18 +38,20 @@ class Place:
         minors: Sequence[int] = (0,),
         snapshot: str = "model",
         env: Mapping[str, str] | None = None,
+        workload: str = "gpu_fake",
+        annotations: Mapping[str, str] | None = None,
         **more: str,
     ) -> Bundle:
         """A bundle of the workload with these GPUs; it takes those of its environment's GPUS, the first by default."""
         return Bundle(
             self.node.directory / name,
-            rootfs.layers("gpu_fake"),
-            rootfs.args("gpu_fake"),
+            rootfs.layers(workload),
+            rootfs.args(workload),
             network=self.network.path,
             env=self.gpus.container_environment(**{**(env or {}), **more}),
             mounts=[self.gpus.mount()],
             devices=nodes(minors),
-            annotations={"rewarm.dev/snapshot": snapshot},
+            annotations={"rewarm.dev/snapshot": snapshot, **(annotations or {})},
         )
 
     def ask(self, path: str = "/probe", timeout: float = 20) -> Any:

@@ -18,17 +18,18 @@ from support.nodes import says, well
 
 CODE = """
 import json, sys
-from rewarm import doctor
+from rewarm import doctor, installation
 from rewarm.checks import Node
 from rewarm.settings import Settings
+installation.device_memory = lambda: sys.argv[2]
 node = Node(Settings(libcuda=sys.argv[1]), "none")
 [found] = [check for check in doctor.examine(node) if check.name == "GPUs"]
 print(json.dumps([found.status, found.found, found.mend]))
 """
 
 
-def examined(gpus: FakeGpus, libcuda: Path | None = None) -> tuple[str, str, str]:
-    words = [sys.executable, "-c", CODE, str(libcuda or gpus.libcuda)]
+def examined(gpus: FakeGpus, libcuda: Path | None = None, library: str = __file__) -> tuple[str, str, str]:
+    words = [sys.executable, "-c", CODE, str(libcuda or gpus.libcuda), library]
     env = {**environment(), "FAKE_CUDA_DIR": str(gpus.directory)}
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     status, found, mend = json.loads(done.stdout)
@@ -43,6 +44,8 @@ def test_a_node_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_gpus(tmp_path: Path) -> None:
     gpus = FakeGpus(tmp_path, fake_gpu.gpus(2))
     assert examined(gpus) == ("ok", f"2 with driver 580.159.04 ({gpus.libcuda})", "")
+    status, found, mend = examined(gpus, library=str(tmp_path / "nowhere"))
+    assert status == "warning" and "device memory library is not installed" in found and "reinstall" in mend
     gpus.node([FakeGpu(uuid(0), 0), FakeGpu(uuid(1), 1, mig=1)])
     status, found, mend = examined(gpus)
     assert status == "warning" and f"in MIG mode: {uuid(1)}" in found and "MIG off" in mend

@@ -13,12 +13,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Source:
-    """`early`: started with all others at the beginning, since importing PyTorch takes seconds."""
+    """`early`: started with all others at the beginning, since importing PyTorch takes seconds; `served`: opted in, and
+    so with the device memory library."""
 
     case: str
     env: Mapping[str, str] = field(default_factory=dict)
     change: Change | None = None
     early: bool = True
+    served: bool = False
 
 
 def probe_device() -> Path | None:
@@ -75,6 +77,13 @@ SOURCES: dict[str, Source] = {
     # These keep the GPU busy from their start on.
     "threads": Source("threads", early=False),
     "llm": Source("llm", {"LAYERS": "4", "KV_TOKENS": "2048"}, early=False),
+    # The same with device memory taken out of its hands.
+    "served-server": Source("server", {"GIB": "2"}, served=True),
+    "served-child": Source("child", served=True),
+    "served-pinned": Source("pinned", served=True),
+    "served-streams": Source("streams", served=True),
+    "served-threads": Source("threads", early=False, served=True),
+    "served-killed": Source("server", {"GIB": "1"}, served=True),
     # What it cannot.
     "managed": Source("managed", early=False),
     "exported": Source("exported", early=False),

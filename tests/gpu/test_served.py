@@ -1,0 +1,83 @@
+"""Device memory that the library serves, on a real GPU: programs go on bit for bit, from a capture and from a restore,
+and whatever happens to the capture.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.gpu.checkpoints import RUNNING, Checkpoints
+from support.gpu.fleet import Fleet, Running
+from support.proc import wait_for
+
+CASES = ("served-server", "served-child", "served-pinned", "served-streams", "served-threads")
+BEFORE, AFTER = 3, 3
+KILLS = 12
+
+
+@pytest.mark.parametrize("source", CASES, indirect=True)
+def test_goes_on_bit_for_bit(fleet: Fleet, source: Running, figures: dict[str, Any]) -> None:
+    expected = source.answers(BEFORE + AFTER)
+    checksum = source.ask("/checksum")
+    source.ask("/reset")
+    assert source.answers(BEFORE) == expected[:BEFORE], "the program is not deterministic"
+
+    snapshot = source.name.removeprefix("source-")
+    said = fleet.capture(source, snapshot)
+    figures["capture"] = {key: said[key] for key in ("paused_seconds", "total_seconds", "device_bytes", "memory_bytes")}
+    assert said["device_bytes"] > 0, "the library served nothing"
+    assert source.answers(AFTER) == expected[BEFORE:], "the source was changed by the capture"
+    assert source.ask("/checksum") == checksum
+    source.stop()
+
+    copy = fleet.restore(f"copy-{snapshot}", source, snapshot)
+    assert copy.answers(1) == expected[BEFORE : BEFORE + 1], "the restored program goes on differently"
+    # What it has now is imported, and has to be made its own for this.
+    assert fleet.capture(copy, f"{snapshot}-again")["device_bytes"] == said["device_bytes"]
+    assert copy.answers(AFTER - 1) == expected[BEFORE + 1 :]
+    assert copy.ask("/checksum") == checksum
+    copy.stop()
+
+    again = fleet.restore(f"again-{snapshot}", source, f"{snapshot}-again")
+    assert again.answers(AFTER - 1) == expected[BEFORE + 1 :], "the second generation goes on differently"
+    assert again.ask("/checksum") == checksum
+    again.ask("/reset")
+    assert again.answers(BEFORE + AFTER) == expected
+    again.stop()
+
+
+@pytest.mark.parametrize("source", ["served-killed"], indirect=True)
+def test_a_capture_killed_at_any_moment(
+    card: None, fleet: Fleet, source: Running, checkpoints: Checkpoints, figures: dict[str, Any]
+) -> None:
+    checksum = source.ask("/checksum")
+    expected = source.answers(KILLS)
+    source.ask("/reset")
+    node = source.node
+    using = checkpoints.using(source.pids())
+    began = time.monotonic()
+    fleet.capture(source, "served-killed")
+    duration = time.monotonic() - began
+    figures["moments"] = []
+    for number in range(KILLS):
+        delay = duration * (number + random.random()) / KILLS
+        words: list[str | Path] = [node.prefix / "bin/rewarm", "capture", source.name, "--name", "served-killed"]
+        with subprocess.Popen(words, env={**os.environ, **node.env}, stdout=subprocess.DEVNULL) as tool:
+            time.sleep(delay)
+            tool.send_signal(signal.SIGKILL)
+        figures["moments"].append([round(delay, 3), [checkpoints.state(pid) for pid in using]])
+        assert source.ask() == expected[number]
+        assert source.ask("/checksum") == checksum
+    wait_for("all running", lambda: all(checkpoints.state(pid) == RUNNING for pid in using), timeout=60)
+    fleet.capture(source, "served-killed")
+    source.stop()
+    copy = fleet.restore("copy-served-killed", source, "served-killed")
+    assert copy.ask("/checksum") == checksum
