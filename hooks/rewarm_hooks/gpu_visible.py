@@ -76,6 +76,11 @@ def asks_for_gpus(
     return injected(spec, low_level)
 
 
+def count(spec: dict[str, Any], *, proc_devices: str = "", device_at: DeviceAt = device_at) -> int:
+    """How many GPUs the spec gives the container by device nodes."""
+    return len({minor for minor, _ in _minors(spec, proc_devices, device_at)})
+
+
 def injected(spec: dict[str, Any], low_level: str = "runc") -> bool:
     """Whether somebody after rewarm adds GPUs by the spec's environment, besides those that the spec gives itself."""
     return _injects(spec, low_level) and _words(spec) not in ([], ["none"])

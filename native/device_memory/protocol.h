@@ -14,7 +14,8 @@ enum { RW_MAGIC = 0x314d4452, RW_VERSION = 1 };
 
 enum rw_op {
 	RW_HELLO = 1,  /* size, count: of all pieces; address: bytes of imported ones; device: RW_VERSION */
-	RW_LIST = 2,   /* an answer a piece by ascending address, count: enum rw_state; at the end size 0, count: how many */
+	RW_LIST = 2,   /* an answer a piece by ascending address, count: enum rw_state; at the end size 0, count: how many,
+		        * address: threads in the middle of serving or freeing one */
 	RW_OWN = 3,    /* an imported piece becomes memory of the process's own, which can be exported; a copy on the device */
 	RW_EXPORT = 4, /* the answer carries a descriptor of the piece's memory */
 	RW_UNMAP = 5,  /* the memory goes, the address stays */

@@ -21,6 +21,9 @@ int rw_free(uint64_t address, int (*free_tag)(uint64_t));
 bool rw_serving(void);
 void rw_stop_serving(void);
 
+/* How many threads are in the middle of serving or freeing: stopped there, the table does not say what is mapped. */
+uint32_t rw_changing(void);
+
 /* What cudaDeviceReset and its like do to memory. */
 void rw_free_device(uint32_t device);
 

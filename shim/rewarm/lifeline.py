@@ -257,7 +257,7 @@ class _Watch:
             process, *span = map(int, rest)
             self._places[process].append((Span(*span), self._fds.popleft()))
         elif word == _LOCKED:
-            self._locking = False
+            self._locking, self._limit = False, None
         elif word == _TAKEN:
             self._limit = None
             for uuid, pid, size in _pairs(rest):
@@ -277,8 +277,8 @@ class _Watch:
                     processes.send(pid, signal.SIGSTOP)
             self._thaw()
         if self._holding and self._held.cuda:
-            self._holding = False
-            self._release()
+            self._release()  # again, if rewarm takes more before it says that all is released
+            self._holding = not self._orphan
         alive = processes.start_time(self._held.pid) == self._held.start
         if self._engine is not None and self._orphan and alive:
             from rewarm import engines

@@ -20,9 +20,13 @@ _NAME = "device-memory.so"
 
 
 def provide(bundle_spec: Spec, wanted: Request, binary: str, directory: str) -> str | None:
-    """Put the library into the container directory of a container that starts cold, has GPUs and does not forbid it;
-    the path. `binary` is the runtime below rewarm. Raises OSError."""
-    if wanted.device_memory == "off" or not _has_gpus(bundle_spec, binary):
+    """Put the library into the container directory of a container that starts cold, has a GPU and does not forbid it;
+    the path. `binary` is the runtime below rewarm. Raises OSError.
+
+    None with several GPUs: peer access and CUDA IPC that the library does not see (NCCL has a runtime of its own) would
+    miss what it serves. None in a user namespace: a mount of a file system with noexec could not be remounted there.
+    """
+    if wanted.device_memory == "off" or not _has_one_gpu(bundle_spec, binary) or _has_users(bundle_spec):
         return None
     try:
         with open(installation.device_memory(), "rb") as library:
@@ -50,8 +54,14 @@ def of(bundle_spec: Spec) -> str:
     return spec.bind_source(bundle_spec, spec.LIBRARY_DESTINATION)
 
 
-def _has_gpus(bundle_spec: Spec, binary: str) -> bool:
+def _has_one_gpu(bundle_spec: Spec, binary: str) -> bool:
     try:
-        return visible.asks_for_gpus(bundle_spec, binary)
+        return visible.asks_for_gpus(bundle_spec, binary) and visible.count(bundle_spec) == 1
     except RewarmError:
         return False  # who starts the container says what is wrong
+
+
+def _has_users(bundle_spec: Spec) -> bool:
+    linux = bundle_spec.get("linux") or {}
+    kinds = [namespace.get("type") for namespace in linux.get("namespaces") or []]
+    return "user" in kinds or bool(linux.get("uidMappings"))

@@ -185,8 +185,9 @@ class Hold:
 
     def _take(self, used: Needed) -> None:
         """Note what the processes had; what was taken needs no room to come back, since it is there."""
-        self.used = tuple(sum(sizes.values()) for sizes in used.values())
         taken = self._taken_bytes()
+        # What was allocated since it was asked, or what NVML leaves out, has to have room on a restore as well.
+        self.used = tuple(max(sum(sizes.values()), sum(taken.get(uuid, {}).values())) for uuid, sizes in used.items())
         self._needed = {
             uuid: {pid: max(0, size - _part(taken.get(uuid, {}), pid)) for pid, size in sizes.items()}
             for uuid, sizes in used.items()

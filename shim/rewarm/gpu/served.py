@@ -36,10 +36,16 @@ _WINDOW = 32
 """Requests that are on their way at once: answers wait in the socket's buffer, which is bounded."""
 _SHORT = 2.0
 _IMPORTED, _AWAY = 1, 2
+_LOST = "lost"
+"""In the place of the number in the thread's name."""
 _NVIDIA_MAJOR = 195
 _SCM_PIDFD = 4
 """What comes with every message if the process has set SO_PASSPIDFD: a descriptor, too."""
 _MAX_ERRNO = 4095
+
+
+class Busy(GpuError):
+    """A thread that stands still has locked the library's table: at another moment it would not."""
 
 
 class Listed(NamedTuple):
@@ -59,6 +65,8 @@ class Served:
     def __init__(self, pid: int, number: int, limit: float) -> None:
         """`number`: its end of the socket pair; `limit`: seconds for a call of the driver."""
         self.pid = pid
+        self.changing = 0
+        """At the last `list`: threads that were in the middle of serving or freeing a piece, which it may not show."""
         self._limit = limit
         self._sequence = int.from_bytes(os.urandom(4), "little") << 24
         try:
@@ -103,6 +111,7 @@ class Served:
             _close(fds)
             self._check(status, "list pieces of")
             if size == 0:
+                self.changing = address
                 if count != len(found):
                     raise self._error("list pieces of", f"it names {len(found)} of {count}")
                 return found
@@ -222,7 +231,10 @@ class Served:
             cause = f"CUDA error {status}" if status > 0 else os.strerror(min(-status, _MAX_ERRNO))
             if status == 2:
                 cause = "the GPU has not enough free memory"
-            raise self._error(operation, cause + what)
+            error = self._error(operation, cause + what)
+            if status == -errno.EAGAIN:
+                raise Busy(error.operation, error.object, error.cause, error.next_step)
+            raise error
 
     def _error(self, operation: str, cause: str) -> GpuError:
         what = f"the device memory library in process {self.pid} ({processes.command(self.pid)})"
@@ -233,6 +245,10 @@ def find(pid: int, limit: float) -> Served | None:
     """The library in a process (host pid), None if it serves nothing there. Raises GpuError."""
     for tid in processes.threads(pid):
         prefix, _, number = threads.name(pid, tid).rpartition("-")
+        if f"{prefix}-" == LIBRARY_THREAD and number == _LOST:
+            what = f"the device memory library in process {pid} ({processes.command(pid)})"
+            cause = "the program has closed its socket, and has memory that only the library could take out"
+            raise GpuError("reach", what, cause, "restart the container")
         if f"{prefix}-" == LIBRARY_THREAD and number.isascii() and number.isdigit():
             return Served(pid, int(number), limit)
     return None

@@ -132,7 +132,13 @@ def _take_now(
         _call(driver.unlock, pid)
         library = _find(pid, limit)
         try:
-            _take(library, took)
+            try:
+                found = library.list()
+            except served.Busy:
+                return False
+            if library.changing:
+                return False
+            _take(library, found, took)
         finally:
             library.close()
         _call(lambda pid: driver.lock(pid, int(limit * 1000)), pid)
@@ -140,8 +146,7 @@ def _take_now(
     return True
 
 
-def _take(library: Served, took: Callable[[int, Listed, int], None]) -> None:
-    found = library.list()
+def _take(library: Served, found: Sequence[Listed], took: Callable[[int, Listed, int], None]) -> None:
     spans = [piece.span for piece in found]
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if len(spans) + len(os.listdir("/proc/self/fd")) + _SPARE > most:
@@ -180,8 +185,13 @@ def _put(driver: Driver, context: Context, places: Sequence[tuple[Span, int]], l
         with suppress(GpuError):
             look([context], limit)
         return
-    if not _is_stopped(pid) and _call(driver.state, pid) == cuda.RUNNING and not _away(pid, limit):
-        return
+    if not _is_stopped(pid):
+        if served.find(pid, limit) is None:
+            # By execve(2), or since it has closed all that it had open: nobody could put anything anywhere.
+            actions.go_on(driver, [context])
+            return
+        if _call(driver.state, pid) == cuda.RUNNING and not _away(pid, limit):
+            return
     awake.stop([pid], _STOP)
     with awake.Awake(driver, [pid]):
         if _call(driver.state, pid) == cuda.CHECKPOINTED:

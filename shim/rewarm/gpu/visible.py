@@ -27,6 +27,13 @@ def asks_for_gpus(spec: dict[str, Any], low_level: str = "runc") -> bool:
     return gpu_visible.asks_for_gpus(spec, proc_devices=_proc_devices(), low_level=low_level)
 
 
+def count(spec: dict[str, Any]) -> int:
+    """How many GPUs the spec gives the container by device nodes."""
+    from rewarm_hooks import gpu_visible
+
+    return gpu_visible.count(spec, proc_devices=_proc_devices())
+
+
 def injected(spec: dict[str, Any], low_level: str) -> bool:
     """Whether NVIDIA's hook or runtime adds GPUs to what the spec gives, and with them bind mounts."""
     from rewarm_hooks import gpu_visible

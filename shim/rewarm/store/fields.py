@@ -69,6 +69,10 @@ class Reader:
         """An integer in 0..highest; a bool is none."""
         return _integer(self._take(key), self.path(key), highest)
 
+    def integer_or(self, key: str, default: int, highest: int = MAX_I64) -> int:
+        """The same for a field that older documents have not."""
+        return self.integer(key, highest) if key in self._left else default
+
     def boolean(self, key: str) -> bool:
         """true or false, nothing that is only like it."""
         value = self._take(key)

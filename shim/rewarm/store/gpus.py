@@ -65,8 +65,8 @@ def read_cuda(reader: Reader, gpus: int) -> Cuda:
     cuda = Cuda(
         reader.integers("processes", fields.MAX_PID),
         reader.integers("used_bytes", fields.MAX_I64),
-        reader.integer("served_bytes"),
-        reader.integer("served_zeros"),
+        reader.integer_or("served_bytes", 0),
+        reader.integer_or("served_zeros", 0),
     )
     reader.done()
     if cuda.served_zeros > cuda.served_bytes:
