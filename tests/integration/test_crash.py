@@ -380,8 +380,12 @@ def worker(rewarm: int) -> int:
 
 
 def sleeping(rewarm: int) -> int:
-    """The hook of `blocking`."""
-    return next(pid for pid in descendants(rewarm) if command_line(pid).startswith("sleep"))
+    """The hook of `blocking`, which has made its flag already, and becomes this."""
+
+    def look() -> int:
+        return next((pid for pid in descendants(rewarm) if command_line(pid).startswith("sleep")), 0)
+
+    return wait_for("the hook's sleep", look)
 
 
 def family(rewarm: int) -> tuple[int, int, int]:
