@@ -25,6 +25,7 @@ from rewarm.errors import CaptureError, RestoreError
 from rewarm_hooks import engine as hook
 from rewarm_hooks.engine import EngineError, quiesce, resume
 from support.netns import NetworkNamespace
+from support.proc import wait_for
 from support.workloads.engines import Engine, Sglang, Vllm
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -399,6 +400,21 @@ def test_an_engine_that_pauses_and_then_is_gone() -> None:
 
 
 @contextlib.contextmanager
+def nobody(namespace: NetworkNamespace) -> Iterator[int]:
+    """A process in `namespace`, where nobody listens."""
+    with subprocess.Popen(namespace.argv("sleep", "100")) as process:
+        try:
+            wait_for("its namespace", lambda: namespace_of(process.pid) != namespace_of(os.getpid()))
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def namespace_of(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+@contextlib.contextmanager
 def served(namespace: NetworkNamespace, kind: str, host: str) -> Iterator[tuple[int, int]]:
     """(pid, port) of an engine in a process of its own in `namespace`."""
     words = namespace.argv(sys.executable, "-m", "support.workloads.engines", kind, host)
@@ -421,10 +437,11 @@ def test_an_engine_of_another_network_namespace(kind: str, host: str) -> None:
         if kind == "vllm" and ":" not in host:
             assert namespace.json(port, "/is_sleeping") == {"is_sleeping": False}
 
-        with pytest.raises(CaptureError, match=f"^quiesce engine {kind} at port {port}: .*Connection refused"):
-            engines.quiesce(kind, os.getpid(), port, LIMIT)
-        with pytest.raises(RestoreError, match=f"^resume engine {kind} at port {port}: .*Connection refused"):
-            engines.resume(kind, os.getpid(), port, 0.3)
+        with NetworkNamespace() as other, nobody(other) as elsewhere:
+            with pytest.raises(CaptureError, match=f"^quiesce engine {kind} at port {port}: .*Connection refused"):
+                engines.quiesce(kind, elsewhere, port, LIMIT)
+            with pytest.raises(RestoreError, match=f"^resume engine {kind} at port {port}: .*Connection refused"):
+                engines.resume(kind, elsewhere, port, 0.3)
 
 
 def test_a_process_that_is_gone() -> None:
