@@ -20,15 +20,14 @@ def prepare(
     invocation: Invocation,
     bundle_spec: spec.Spec,
     wanted: Request,
-    binary: str,
     directory: str,
     kept: Record,
     reason: str,
 ) -> None:
     """Write the record and the prepared config.json; start the watcher of a container that is to be captured.
 
-    `binary` is the runtime below rewarm, `kept` the record as `create` began it; undoing a restore has taken the
-    directory away. Raises OSError, FileExistsError if another call has begun this container meanwhile.
+    `kept` is the record as `create` began it; undoing a restore has taken the directory away. Raises OSError,
+    FileExistsError if another call has begun this container meanwhile.
     """
     request = {key: str(value) for key, value in asdict(wanted).items()}
     kept = replace(kept, phase=record.COLD, reason=reason, request=request)
@@ -38,7 +37,7 @@ def prepare(
         record.make_directory(directory, kept)
     outcome = {"outcome": "cold", "reason": reason}
     write_atomically(os.path.join(directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
-    library = preload.provide(bundle_spec, wanted, binary, directory)
+    library = preload.provide(bundle_spec, wanted, directory)
     spec.save(invocation.bundle, spec.prepared(bundle_spec, record.control(directory), library))
     if wanted.capture == "on-ready":
         _watch(directory)

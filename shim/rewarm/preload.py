@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 
 from rewarm import installation
-from rewarm.errors import RewarmError
 from rewarm.gpu import visible
 from rewarm.oci import spec
 from rewarm.oci.spec import Spec, write_atomically
@@ -19,14 +18,14 @@ _MODE = 0o444
 _NAME = "device-memory.so"
 
 
-def provide(bundle_spec: Spec, wanted: Request, binary: str, directory: str) -> str | None:
+def provide(bundle_spec: Spec, wanted: Request, directory: str) -> str | None:
     """Put the library into the container directory of a container that starts cold, has a GPU and does not forbid it;
-    the path. `binary` is the runtime below rewarm. Raises OSError.
+    the path. Raises OSError.
 
     None with several GPUs: peer access and CUDA IPC that the library does not see (NCCL has a runtime of its own) would
     miss what it serves. None in a user namespace: a mount of a file system with noexec could not be remounted there.
     """
-    if wanted.device_memory == "off" or not _has_one_gpu(bundle_spec, binary) or _has_users(bundle_spec):
+    if wanted.device_memory == "off" or visible.count(bundle_spec) != 1 or _has_users(bundle_spec):
         return None
     try:
         with open(installation.device_memory(), "rb") as library:
@@ -52,13 +51,6 @@ def file(directory: str) -> str:
 def of(bundle_spec: Spec) -> str:
     """The file behind a container's library, "" if it has none."""
     return spec.bind_source(bundle_spec, spec.LIBRARY_DESTINATION)
-
-
-def _has_one_gpu(bundle_spec: Spec, binary: str) -> bool:
-    try:
-        return visible.asks_for_gpus(bundle_spec, binary) and visible.count(bundle_spec) == 1
-    except RewarmError:
-        return False  # who starts the container says what is wrong
 
 
 def _has_users(bundle_spec: Spec) -> bool:

@@ -174,7 +174,7 @@ def _cold(
 
     log.write(invocation, "warning", f"rewarm: cold start of {invocation.container_id}: {reason}")
     try:
-        cold.prepare(invocation, bundle_spec, wanted, binary, directory, kept, reason)
+        cold.prepare(invocation, bundle_spec, wanted, directory, kept, reason)
     except FileExistsError:
         return _taken(invocation)
     except OSError as error:

@@ -157,17 +157,18 @@ def _take(library: Served, found: Sequence[Listed], took: Callable[[int, Listed,
     library.unmap(spans)
 
 
-def put(driver: Driver, contexts: Sequence[Context], places: Places, limit: float) -> None:
+def put(driver: Driver, contexts: Sequence[Context], places: Places, limit: float, patience: float = 0.0) -> None:
     """Have the driver give back what it has of processes, map the rest, and let them go on, whatever state they are in.
 
-    What is there already stays, and who runs already with all of it is left alone. Raises the first GpuError, after all
+    What is there already stays, and who runs already with all of it is left alone. `patience` as in `actions.go_on`,
+    for those of which nothing was taken: theirs may have gone the driver's way. Raises the first GpuError, after all
     were tried; the process that it names stays stopped, since it may not have all of its memory.
     """
     failures = []
     for context in contexts:
         if context.pid in places and _lives(context):
             try:
-                _put(driver, context, places[context.pid], limit)
+                _put(driver, context, places[context.pid], limit, patience)
             except GpuError as error:
                 if _lives(context):
                     failures.append(error)
@@ -175,13 +176,13 @@ def put(driver: Driver, contexts: Sequence[Context], places: Places, limit: floa
         raise failures[0]
 
 
-def _put(driver: Driver, context: Context, places: Sequence[tuple[Span, int]], limit: float) -> None:
+def _put(driver: Driver, context: Context, places: Sequence[tuple[Span, int]], limit: float, patience: float) -> None:
     # The driver answers for a process by a thread of that: while it is stopped, only inside Awake.
     pid = context.pid
     if not places:
         # Nothing was taken. What may be on its way would be kept by the library's socket: reading it ends that.
         awake.go_on([pid])
-        actions.go_on(driver, [context])
+        actions.go_on(driver, [context], patience, limit)
         with suppress(GpuError):
             look([context], limit)
         return
@@ -232,7 +233,7 @@ def go_on(driver: Driver, contexts: Sequence[Context], places: Places, patience:
     try:
         actions.go_on(driver, others, patience, limit)
     finally:
-        put(driver, contexts, places, limit)
+        put(driver, contexts, places, limit, patience)
 
 
 def close(places: Places) -> None:

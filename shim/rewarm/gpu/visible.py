@@ -6,6 +6,7 @@ imported once a container may have GPUs at all.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,14 @@ def asks_for_gpus(spec: dict[str, Any], low_level: str = "runc") -> bool:
 
 
 def count(spec: dict[str, Any]) -> int:
-    """How many GPUs the spec gives the container by device nodes."""
+    """How many GPUs the spec gives the container by device nodes. Of the sources of bind mounts only those in /dev are
+    looked at: a volume may take the question and not answer, and who starts a container cold must not wait for it."""
     from rewarm_hooks import gpu_visible
 
-    return gpu_visible.count(spec, proc_devices=_proc_devices())
+    def device_at(path: str) -> tuple[int, int] | None:
+        return gpu_visible.device_at(path) if os.path.normpath(path).startswith("/dev/") else None
+
+    return gpu_visible.count(spec, proc_devices=_proc_devices(), device_at=device_at)
 
 
 def injected(spec: dict[str, Any], low_level: str) -> bool:
