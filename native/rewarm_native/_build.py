@@ -58,8 +58,8 @@ struct rw_lane_calls {
     void *wait;
 };
 
-int rw_upload(const struct rw_lane_calls *calls, uint64_t device, const void *host, size_t size, void *stream,
-              void *event, void *next);
+int rw_upload(const struct rw_lane_calls *calls, const uint64_t *devices, size_t count, const void *host, size_t size,
+              void *stream, void *event, void *next);
 int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
 size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
 size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);
@@ -109,6 +109,12 @@ CUresult cuMemExportToShareableHandle(void *fd, CUmemGenericAllocationHandle han
 CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, void *fd, int type);
 CUresult cuMemHostRegister_v2(void *p, size_t size, unsigned int flags);
 CUresult cuMemHostUnregister(void *p);
+CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *device, void *p, unsigned int flags);
+CUresult cuModuleLoadData(void **module, const void *image);
+CUresult cuModuleGetFunction(void **function, void *module, const char *name);
+CUresult cuLaunchKernel(void *function, unsigned int blocks_x, unsigned int blocks_y, unsigned int blocks_z,
+                        unsigned int threads_x, unsigned int threads_y, unsigned int threads_z, unsigned int shared,
+                        void *stream, void **parameters, void **extra);
 CUresult cuStreamCreate(void **stream, unsigned int flags);
 CUresult cuStreamSynchronize(void *stream);
 CUresult cuEventCreate(void **event, unsigned int flags);

@@ -1,6 +1,7 @@
 from typing import Any, Protocol
 
 class _FFI(Protocol):
+    NULL: Any
     error: type[Exception]
 
     def dlopen(self, path: str, flags: int = ..., /) -> Any: ...

@@ -45,6 +45,16 @@ class MissingSymbol(Exception):
     """The driver library is older than the API; `str` is the symbol."""
 
 
+def preload(path: str) -> None:
+    """Load a library for as long as this process lives: who looks for it by its name afterwards gets this one. Raises
+    OSError."""
+    _kept.append(ffi.dlopen(path))
+
+
+_kept: list[Any] = []
+"""cffi unloads what nobody refers to."""
+
+
 class Driver:
     """A loaded libcuda. Its methods may be called from several threads at once. All but the state queries raise
     CudaError."""

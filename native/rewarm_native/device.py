@@ -7,6 +7,8 @@ docs/decisions/0015). Bound like cuda.py: nothing is loaded before the first obj
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ._cuda import ffi
@@ -79,24 +81,51 @@ class Device:
         """Let go of a handle; what is mapped stays."""
         self._call("cuMemRelease", handle)
 
-    def map(self, handle: int, size: int) -> int:
-        """The address at which this process sees the memory from now on."""
-        address = ffi.new("CUdeviceptr *")
-        self._call("cuMemAddressReserve", address, size, 0, 0, 0)
+    def map(self, parts: Sequence[tuple[int, int]]) -> int:
+        """The address at which this process sees memory from now on: handles and sizes, one after the other."""
+        found, sizes = ffi.new("CUdeviceptr *"), [size for _, size in parts]
+        self._call("cuMemAddressReserve", found, sum(sizes), 0, 0, 0)
+        address = at = int(found[0])
         access = ffi.new("CUmemAccessDesc *")
         access.location.type, access.location.id, access.flags = _ON_DEVICE, self._ordinal, _READ_WRITE
-        self._call("cuMemMap", address[0], size, 0, handle, 0)
-        self._call("cuMemSetAccess", address[0], size, access, 1)
-        return int(address[0])
+        mapped = 0
+        try:
+            for handle, size in parts:
+                self._call("cuMemMap", at, size, 0, handle, 0)
+                mapped += 1
+                at += size
+            # Once for all: it is what takes the time.
+            self._call("cuMemSetAccess", address, sum(sizes), access, 1)
+        except CudaError:
+            with suppress(CudaError):
+                self._unmap(address, sizes[:mapped])
+                self._call("cuMemAddressFree", address, sum(sizes))
+            raise
+        return address
 
-    def unmap(self, address: int, size: int) -> None:
-        """Undo `map`."""
-        self._call("cuMemUnmap", address, size)
-        self._call("cuMemAddressFree", address, size)
+    def unmap(self, address: int, sizes: Sequence[int]) -> None:
+        """Undo `map` of parts of these sizes."""
+        self._unmap(address, sizes)
+        self._call("cuMemAddressFree", address, sum(sizes))
 
     def pin(self, space: mmap.mmap) -> None:
         """Have the GPU reach a mapping by itself: its pages stay where they are until this process ends."""
         self._call("cuMemHostRegister_v2", ffi.from_buffer(space), len(space), 0)
+
+    def reach(self, space: mmap.mmap) -> int:
+        """Pin a mapping: the address at which the GPU sees it."""
+        self.pin(space)
+        address = ffi.new("CUdeviceptr *")
+        self._call("cuMemHostGetDevicePointer_v2", address, ffi.from_buffer(space), 0)
+        return int(address[0])
+
+    def kernel(self, text: str, name: str) -> Any:
+        """A kernel for `Lane.launch`, out of a module of PTX which the driver compiles: some hundredths of a second. A
+        driver without its compiler (libnvidia-ptxjitcompiler) says JIT_COMPILER_NOT_FOUND."""
+        module, kernel = ffi.new("void **"), ffi.new("void **")
+        self._call("cuModuleLoadData", module, ffi.new("char[]", text.encode("ascii")))
+        self._call("cuModuleGetFunction", kernel, module[0], name.encode("ascii"))
+        return kernel[0]
 
     def lane(self) -> Lane:
         """A stream of copies."""
@@ -105,6 +134,11 @@ class Device:
     def close(self) -> None:
         """Give up the context, and all memory of it that nobody else has."""
         self._call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
+
+    def _unmap(self, address: int, sizes: Sequence[int]) -> None:
+        for size in sizes:
+            self._call("cuMemUnmap", address, size)
+            address += size
 
     def _find(self, uuid: bytes) -> int:
         count, device, found = ffi.new("int *"), ffi.new("int *"), ffi.new("CUuuid *")
@@ -152,14 +186,14 @@ class Lane:
         self._events.append(self._pointer(event[0]))
         return len(self._events) - 1
 
-    def upload(self, address: int, data: memoryview, event: int, after: int | None = None) -> None:
-        """Begin to copy pinned `data` to the GPU; `event` is over when that is done. Then waits for event `after`,
-        which may have been recorded earlier or never."""
-        host = native_ffi.from_buffer(data)
+    def upload(self, addresses: Sequence[int], data: memoryview, event: int, after: int | None = None) -> None:
+        """Begin to copy pinned `data` to the GPU, an equal part to each address; `event` is over when that is done.
+        Then waits for event `after`, which may have been recorded earlier or never."""
+        count = len(addresses)
+        host, devices = native_ffi.from_buffer(data), native_ffi.new("uint64_t[]", addresses)
         following = native_ffi.NULL if after is None else self._events[after]
-        code = native.rw_upload(
-            self._calls, address, host, len(data), self._native_stream, self._events[event], following
-        )
+        stream, mark = self._native_stream, self._events[event]
+        code = native.rw_upload(self._calls, devices, count, host, len(data) // count, stream, mark, following)
         self._device.check(code, "copy to the GPU")
 
     def download(self, data: memoryview, address: int, event: int) -> None:
@@ -175,6 +209,12 @@ class Lane:
     def zero(self, address: int, size: int) -> None:
         """Begin to fill memory of the GPU with zeros."""
         self._device._call("cuMemsetD8Async", address, 0, size, self._stream)
+
+    def launch(self, kernel: Any, blocks: int, threads: int, *addresses: int) -> None:
+        """Begin to run a kernel, with addresses that the GPU sees as its parameters."""
+        values = [ffi.new("CUdeviceptr *", address) for address in addresses]
+        parameters = ffi.new("void *[]", [ffi.cast("void *", value) for value in values])
+        self._device._call("cuLaunchKernel", kernel, blocks, 1, 1, threads, 1, 1, 0, self._stream, parameters, ffi.NULL)
 
     def finish(self) -> None:
         """Wait until all that was begun is done."""

@@ -63,10 +63,11 @@ struct rw_lane_calls {
 	void *wait;
 };
 
-/* Copies `size` bytes in a stream and has the event follow them. Of `next`, if it is not NULL, the end is waited for: in
- * one call, since Python would take its lock in between. Return the driver's CUresult. */
-int rw_upload(const struct rw_lane_calls *calls, uint64_t device, const void *host, size_t size, void *stream, void *event,
-	      void *next);
+/* Copies `size` bytes in a stream, of an upload to each of `count` addresses, and has the event follow them. Of `next`, if
+ * it is not NULL, the end is waited for: in one call, since Python would take its lock in between. Return the driver's
+ * CUresult. */
+int rw_upload(const struct rw_lane_calls *calls, const uint64_t *devices, size_t count, const void *host, size_t size,
+	      void *stream, void *event, void *next);
 int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
 
 /* Memory, in pages of 4096 bytes. A mask has bit N % 8 of byte N / 8 for page N. Data is page-aligned. */

@@ -24,6 +24,7 @@ from rewarm.store.reader import ChunkReader
 from rewarm.trace import Trace
 
 if TYPE_CHECKING:
+    from rewarm.gpu.host import Opening
     from rewarm.gpu.load import Load
 
 _NEXT_STEP = "capture it again"
@@ -132,6 +133,29 @@ def load(
     stands for each of the snapshot's. Raises SnapshotDamaged, StoreError."""
     if manifest.file(chunks.CHUNKS) is None and manifest.file(PLACES) is None and not manifest.memory.filled:
         return None
+    opening: Opening | None = None
+    if manifest.cuda.served_bytes:
+        from rewarm.gpu.host import Opening  # only what has device memory loads anything of it
+
+        opening = Opening(settings.libcuda, gpus, trace)
+        opening.start()
+    try:
+        return _load(store, ref, manifest, settings, trace, stop, opening)
+    except BaseException:
+        if opening is not None:
+            opening.close()
+        raise
+
+
+def _load(
+    store: DirectoryStore,
+    ref: SnapshotRef,
+    manifest: Manifest,
+    settings: Settings,
+    trace: Trace,
+    stop: threading.Event,
+    opening: Opening | None,
+) -> CarvedMemory:
     table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))
     if not table and not manifest.cuda.served_bytes:
         raise SnapshotDamaged("read memory/chunks of", str(ref), "it has no chunks", _NEXT_STEP)
@@ -152,9 +176,12 @@ def load(
     reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
     fill = Fill(reader, where, stop, trace, ahead=_ahead(settings, filled))
     load = None
-    if device or manifest.cuda.served_bytes:
+    if device and opening is None:
+        cause = f"it has {len(device)} chunks that are nowhere"
+        raise SnapshotDamaged("read memory/chunks of", str(ref), cause, _NEXT_STEP)
+    if opening is not None:
         of_device = ChunkReader(store, manifest.packs, device, cache=cache, stop=stop, threads=threads)
-        load = _device(store, ref, manifest, of_device, settings, trace, stop, gpus)
+        load = _device(store, ref, manifest, of_device, opening, trace, stop)
     return CarvedMemory(ref, manifest, where, reader, fill, load)
 
 
@@ -163,12 +190,11 @@ def _device(
     ref: SnapshotRef,
     manifest: Manifest,
     reader: ChunkReader,
-    settings: Settings,
+    opening: Opening,
     trace: Trace,
     stop: threading.Event,
-    gpus: Sequence[str],
 ) -> Load:
-    from rewarm.gpu import pieces  # only what has device memory loads anything of it
+    from rewarm.gpu import pieces
     from rewarm.gpu.load import Load
 
     cuda = manifest.cuda
@@ -176,7 +202,7 @@ def _device(
         if manifest.file(pieces.PIECES) is None:
             raise pieces.Bad("there is no such file")
         data = store.read_file(manifest, pieces.PIECES)
-        found = pieces.decode(data, [chunk.size for chunk in reader.chunks], len(gpus), cuda.processes)
+        found = pieces.decode(data, [chunk.size for chunk in reader.chunks], len(opening.uuids), cuda.processes)
         if sum(piece.size for piece in found) != cuda.served_bytes:
             raise pieces.Bad(f"its pieces are not of {cuda.served_bytes} bytes, which the manifest says")
         for gpu, used in enumerate(cuda.used_bytes):
@@ -184,7 +210,8 @@ def _device(
                 raise pieces.Bad(f"its pieces on GPU {gpu} are of more than {used} bytes, which was all")
     except pieces.Bad as bad:
         raise SnapshotDamaged(f"read {pieces.PIECES} of", str(ref), str(bad), _NEXT_STEP) from None
-    return Load(reader, found, gpus, settings.libcuda, stop, trace)
+    digests = [chunk.digest for chunk in reader.chunks]
+    return Load(reader, digests, found, opening, stop, trace)
 
 
 def _ahead(settings: Settings, filled: int) -> int:

@@ -8,6 +8,7 @@ node    driver VERSION                       without the file NVML says that no 
         gpu UUID MINOR TOTAL FREE COMPUTE_MODE MIG MODEL NAME      bytes; MIG is 0, 1, "-" for a GPU without the mode,
                                                                             or "lost" for one off the bus
         delay MS                                what NVML takes to say how much memory is free
+        compiler none, kernel idle | wrong   how PTX is taken: fake_cuda_digests.c
         process UUID PID BYTES               what NVML says uses a GPU; `mps UUID PID` for clients of MPS
 script  CALL NUMBER RESULT                   this call of its kind over all callers fails; CALL is one of `CALLS`,
         CALL NUMBER sleep MS                 NUMBER counts from 1 or is "*" for each of them; both lines may apply
@@ -50,10 +51,12 @@ _SOURCES = {
         "fake_cuda_device.c",
         "fake_cuda_script.c",
         "fake_cuda_copies.c",
+        "fake_cuda_digests.c",
         "device_memory/fake_libcuda.c",
     ),
     "libcudart.so.12": ("device_memory/fake_libcudart.c",),
     "libnvidia-ml.so.1": ("fake_nvml.c",),
+    "libnvidia-ptxjitcompiler.so.1": ("fake_compiler.c",),
     "too-old/libcuda.so.1": ("fake_cuda.c",),
 }
 _FLAGS = ["-std=gnu17", "-D_GNU_SOURCE", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden"]
@@ -166,6 +169,7 @@ class FakeGpus:
         processes: Iterable[tuple[str, int, int]] = (),
         mps: Iterable[tuple[str, int]] = (),
         delay_ms: int = 0,
+        more: Sequence[str] = (),
     ) -> None:
         """Make the node one with these GPUs; (UUID, pid, bytes) for the processes on them, (UUID, pid) for MPS."""
         lines = [f"driver {driver}", f"cuda {cuda}", f"delay {delay_ms}"]
@@ -176,6 +180,7 @@ class FakeGpus:
             place.chmod(0o777)  # the container's user may be another
         lines += [f"process {gpu} {pid} {size}" for gpu, pid, size in processes]
         lines += [f"mps {gpu} {pid}" for gpu, pid in mps]
+        lines += more
         # Never half a file: the libraries read it at each call.
         scratch = self.directory / ".node"
         scratch.write_text("\n".join(lines) + "\n")

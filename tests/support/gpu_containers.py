@@ -74,10 +74,10 @@ class Place:
 
 
 @contextmanager
-def place(directory: Path, prefix: Path, count: int = 1) -> Iterator[Place]:
-    """A place with so many equal GPUs."""
+def place(directory: Path, prefix: Path, count: int = 1, **settings: Any) -> Iterator[Place]:
+    """A place with so many equal GPUs; `settings` of its node."""
     gpus = FakeGpus(directory / "gpus", fake_gpu.gpus(count))
-    node = Node(directory / "node", prefix, libcuda=str(gpus.libcuda), gpu_lock_timeout=2)
+    node = Node(directory / "node", prefix, libcuda=str(gpus.libcuda), gpu_lock_timeout=2, **settings)
     # The libraries that are not the right ones lie elsewhere.
     node.env["FAKE_CUDA_DIR"] = node.runtime.env["FAKE_CUDA_DIR"] = str(gpus.directory)
     with node, NetworkNamespace() as network:

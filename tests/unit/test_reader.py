@@ -9,7 +9,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from rewarm.errors import RewarmError, SnapshotDamaged, StoreError
 from rewarm.store.chunks import CHUNK, ZSTD, Chunk
 from rewarm.store.entries import ChunkPack
 from rewarm.store.parts import PART, STORE, divide
-from rewarm.store.reader import ChunkReader
+from rewarm.store.reader import ChunkReader, Stream
 from support.packs import PackStore, Snapshot, read_all
 
 MIB = 1 << 20
@@ -103,6 +104,74 @@ def test_a_pack_without_a_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyP
     snapshot = make(tmp_path, compress=True)
     monkeypatch.setattr("support.packs.FilePack", Remote)
     assert read_all(snapshot, 2).parallel == 8
+
+
+def full(tmp_path: Path, count: int = 6, compress: bool = False) -> Snapshot:
+    """One pack of whole chunks."""
+    store, source = PackStore(tmp_path), random.Random(3)
+    data = [source.randbytes(CHUNK // 2) + bytes(CHUNK // 2) for _ in range(count)]
+    pack, chunks = store.add(0, data, compress)
+    return Snapshot(store, [pack], chunks, data)
+
+
+def runs(reader: ChunkReader, stream: Stream, windows: int) -> Iterator[list[int]]:
+    """The numbers of what comes at once; what it is was compared."""
+    buffer = memoryview(mmap.mmap(-1, windows * CHUNK))
+    while (item := stream.next_run(buffer)) is not None:
+        yield list(item[0])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_chunks_that_lie_together_come_at_once(tmp_path: Path, verify: bool) -> None:
+    snapshot = full(tmp_path)
+    with ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1) as reader:
+        stream, buffer = reader.stream(verify=verify), memoryview(mmap.mmap(-1, 3 * CHUNK))
+        found = []
+        while (item := stream.next_run(buffer)) is not None:
+            numbers, view = item
+            assert view == b"".join(snapshot.data[number] for number in numbers)
+            found.append(list(numbers))
+    assert list(chain.from_iterable(found)) == list(range(6))
+    assert max(len(one) for one in found) == 3  # parts are of half the snapshot for one stream
+
+
+def test_what_is_not_together_comes_alone(tmp_path: Path) -> None:
+    """Compressed chunks, and shorter ones: they are not where the next one would be."""
+    snapshot = full(tmp_path, compress=True)
+    with ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1) as reader:
+        assert list(runs(reader, reader.stream(), 3)) == [[number] for number in range(6)]
+    mixed = make(tmp_path / "mixed", packs=1)
+    with ChunkReader(mixed.store, mixed.packs, mixed.chunks, stop=threading.Event(), threads=1) as reader:
+        stream, buffer = reader.stream(), memoryview(mmap.mmap(-1, 4 * CHUNK))
+        while (item := stream.next_run(buffer)) is not None:
+            assert item[1] == b"".join(mixed.data[number] for number in item[0])
+            assert all(mixed.chunks[number].size == CHUNK for number in item[0][:-1])
+
+
+def test_one_of_several_is_damaged(tmp_path: Path) -> None:
+    """The error names it, not the first that was read with it."""
+    snapshot = full(tmp_path)
+    flip(snapshot.store.pack_path(snapshot.packs[0].digest), snapshot.chunks[1])
+    reader = ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1)
+    with reader, pytest.raises(SnapshotDamaged, match="chunk 1 in pack"):
+        list(runs(reader, reader.stream(), 3))
+
+
+def test_unverified_and_again(tmp_path: Path) -> None:
+    """Without `verify` a damaged chunk comes as it is; read again it is an error, and what is right comes."""
+    snapshot = full(tmp_path)
+    path = snapshot.store.pack_path(snapshot.packs[0].digest)
+    flip(path, snapshot.chunks[4])
+    with ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1) as reader:
+        assert list(chain.from_iterable(runs(reader, reader.stream(verify=False), 3))) == list(range(6))
+        reader.again([2, 5])
+        assert list(chain.from_iterable(runs(reader, reader.stream(), 3))) == [2, 5]
+        reader.again([4])
+        with pytest.raises(SnapshotDamaged, match="chunk 4 in pack"):
+            list(runs(reader, reader.stream(), 3))
+        flip(path, snapshot.chunks[4])
+        reader.again([4])
+        assert list(chain.from_iterable(runs(reader, reader.stream(), 3))) == [4]
 
 
 def test_stop_ends_a_stream(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
+from rewarm import aside
+from rewarm.aside import Task
 from rewarm.errors import GpuError
+from rewarm.trace import Trace
 from rewarm_native.cuda import OUT_OF_MEMORY, CudaError
 from rewarm_native.device import Device
 
@@ -18,27 +21,33 @@ from .pieces import WINDOW
 class Host:
     """A CUDA context of this process on each of some GPUs, and pinned memory that all of them reach."""
 
-    def __init__(self, libcuda: str, uuids: Sequence[str], windows: int) -> None:
-        """`libcuda` is the setting; `windows`: buffers of WINDOW bytes. Takes some tenths of a second, and some hundred
-        MB on each GPU. Raises GpuError."""
-        self._space = mmap.mmap(-1, windows * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Pinning goes page by page: with huge ones it takes a hundredth of the time.
-        with suppress(OSError):
-            self._space.madvise(mmap.MADV_HUGEPAGE)
+    def __init__(self, libcuda: str, uuids: Sequence[str]) -> None:
+        """`libcuda` is the setting. Takes some tenths of a second, and some hundred MB on each GPU. Raises GpuError."""
         path = library.find(libcuda)
+        self._spaces: list[mmap.mmap] = []
         self.devices: list[Device] = []
         for uuid in uuids:
             try:
                 self.devices.append(Device(path, container.uuid_bytes(uuid)))
             except (OSError, LookupError, CudaError) as error:
                 raise failed("use", uuid, error) from None
-        view = memoryview(self._space)
-        self.buffers = [view[at : at + WINDOW] for at in range(0, len(view), WINDOW)]
+        self._uuids = uuids
+
+    def pin(self, count: int, size: int = WINDOW) -> list[memoryview]:
+        """So many buffers of `size` bytes. Raises GpuError."""
+        space = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Pinning goes page by page: with huge ones it takes a hundredth of the time.
+        with suppress(OSError):
+            space.madvise(mmap.MADV_HUGEPAGE)
+        self._spaces.append(space)
         if self.devices:
             try:
-                self.devices[0].pin(self._space)
+                self.devices[0].enter()
+                self.devices[0].pin(space)
             except CudaError as error:
-                raise failed("pin memory for", uuids[0], error) from None
+                raise failed("pin memory for", self._uuids[0], error) from None
+        view = memoryview(space)
+        return [view[at : at + size] for at in range(0, len(view), size)]
 
     def close(self) -> None:
         """Let go of the GPUs; what others have of their memory stays."""
@@ -48,11 +57,56 @@ class Host:
         self.devices = []
 
 
+class Opening:
+    """A Host that is opened in a thread, while there are other things to do."""
+
+    def __init__(self, libcuda: str, uuids: Sequence[str], trace: Trace) -> None:
+        self.uuids = uuids
+        self._libcuda = libcuda
+        self._trace = trace
+        self._host: Host | None = None
+        self._failure: Exception | None = None
+        self._has_compiler = False
+        self._task = Task(self._open, "device")
+        self._compiler = Task(self._load_compiler, "compiler")
+
+    def start(self) -> None:
+        """Raises RestoreError if no thread can be made."""
+        prepare(self.uuids)
+        self._task.start()
+        self._compiler.start()
+
+    def wait(self) -> tuple[Host, bool]:
+        """What was opened, and whether the driver can compile. Raises GpuError."""
+        self._task.wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self._host is not None
+        self._compiler.wait()
+        return self._host, self._has_compiler
+
+    def close(self) -> None:
+        """Let go of the GPUs, unless opening them hangs."""
+        if aside.wait([self._task]) and self._host is not None:
+            self._host.close()
+
+    def _open(self) -> None:
+        try:
+            with self._trace.phase("device.open"):
+                self._host = Host(self._libcuda, self.uuids)
+        except Exception as error:
+            self._failure = error  # raised by `wait`
+
+    def _load_compiler(self) -> None:
+        self._has_compiler = library.load_compiler(self._libcuda)
+
+
 def prepare(uuids: Sequence[str]) -> None:
     """Have the driver look at these GPUs only: on a node with eight, the others would take most of the time. While
     no other thread is in the driver: the environment is not made for several."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
     os.environ.pop("CUDA_DEVICE_ORDER", None)
+    os.environ["CUDA_CACHE_DISABLE"] = "1"  # what is compiled for rewarm leaves no file in anybody's home
 
 
 def failed(operation: str, uuid: str, error: Exception) -> GpuError:

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 
 from rewarm.errors import GpuError
-from rewarm_native.cuda import Driver, MissingSymbol
+from rewarm_native.cuda import Driver, MissingSymbol, preload
 
 NAME = "libcuda.so.1"
 PLACES = (
@@ -29,6 +29,8 @@ PLACES = (
     "/run/nvidia/driver/usr/lib/aarch64-linux-gnu",
     "/run/nvidia/driver/usr/lib64",
 )
+COMPILER = "libnvidia-ptxjitcompiler.so.1"
+"""What the driver loads to compile PTX: it belongs to the driver and lies beside it."""
 NEEDED = "570"
 """The first driver with the process checkpoint API (cuda.h of CUDA 12.8)."""
 NEEDED_FOR_MAP = 13000
@@ -67,6 +69,18 @@ def load(setting: str) -> Driver:
         ) from None
     except OSError as error:
         raise GpuError("load the NVIDIA driver", path, " ".join(str(error).split()), _SETTING) from None
+
+
+def load_compiler(setting: str) -> bool:
+    """Load the driver's compiler from beside the driver, before that looks for it by its name and takes this one;
+    whether it is there. Takes some hundredths of a second."""
+    try:
+        path = os.path.join(os.path.dirname(find(setting)), COMPILER)
+        _check(path)
+        preload(path)
+    except (GpuError, OSError):
+        return False
+    return True
 
 
 def _check(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Device memory on its way back: from the store, verified, over pinned memory to the GPU, before there is a process.
+"""Device memory on its way back: from the store over pinned memory to the GPU, and verified, before there is a process.
 
 It is made and filled by this process, and handed on as descriptors which the restored processes map: so reading begins
 at once, beside CRIU and the driver, and no byte goes through a place where the container could reach it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,25 +23,41 @@ from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device, Lane
 
 from . import host
+from .arrivals import Arrivals
 from .pieces import WINDOW, ZEROS, Piece, Span
 
-SLOTS = 4
-"""Buffers of each thread: what is read into one while others are on their way to the GPU."""
+RUN = 2
+"""Windows of a buffer: read at once where they lie one after the other, so that Python is asked less often."""
+SLOTS = 3
+"""Buffers of each thread: one is filled while the others are on their way to the GPU."""
+_WARM_THREADS = 10
+"""At most, where nothing has to wait for storage and the GPU verifies: so many keep PCIe busy (docs/decisions/0015),
+and CRIU wants processors too."""
+_MOST_THREADS = 32
+"""Of any kind, however many processors there are: each has pinned memory."""
+_GROUP = 16
+"""Chunks that a thread reports as arrived at a time."""
 
 
 class Stream(Protocol):
     """One thread's share of the chunks."""
 
-    def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
-        """The number and the verified bytes of the next chunk, in `buffer` (WINDOW bytes); None at the end."""
+    def next_run(self, buffer: memoryview) -> tuple[Sequence[int], memoryview] | None:
+        """The numbers and the bytes of the next chunks, one after the other in `buffer` (some times WINDOW bytes); None
+        at the end."""
 
 
 class Reader(Protocol):
-    """All chunks of device memory; `parallel` is how many streams pay."""
+    """All chunks of device memory; `parallel` is how many streams pay, `cold` whether they have to wait for storage."""
 
     parallel: int
+    cold: bool
 
-    def stream(self) -> Stream: ...
+    def stream(self, *, verify: bool) -> Stream:
+        """Without `verify` its bytes may be anything."""
+
+    def again(self, numbers: Sequence[int]) -> None:
+        """Have these chunks read once more, by a stream that is made from now on."""
 
 
 class Load:
@@ -49,51 +66,53 @@ class Load:
     def __init__(
         self,
         reader: Reader,
+        digests: Sequence[bytes],
         pieces: Sequence[Piece],
-        uuids: Sequence[str],
-        libcuda: str,
+        opening: host.Opening,
         stop: threading.Event,
         trace: Trace,
     ) -> None:
-        """`uuids`: the GPU for each index of the pieces; `reader` gives their chunks."""
+        """`opening`: of the GPU for each index of the pieces, begun; it is the load's from now on. `reader` gives the
+        chunks of the pieces, `digests` has those of each."""
         self._reader = reader
+        self._digests = digests
         self._pieces = pieces
-        self._libcuda = libcuda
+        self._opening = opening
         self._stop = stop
         self._trace = trace
-        used = sorted({piece.gpu for piece in pieces})
-        self._uuids = [uuids[gpu] for gpu in used]
-        self._device_of = {gpu: at for at, gpu in enumerate(used)}
+        self._uuids = opening.uuids
         self._handles: list[int] = []
-        self._bases: list[int] = []
+        self._mapped: list[tuple[Device, int, list[int]]] = []
         self._at: dict[int, tuple[int, int]] = {}
         """By the chunk's number: index of the device, address."""
-        self._loaded = bytearray(sum(chunk != ZEROS for piece in pieces for chunk in piece.chunks))
+        self._sent = bytearray(sum(chunk != ZEROS for piece in pieces for chunk in piece.chunks))
+        self._verified = bytearray(len(self._sent))
         self._lock = threading.Lock()
         self._failure: Exception | None = None
         self._tasks: list[Task] = []
-        self._open = Task(self._begin, "device")
+        self._buffers: list[memoryview] = []
+        self._begun = Task(self._begin, "begin")
         self._host: host.Host | None = None
+        self._arrivals: Arrivals | None = None
 
     def start(self) -> None:
         """Raises RestoreError if no thread can be made."""
-        host.prepare(self._uuids)
-        self._open.start()
+        self._begun.start()
 
     def join(self) -> dict[int, list[tuple[Span, int]]]:
         """Wait until all is on the GPUs: by the process's number, its pieces and a descriptor of each, which are the
         caller's to close. Raises the first failure, or GpuError if anything is missing."""
-        self._open.wait()
+        self._begun.wait()
         for task in self._tasks:
             task.wait()
         self.raise_failure()
-        if missing := self._loaded.count(0):
-            raise GpuError("load device memory", f"{missing} of {len(self._loaded)} chunks", "they were not loaded")
+        if missing := self._verified.count(0):
+            raise GpuError("load device memory", f"{missing} of {len(self._verified)} chunks", "they were not loaded")
         assert self._host is not None
         found: dict[int, list[tuple[Span, int]]] = {}
         try:
             for piece, handle in zip(self._pieces, self._handles, strict=True):
-                device = self._host.devices[self._device_of[piece.gpu]]
+                device = self._host.devices[piece.gpu]
                 found.setdefault(piece.pid, []).append((piece.span, device.give(handle)))
         except CudaError as error:
             for _, fd in (one for places in found.values() for one in places):
@@ -116,14 +135,17 @@ class Load:
     def abandon(self) -> None:
         """Have the threads end, if they can; the memory goes with this process."""
         self._stop.set()
-        if not aside.wait([self._open]) or not aside.wait(self._tasks) or self._host is None:
+        if not aside.wait([self._begun]) or not aside.wait(self._tasks) or self._host is None:
+            self._opening.close()
             return
         # A mapping outlives its context, and a cold start may need the memory.
-        for piece, base, handle in zip(self._pieces, self._bases, self._handles, strict=False):
+        for device, address, sizes in self._mapped:
             with suppress(CudaError):
-                device = self._host.devices[self._device_of[piece.gpu]]
-                device.unmap(base, piece.size)
-                device.release(handle)
+                device.enter()
+                device.unmap(address, sizes)
+        for handle in self._handles:
+            with suppress(CudaError):
+                self._host.devices[0].release(handle)
         self._host.close()
 
     def _fail(self, error: Exception) -> None:
@@ -133,13 +155,19 @@ class Load:
 
     def _begin(self) -> None:
         try:
-            count = max(1, min(self._reader.parallel, len(self._loaded)))
-            with self._trace.phase("device.open"):
-                self._host = host.Host(self._libcuda, self._uuids, count * SLOTS)
+            self._host, has_compiler = self._opening.wait()
+            count = max(1, min(self._reader.parallel, len(self._sent), _MOST_THREADS))
+            if has_compiler:
+                self._arrivals = Arrivals(self._digests)
+                count = count if self._reader.cold else min(count, _WARM_THREADS)
+            with self._trace.phase("device.pin"):
+                self._buffers = self._host.pin(count * SLOTS, RUN * WINDOW)
             with self._trace.phase("device.make"):
                 self._make(self._host)
-            for at in range(count):
-                task = Task(partial(self._run, at), "load")
+            work = [Task(partial(self._run, at), "load") for at in range(count)]
+            if self._arrivals is not None:
+                work.append(Task(partial(self._verify, self._arrivals, count), "verify"))
+            for task in work:
                 task.start()
                 self._tasks.append(task)
         except CudaError as error:
@@ -149,63 +177,137 @@ class Load:
 
     def _make(self, mine: host.Host) -> None:
         """The memory of all pieces, zeros where they are to be."""
-        lanes: dict[int, Lane] = {}
         for piece in self._pieces:
             if self._stop.is_set():
                 return
-            index = self._device_of[piece.gpu]
-            device = mine.devices[index]
+            self._handles.append(mine.devices[piece.gpu].create(piece.size))
+        for index, device in enumerate(mine.devices):
             device.enter()
-            handle = device.create(piece.size)
-            base = device.map(handle, piece.size)
-            self._handles.append(handle)
-            self._bases.append(base)
-            if index not in lanes:
-                lanes[index] = device.lane()
-            for at, chunk in enumerate(piece.chunks):
-                if chunk != ZEROS:
-                    self._at[chunk] = index, base + at * WINDOW
-            for start, end in _runs(piece):
-                lanes[index].zero(base + start * WINDOW, (end - start) * WINDOW)
-        for lane in lanes.values():
+            here = [
+                (piece, handle) for piece, handle in zip(self._pieces, self._handles, strict=True) if piece.gpu == index
+            ]
+            if not here:
+                continue
+            base = device.map([(handle, piece.size) for piece, handle in here])
+            self._mapped.append((device, base, [piece.size for piece, _ in here]))
+            lane = device.lane()
+            for piece, _ in here:
+                for at, chunk in enumerate(piece.chunks):
+                    if chunk != ZEROS:
+                        self._at[chunk] = index, base + at * WINDOW
+                for start, end in _runs(piece):
+                    lane.zero(base + start * WINDOW, (end - start) * WINDOW)
+                base += piece.size
             lane.finish()
 
     def _run(self, number: int) -> None:
         began, size = time.monotonic_ns(), 0
         try:
             assert self._host is not None
-            buffers = self._host.buffers[number * SLOTS : (number + 1) * SLOTS]
-            current = -1
-            lanes: dict[int, Lane] = {}
-            stream = self._reader.stream()
+            buffers = self._buffers[number * SLOTS : (number + 1) * SLOTS]
+            lanes = [_lane(device) for device in self._host.devices]
+            stream = self._reader.stream(verify=self._arrivals is None)
             slot = 0
+            on_the_way: deque[Sequence[int]] = deque()
+            arrived: list[int] = []
             while not self._stop.is_set():
-                item = stream.next(buffers[slot])
+                item = stream.next_run(buffers[slot])
                 if item is None:
                     break
-                chunk, data = item
-                index, address = self._at[chunk]
-                if index != current:
-                    if current >= 0:
-                        lanes[current].finish()  # its buffers are the next one's
-                    self._host.devices[index].enter()
-                    current = index
-                if index not in lanes:
-                    lanes[index] = _lane(self._host.devices[index])
-                lanes[index].upload(address, data, slot, (slot + 1) % SLOTS)
+                chunks, data = item
+                self._send(lanes, chunks, data, slot)
                 slot = (slot + 1) % SLOTS
-                self._loaded[chunk] = 1
                 size += len(data)
-            for lane in lanes.values():
+                on_the_way.append(chunks)
+                if len(on_the_way) == SLOTS:
+                    arrived += on_the_way.popleft()
+                if len(arrived) >= _GROUP:
+                    self._arrive(arrived)
+                    arrived = []
+            for lane in lanes:
                 lane.finish()
+            self._arrive([*arrived, *(chunk for chunks in on_the_way for chunk in chunks)])
             self._trace.add("device.load", began, time.monotonic_ns(), bytes=size)
         except CudaError as error:
             self._fail(host.failed("copy to", ", ".join(self._uuids), error))
         except Exception as error:
             self._fail(error)
+        finally:
+            if self._arrivals is not None:
+                self._arrivals.end()
+
+    def _send(self, lanes: Sequence[Lane], chunks: Sequence[int], data: memoryview, slot: int) -> None:
+        """Begin to copy; on return the buffer of the next slot is free."""
+        for chunk in chunks:
+            if self._sent[chunk]:  # it may have been verified: nothing may change it any more
+                raise GpuError("load device memory", f"chunk {chunk}", "it came twice")
+            self._sent[chunk] = 1
+        following = (slot + 1) % SLOTS
+        if len(lanes) == 1:
+            lanes[0].upload([self._at[chunk][1] for chunk in chunks], data, slot, following)
+            return
+        assert self._host is not None
+        for at, chunk in enumerate(chunks):
+            index, address = self._at[chunk]
+            self._host.devices[index].enter()
+            lanes[index].upload([address], data[at * WINDOW : (at + 1) * WINDOW], slot)
+        for device, lane in zip(self._host.devices, lanes, strict=True):
+            device.enter()
+            lane.wait(following)
+
+    def _arrive(self, chunks: Sequence[int]) -> None:
+        if self._arrivals is not None:
+            self._arrivals.put(chunks)
+        else:  # verified before they were sent
+            self._mark(chunks)
+
+    def _mark(self, chunks: Sequence[int]) -> None:
+        for chunk in chunks:
+            self._verified[chunk] = 1
+
+    def _verify(self, arrivals: Arrivals, senders: int) -> None:
+        try:
+            assert self._host is not None
+            # While the first chunks are on their way. If it fails, each of them is verified on this side after all.
+            with self._trace.phase("device.compile"), suppress(CudaError):
+                arrivals.compile(self._host.devices)
+            self._trace.note("verified_on_gpu", arrivals.compiled)
+            bad: list[int] = []
+            for batch in arrivals.batches(senders):
+                if self._stop.is_set():
+                    return
+                wrong = set(arrivals.wrong(batch, self._at))
+                self._mark([chunk for chunk in batch if chunk not in wrong])
+                bad += wrong
+            if bad and not self._stop.is_set():
+                self._read_again(arrivals, bad)
+        except CudaError as error:
+            self._fail(host.failed("verify memory of", ", ".join(self._uuids), error))
+        except Exception as error:
+            self._fail(error)
+
+    def _read_again(self, arrivals: Arrivals, chunks: Sequence[int]) -> None:
+        """Verified before they are sent: what was damaged in the node's cache is right in the store, and else this says
+        what is damaged."""
+        assert self._host is not None
+        self._trace.note("read_again", len(chunks))
+        for chunk in chunks:
+            self._sent[chunk] = 0
+        self._reader.again(chunks)
+        stream, buffer = self._reader.stream(verify=True), self._buffers[0]  # nobody else has it any more
+        lanes = [_lane(device) for device in self._host.devices]
+        while not self._stop.is_set() and (item := stream.next_run(buffer)) is not None:
+            self._send(lanes, *item, 0)
+            for lane in lanes:
+                lane.finish()
+            if arrivals.compiled and (wrong := arrivals.wrong(item[0], self._at)):
+                cause = f"chunk {wrong[0]} is not there as it was sent"
+                raise GpuError("load device memory of", ", ".join(self._uuids), cause, "look for Xid lines in `dmesg`")
+            self._mark(item[0])
 
 
 def _lane(device: Device) -> Lane:
+    device.enter()
     lane = device.lane()
     for _ in range(SLOTS):
         lane.event()

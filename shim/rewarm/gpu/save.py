@@ -37,7 +37,8 @@ class Save:
         self._uuids = uuids
         self._add = add
         self._threads = threads
-        self._host = host.Host(libcuda, uuids, threads * SLOTS)
+        self._host = host.Host(libcuda, uuids)
+        self._buffers = self._host.pin(threads * SLOTS)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._failure: Exception | None = None
@@ -55,7 +56,7 @@ class Save:
                 device.enter()
                 handle = device.take(fd)
                 try:
-                    self._mapped.append((gpu, device.map(handle, span.size)))
+                    self._mapped.append((gpu, device.map([(handle, span.size)])))
                 finally:
                     device.release(handle)
                 self._pieces.append(Piece(pid, gpu, *span, array("I", [ZEROS]) * (span.size // WINDOW)))
@@ -86,13 +87,13 @@ class Save:
         # A mapping outlives its context, and would keep memory that the program frees.
         for (gpu, base), piece in zip(self._mapped, self._pieces, strict=False):
             with suppress(CudaError):
-                self._host.devices[gpu].unmap(base, piece.size)
+                self._host.devices[gpu].unmap(base, [piece.size])
         self._mapped = []
         self._host.close()
 
     def _run(self, number: int) -> None:
         try:
-            buffers = self._host.buffers[number * SLOTS : (number + 1) * SLOTS]
+            buffers = self._buffers[number * SLOTS : (number + 1) * SLOTS]
             lanes: dict[int, Lane] = {}
             while not self._stop.is_set():
                 try:

@@ -113,9 +113,19 @@ class ChunkReader:
                 source.close()
             self._sources.clear()
 
-    def stream(self) -> Stream:
-        """One thread's share of the work."""
-        return Stream(self)
+    def stream(self, *, verify: bool = True) -> Stream:
+        """One thread's share of the work. Without `verify` what it gives may be anything: the caller compares the bytes
+        with their digests before they are used, and has `again` for those that are wrong."""
+        return Stream(self, verify=verify)
+
+    def again(self, numbers: Sequence[int]) -> None:
+        """Have these chunks read once more, by a stream that is made from now on."""
+        where = STORE if self.cache is None else CACHE  # of what the cache does not have, a stream asks the store
+        parts = divide(self.chunks, numbers, self._threads, where)
+        with self._lock:
+            for part in parts:
+                self._left[part.pack] += 1
+            self._parts.extend(parts)
 
     def parts(self) -> Iterator[Part]:
         """The work that nobody has taken yet; at the end packs that others are fetching, once they are there."""

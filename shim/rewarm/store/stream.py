@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -22,34 +22,47 @@ if TYPE_CHECKING:
     from .reader import ChunkReader
     from .source import Source
 
-Steps = Generator[tuple[int, memoryview], memoryview, memoryview]
-"""Chunks come out, buffers go in: the answer to a chunk is the buffer for the next one, and so is the result."""
+Steps = Generator[tuple[Sequence[int], memoryview], memoryview, memoryview]
+"""Chunks come out, buffers go in: the answer to chunks is the buffer for the next ones, and so is the result."""
 
 
-_NOTHING = -1
-"""The number of no chunk."""
+_WRONG = "its bytes are not what its digest says"
+_NOTHING: Sequence[int] = ()
+"""The numbers of no chunk."""
 
 
 class _Bad(Exception):
-    """A chunk that is not what it should be; the argument says why."""
+    """A chunk that is not what it should be: why, and its number if it is not the only one that was read."""
+
+    def __init__(self, why: str, number: int | None = None) -> None:
+        super().__init__(why)
+        self.number = number
 
 
 class Stream:
     """One thread's share of the chunks."""
 
-    def __init__(self, reader: ChunkReader) -> None:
+    def __init__(self, reader: ChunkReader, *, verify: bool = True) -> None:
         self._reader = reader
+        self._verify = verify
         self._scratch: memoryview | None = None
         self._inflater: Inflater | None = None
         self._steps: Steps | None = None
         self._fetching = self._hurried = False
 
     def next(self, buffer: memoryview) -> tuple[int, memoryview] | None:
-        """The next chunk that nobody else has taken: its number, and its verified bytes inside `buffer`.
+        """The next chunk that nobody else has taken: its number, and its bytes inside `buffer`, verified unless this
+        stream was made without.
 
         `buffer` is CHUNK bytes, writable, at a page boundary. None at the end of the work, when `stop` is set, and
         after an error. Raises SnapshotDamaged and StoreError, which name the chunk and the pack.
         """
+        item = self.next_run(buffer)
+        return None if item is None else (item[0][0], item[1])
+
+    def next_run(self, buffer: memoryview) -> tuple[Sequence[int], memoryview] | None:
+        """As `next`, with a buffer of several times CHUNK: chunks that lie one after the other where they are read, and
+        that are in memory there, come at once, one after the other."""
         try:
             if self._steps is None:
                 self._steps = self._run(buffer)
@@ -79,8 +92,9 @@ class Stream:
 
     def _read(self, part: Part, buffer: memoryview) -> Steps:
         reader = self._reader
-        chunks, stop = reader.chunks, reader.stop
-        number = part.numbers[0]
+        stop = reader.stop
+        numbers, at = part.numbers, 0
+        run = numbers[:1]
         read = 0
         source, cached = None, part.where == CACHE
         try:
@@ -89,27 +103,60 @@ class Stream:
             if source is None:
                 source, cached = self._store(part.pack), False
             cold = self._begin(source, part, cached)
-            for number in part.numbers:
-                if stop.is_set():
-                    break
-                chunk = chunks[number]
-                if cached:
-                    try:
-                        cold = self._load(source, chunk, RAW, chunk.raw_offset, cold, buffer)
-                    except (OSError, Short, _Bad):
-                        # The store has it still, and this copy cannot be trusted with the rest of the part either.
-                        reader.drop_copy(part.pack)
-                        reader.counters.add(read, cached)
-                        source, cached, read, cold = self._store(part.pack), False, 0, False
-                if not cached:
-                    cold = self._load(source, chunk, chunk.encoding, chunk.offset, cold, buffer)
-                read += chunk.size if cached else chunk.stored
-                buffer = yield number, buffer[: chunk.size]
+            while at < len(numbers) and not stop.is_set():
+                run = self._next_to_each_other(numbers, at, cached, 1 if cold else len(buffer) // CHUNK)
+                try:
+                    size, stored, cold = self._load_run(source, run, cached, cold, buffer)
+                except (OSError, Short, _Bad):
+                    if not cached:
+                        raise
+                    # The store has it still, and this copy cannot be trusted with the rest of the part either.
+                    reader.drop_copy(part.pack)
+                    reader.counters.add(read, cached)
+                    source, cached, read, cold = self._store(part.pack), False, 0, False
+                    continue
+                read += stored
+                at += len(run)
+                buffer = yield run, buffer[:size]
         except (OSError, Short, _Bad) as error:
-            raise self._error(error, number) from None
+            raise self._error(error, run[0]) from None
         finally:
             reader.counters.add(read, cached)
         return buffer
+
+    def _next_to_each_other(self, numbers: Sequence[int], at: int, cached: bool, most: int) -> Sequence[int]:
+        """The chunks from the one at `at` on that one read brings, `most` at most; the first in any case."""
+        chunks = self._reader.chunks
+        end = at + 1
+        while end - at < most and end < len(numbers):
+            last, chunk = chunks[numbers[end - 1]], chunks[numbers[end]]
+            if last.size != CHUNK or not (cached or last.encoding == chunk.encoding == RAW):
+                break
+            before, here = (last.raw_offset, chunk.raw_offset) if cached else (last.offset, chunk.offset)
+            if here != before + CHUNK:
+                break
+            end += 1
+        return numbers[at:end]
+
+    def _load_run(
+        self, source: Source, run: Sequence[int], cached: bool, cold: bool, buffer: memoryview
+    ) -> tuple[int, int, bool]:
+        """These chunks in `buffer`: their bytes, what was read for them, and whether the next one is cold. Raises as
+        _load does."""
+        chunks = self._reader.chunks
+        chunk = chunks[run[0]]
+        if len(run) == 1:
+            encoding, offset = (RAW, chunk.raw_offset) if cached else (chunk.encoding, chunk.offset)
+            cold = self._load(source, chunk, encoding, offset, cold, buffer, self._verify)
+            return chunk.size, chunk.size if cached else chunk.stored, cold
+        size = CHUNK * (len(run) - 1) + chunks[run[-1]].size
+        cold = source.read(buffer, size, chunk.raw_offset if cached else chunk.offset, cold)
+        if self._verify:
+            for at, number in enumerate(run):
+                view = buffer[at * CHUNK :][: chunks[number].size]
+                if blake3(view).digest() != chunks[number].digest:
+                    raise _Bad(_WRONG, number)
+        return size, size, cold
 
     def _begin(self, source: Source, part: Part, cached: bool) -> bool:
         """Whether the storage has to be read; of a copy that cannot even say so, reading its first chunk tells."""
@@ -157,7 +204,7 @@ class Stream:
                     if number != numbers[0]:  # the same bytes again, but the buffer may be another
                         cold = self._load(source, chunk, chunk.encoding, chunk.offset, cold, buffer)
                         read += chunk.stored
-                    buffer = yield number, buffer[: chunk.size]
+                    buffer = yield (number,), buffer[: chunk.size]
             if not wanted:
                 reader.split(part, part.numbers)
             elif later:
@@ -201,7 +248,16 @@ class Stream:
         assert source is not None
         return source
 
-    def _load(self, source: Source, chunk: Chunk, encoding: int, offset: int, cold: bool, buffer: memoryview) -> bool:
+    def _load(
+        self,
+        source: Source,
+        chunk: Chunk,
+        encoding: int,
+        offset: int,
+        cold: bool,
+        buffer: memoryview,
+        verify: bool = True,
+    ) -> bool:
         """The chunk's raw bytes in `buffer`, verified; `cold` for the next one. Raises OSError, Short, _Bad."""
         view = buffer[: chunk.size]
         if encoding == RAW:
@@ -212,11 +268,13 @@ class Stream:
             wrong = self._inflate(scratch[: chunk.stored], view)
             if wrong:
                 raise _Bad(wrong)
-        if blake3(view).digest() != chunk.digest:
-            raise _Bad("its bytes are not what its digest says")
+        if verify and blake3(view).digest() != chunk.digest:
+            raise _Bad(_WRONG)
         return cold
 
     def _error(self, error: Exception, number: int) -> RewarmError:
+        if isinstance(error, _Bad) and error.number is not None:
+            number = error.number
         label = self._reader.label(number)
         if isinstance(error, OSError):
             return store_error("read memory", label, error)
