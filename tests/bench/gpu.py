@@ -3,11 +3,11 @@
     gpu.py CARRIED OUTPUT [--sizes 8,1,llm] [--turns 3] [--cold 3] [--seconds 480] [--directory DIR]
     gpu.py merge OUTPUT PART…            (writes the content of docs/benchmarks/h200.json, prints the table)
 
-CARRIED is what carry.sh gathered. A size is GiB of weights of a PyTorch server with CUDA graphs; `llm` is a
-transformers model of 8B parameters. They are measured in the order given. OUTPUT is written after every step: what
-was not run, for want of time, and what failed, with the ends of the logs, is in it too. As root; everything lies in one
-temporary directory, which is removed. With REWARM_GPU_FAKE=1 a stand-in without a GPU: REWARM_TEST_PREFIX and
-REWARM_TEST_ROOTFS are used as they are, and CARRIED is not.
+CARRIED is what carry.sh gathered. A size is GiB of weights of a PyTorch server with CUDA graphs, "8+20" those and GiB
+of a KV cache of which a warm-up has used 64 MiB; `llm` is a transformers model of 8B parameters. They are measured in
+the order given. OUTPUT is written after every step: what was not run, for want of time, and what failed, with the ends
+of the logs, is in it too. As root; everything lies in one temporary directory, which is removed. With REWARM_GPU_FAKE=1
+a stand-in without a GPU: REWARM_TEST_PREFIX and REWARM_TEST_ROOTFS are used as they are, and CARRIED is not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import gpu_results
 from bench import memory16 as device
-from bench.gpu_sides import COLD, PLAIN, REWARM, STOCK, GpuSides, Timed
+from bench.gpu_sides import COLD, DISK, PLAIN, REWARM, STOCK, GpuSides, Timed
 from bench.memory16 import BEGAN, say
 from support import proc
 from support.bundle import unmount_below
@@ -42,6 +42,7 @@ LARGE = 12
 """GiB from which CRIU's images of a capture lie in memory: the disk has no room for them beside the store."""
 ALONE = 24
 """GiB from which one side is measured after the other, since both sides' images do not fit."""
+USED_MIB = 64
 LLM_GIB = 19
 """What the model takes, its KV cache included, roughly."""
 
@@ -97,6 +98,8 @@ def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.N
     if asked.alone:
         sides.end_source()
         turns(run, label, sides, [REWARM], asked.turns, gib, first=1)
+        if asked.disk:
+            from_disk(run, label, sides, asked.turns, gib)
         sides.forget_snapshot()
         return
     if together:
@@ -124,6 +127,15 @@ def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.N
     while len(figures["samples_s"][COLD]) < (asked.cold if gib < ALONE else 1):
         run.need(20 + gib, f"{label}: {COLD} {len(figures['samples_s'][COLD]) + 1}")
         run.record(label, COLD, sides.run(COLD))
+
+
+def from_disk(run: Run, label: str, sides: GpuSides, count: int, gib: float) -> None:
+    """The same with nothing of the store in memory, and what the disk can do in the same minutes."""
+    os.sync()
+    rates = run.found["cases"][label].setdefault("disk_gbps", [])
+    for _ in range(count):
+        rates.append(round(sides.disk_rate(), 2))
+        turns(run, label, sides, [DISK], 1, gib, first=1)
 
 
 def capture(run: Run, label: str, sides: GpuSides, side: str) -> None:
@@ -189,7 +201,8 @@ def tail(path: Path) -> str:
 def case(run: Run, label: str, directory: Path, prefix: Path, machine: Machine, asked: argparse.Namespace) -> None:
     """One size, with a node of its own; a failure is noted and the next one begins."""
     model = label == "llm"
-    gib = LLM_GIB if model else float(label)
+    weights, _, cache = label.partition("+")
+    gib = LLM_GIB if model else float(weights) + float(cache or 0)
     directory = directory / f"case-{label}"
     directory.mkdir()
     settings: dict[str, Any] = {}
@@ -203,7 +216,9 @@ def case(run: Run, label: str, directory: Path, prefix: Path, machine: Machine, 
         proc.command("mount", "-t", "tmpfs", "tmpfs", directory / "node/state")
     # The store on the disk, also of a case whose images are in memory.
     store = directory.with_name(f"store-{label}")
-    env = {} if model else {"GIB": label, "MIB": str(max(1, int(gib * 8)))}
+    env = {} if model else {"GIB": weights, "MIB": str(max(1, int(gib * 8)))}
+    if cache:
+        env |= {"KV_GIB": cache, "KV_USED_MIB": str(USED_MIB)}
     with Node(directory / "node", prefix, store=store, **settings) as node:
         sides = GpuSides(directory, node, machine, checkpoints.here(), "llm" if model else "server", env)
         try:
@@ -274,6 +289,7 @@ def main() -> int:
     )
     options.add_argument("--alone", action="store_true", help="nothing but rewarm with the device memory library")
     options.add_argument("--plain", action="store_true", help="rewarm without the device memory library as well")
+    options.add_argument("--disk", action="store_true", help="with --alone: also with the store out of the page cache")
     options.add_argument("--seconds", type=float, default=480.0, help="begin nothing after this time")
     options.add_argument("--directory", default="/var/tmp")
     asked = options.parse_args()

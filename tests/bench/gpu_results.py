@@ -79,7 +79,7 @@ def table(merged: dict[str, Any]) -> str:
         medians = case.get("median_s", {})
         phases = case.get("median_phases_s", {}).get(REWARM, {})
         said = case.get("capture", {}).get(REWARM, {})
-        cells = [f"{name} GiB" if name[0].isdigit() else name]
+        cells = [_label(name)]
         cells += [_seconds(medians.get(side)) for side in (COLD, STOCK, REWARM)]
         ratio = case.get("speedup_vs_criu_driver")
         cells.append("-" if ratio is None else f"{ratio:.2f}")
@@ -91,10 +91,17 @@ def table(merged: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _size(entry: tuple[str, Any]) -> tuple[bool, float]:
+def _size(entry: tuple[str, Any]) -> tuple[bool, list[float]]:
     """GiB first, models last."""
     name = entry[0]
-    return not name[0].isdigit(), float(name) if name[0].isdigit() else 0.0
+    return not name[0].isdigit(), [float(part) for part in name.split("+")] if name[0].isdigit() else []
+
+
+def _label(name: str) -> str:
+    weights, _, cache = name.partition("+")
+    if not name[0].isdigit():
+        return name
+    return f"{weights} GiB and {cache} of KV cache" if cache else f"{name} GiB"
 
 
 def _seconds(value: float | None) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import direct
 from bench.sides import PORT, HostNetwork, touch, trace_phases
 from support import cgroups
 from support.bundle import Bundle
@@ -28,6 +29,7 @@ from support.proc import command, descendants, wait_for
 from support.runtime import Runtime
 
 STOCK, REWARM, PLAIN, COLD = "criu and driver", "rewarm", "rewarm without the library", "cold"
+DISK = "rewarm from a cold disk"
 SNAPSHOTS = {REWARM: "bench", PLAIN: "plain"}
 ANSWER = 240.0
 READ_AHEAD = "from rewarm.settings import Settings; print(Settings().read_ahead)"
@@ -182,6 +184,9 @@ class GpuSides:
     def run(self, side: str) -> Timed:
         """One container of a side, ended afterwards."""
         self._touch()
+        if side == DISK:
+            direct.forget(self.node.store)
+            return self._rewarm(REWARM)
         if side in SNAPSHOTS:
             return self._rewarm(side)
         return self._stock() if side == STOCK else self._cold()
@@ -232,6 +237,10 @@ class GpuSides:
             phases = {key: phase.seconds for key, phase in trace_phases(trace).items()}
         phases |= {"create": created - began, "start": started - created, "answer": end - started}
         return Timed(end - began, phases)
+
+    def disk_rate(self) -> float:
+        """GB/s of the disk under the snapshot."""
+        return direct.rate([path for path in self.node.store.rglob("*") if path.is_file()])
 
     def forget_snapshot(self) -> None:
         shutil.rmtree(self.node.store, ignore_errors=True)

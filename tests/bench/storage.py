@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import fio
+from bench.direct import forget
 from bench.measured import Measured, median
 from bench.sides import REWARM, Capture, Phase, Program, Sides, stored, touch_for
 from support import samples
@@ -70,18 +71,6 @@ def _read_rate(phases: dict[str, Phase], size: int) -> float:
     phase = phases["memory"]
     assert phase.bytes > size * 0.9, "most of the snapshot is memory"
     return phase.bytes / phase.seconds / 1e9
-
-
-def forget(directory: Path) -> None:
-    """Takes all files below `directory` out of the page cache, once they are on the disk."""
-    for file in directory.rglob("*"):
-        if file.is_file():
-            fd = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
 
 
 class Share:

@@ -4,6 +4,7 @@ and whatever happens to the capture.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,12 +16,24 @@ from typing import Any
 import pytest
 
 from support.gpu.checkpoints import RUNNING, Checkpoints
-from support.gpu.fleet import Fleet, Running
-from support.proc import wait_for
+from support.gpu.fleet import Fleet, Running, trace
+from support.proc import command, wait_for
 
 CASES = ("served-server", "served-child", "served-pinned", "served-streams", "served-threads")
 BEFORE, AFTER = 3, 3
 KILLS = 12
+PLACE = """
+import json, sys
+from rewarm.store import chunks
+from rewarm.store.directory import DirectoryStore
+store = DirectoryStore(sys.argv[1])
+(ref,) = [ref for ref in store.list() if ref.name == sys.argv[2]]
+manifest = store.load(ref)
+chunk = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))[3]
+assert manifest.cuda.served_bytes > 3 * chunks.CHUNK
+print(json.dumps([str(store.pack_path(manifest.packs[chunk.pack].digest)), chunk.offset + chunk.stored // 3]))
+"""
+"""Where a byte of device memory lies: the first chunks are those."""
 
 
 @pytest.mark.parametrize("source", CASES, indirect=True)
@@ -39,6 +52,8 @@ def test_goes_on_bit_for_bit(fleet: Fleet, source: Running, figures: dict[str, A
     source.stop()
 
     copy = fleet.restore(f"copy-{snapshot}", source, snapshot)
+    found = notes(copy)
+    assert found["verified_on_gpu"] is True and "read_again" not in found, found
     assert copy.answers(1) == expected[BEFORE : BEFORE + 1], "the restored program goes on differently"
     # What it has now is imported, and has to be made its own for this.
     assert fleet.capture(copy, f"{snapshot}-again")["device_bytes"] == said["device_bytes"]
@@ -52,6 +67,45 @@ def test_goes_on_bit_for_bit(fleet: Fleet, source: Running, figures: dict[str, A
     again.ask("/reset")
     assert again.answers(BEFORE + AFTER) == expected
     again.stop()
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def notes(running: Running) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(trace(running).read_text())["otherData"]
+    return found
+
+
+@pytest.mark.parametrize("source", ["served-damaged"], indirect=True)
+def test_a_damaged_chunk(fleet: Fleet, source: Running, figures: dict[str, Any]) -> None:
+    """The GPU finds it; what is left of it in the node's cache is not used, and one in the store is not run."""
+    node = source.node
+    expected = source.answers(2)
+    fleet.capture(source, "served-damaged")
+    source.stop()
+    # The Python that runs this may have no rewarm.
+    words = [f"{node.prefix}/venv/bin/python3", "-I", "-c", PLACE, str(node.store), "served-damaged"]
+    path, offset = json.loads(command(*words).stdout)
+    flip(Path(path), offset)
+    cold = fleet.start("cold-damaged", source.case, snapshot="served-damaged", env=source.env)
+    outcome = cold.outcome()
+    figures["outcome"] = outcome
+    assert outcome["outcome"] == "cold", outcome
+    assert "its bytes are not what its digest says" in outcome["reason"], outcome
+    cold.wait_ready()
+    assert cold.answers(2) == expected
+    cold.stop()
+    flip(Path(path), offset)
+    copy = fleet.restore("copy-damaged", source, "served-damaged")
+    copy.ask("/reset")
+    assert copy.answers(2) == expected
+    copy.stop()
 
 
 @pytest.mark.parametrize("source", ["served-killed"], indirect=True)

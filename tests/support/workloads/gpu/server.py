@@ -1,4 +1,7 @@
-"""A server with GIB gibibytes of weights (DTYPE bfloat16 or float32), whose answers come from a captured CUDA graph."""
+"""A server with GIB gibibytes of weights (DTYPE bfloat16 or float32), whose answers come from a captured CUDA graph.
+
+Beside them KV_GIB of cache, made as vLLM and SGLang make theirs (zeros), of which a warm-up has used KV_USED_MIB.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,22 @@ from support.workloads.gpu.tensors import torch
 WIDTH = 4096
 LAYERS = 8
 BATCH = 16
+SETTINGS = (("GIB", "1"), ("KV_GIB", "0"), ("KV_USED_MIB", "0"))
 
 
 class Server(base.Case):
     """A small network over matrices spread over all weights; its output is the next step's input."""
 
-    def __init__(self, gib: float, seed: int = 1, dtype: str = "bfloat16") -> None:
+    def __init__(
+        self, gib: float, seed: int = 1, dtype: str = "bfloat16", kv_gib: float = 0, kv_used_mib: int = 0
+    ) -> None:
         kind = getattr(torch, dtype)
         self.weights = tensors.weights(int(gib * (1 << 30)), seed, kind)
         matrices = [part[: WIDTH * WIDTH].view(WIDTH, WIDTH) for part in self.weights if part.numel() >= WIDTH * WIDTH]
         self.matrices = matrices[:: max(1, len(matrices) // LAYERS)][:LAYERS]
+        self.cache = [torch.zeros(1 << 29, dtype=torch.bfloat16, device="cuda") for _ in range(int(kv_gib))]
+        for part, used in zip(self.cache, _shares(kv_used_mib << 20, len(self.cache)), strict=True):
+            part[: used // 2].fill_(1.5)
         self.start = torch.linspace(-1, 1, BATCH * WIDTH, device="cuda").to(kind).view(BATCH, WIDTH)
         self.x = self.start.clone()
         self.sample = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -50,18 +59,26 @@ class Server(base.Case):
         return tensors.digest(self.x, self.sample)
 
     def checksum(self) -> Any:
-        return tensors.total(self.weights)
+        return tensors.total([*self.weights, *self.cache])
 
     def busy(self, seconds: float) -> None:
         tensors.spin(seconds)
 
     def state(self) -> dict[str, Any]:
-        return {"weights": sum(part.numel() * part.element_size() for part in self.weights)}
+        return {
+            "weights": sum(part.numel() * part.element_size() for part in self.weights),
+            "kv_bytes": sum(part.numel() * part.element_size() for part in self.cache),
+        }
+
+
+def _shares(size: int, count: int) -> list[int]:
+    return [size // count] * count if count else []
 
 
 def main() -> None:
     tensors.set_up()
-    tensors.serve(Server(float(os.environ.get("GIB", "1")), dtype=os.environ.get("DTYPE", "bfloat16")))
+    gib, kv, used = (float(os.environ.get(name, default)) for name, default in SETTINGS)
+    tensors.serve(Server(gib, dtype=os.environ.get("DTYPE", "bfloat16"), kv_gib=kv, kv_used_mib=int(used)))
 
 
 if __name__ == "__main__":
