@@ -99,6 +99,7 @@ CUresult cuDevicePrimaryCtxRelease_v2(int device);
 CUresult cuCtxSetCurrent(void *context);
 CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *prop,
                      uint64_t flags);
+CUresult cuMemGetInfo_v2(size_t *free, size_t *total);
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle);
 CUresult cuMemAddressReserve(CUdeviceptr *ptr, size_t size, size_t alignment, CUdeviceptr addr, uint64_t flags);
 CUresult cuMemAddressFree(CUdeviceptr ptr, size_t size);
@@ -122,6 +123,7 @@ CUresult cuEventRecord(void *event, void *stream);
 CUresult cuEventSynchronize(void *event);
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, void *stream);
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, void *stream);
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t size, void *stream);
 CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size, void *stream);
 CUresult cuDriverGetVersion(int *version);
 CUresult cuGetErrorName(CUresult error, const char **name);

@@ -54,6 +54,13 @@ class Device:
         """Make the context that of the calling thread."""
         self._call("cuCtxSetCurrent", self._context)
 
+    def free(self) -> int:
+        """Bytes of the GPU that nobody has, as far as this process may have them."""
+        free, total = ffi.new("size_t *"), ffi.new("size_t *")
+        self.enter()
+        self._call("cuMemGetInfo_v2", free, total)
+        return int(free[0])
+
     def create(self, size: int) -> int:
         """New memory that can be exported: its handle. What is in it is not said."""
         prop = ffi.new("CUmemAllocationProp *")
@@ -205,6 +212,10 @@ class Lane:
     def wait(self, event: int) -> None:
         """Until what was begun with this event is done."""
         self._device._call("cuEventSynchronize", ffi.cast("void *", native_ffi.cast("uintptr_t", self._events[event])))
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """Begin to copy from one place of the GPU to another."""
+        self._device._call("cuMemcpyDtoDAsync_v2", to, source, size, self._stream)
 
     def zero(self, address: int, size: int) -> None:
         """Begin to fill memory of the GPU with zeros."""

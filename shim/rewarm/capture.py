@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rewarm
@@ -122,13 +122,15 @@ def capture(
             _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
         with trace.phase("capture.device"):
             numbers = tuple(map(processes.namespace_pid, device_memory.pids))
-            cuda = Cuda(numbers, device_memory.used, *saved.finish())
+            saved.settle()
         if not stop:
             frozen.resume()
             device_memory.resume()
             quiet.resume()
         notes += _remove_network_lock(container)
         step("storing memory")
+        with trace.phase("capture.saved"):
+            cuda = Cuda(numbers, device_memory.used, *saved.finish())
         with trace.phase("capture.carve"):
             carved = _carve(container, scratch.snapshot / CHECKPOINT, writer, threads)
         step("writing the snapshot")
@@ -142,12 +144,15 @@ def capture(
             created=timestamp(),
             rewarm=rewarm.__version__,
             source={"container": container.id, "runtime_root": container.root, "node": os.uname().nodename},
-            requires=compat.describe(
-                bundle_spec,
-                node.version_of(low_level.binary, settings),
-                node.version_of(criu, settings),
-                settings,
-                gpus,
+            requires=replace(
+                compat.describe(
+                    bundle_spec,
+                    node.version_of(low_level.binary, settings),
+                    node.version_of(criu, settings),
+                    settings,
+                    gpus,
+                ),
+                engine=quiet.engine,
             ),
             processes=recorded,
             memory_bytes=memory,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from rewarm import engines, processes, request
+from rewarm import engines, processes, request, waker
 from rewarm.errors import CaptureError, RequestError, RestoreError, RewarmError
 from rewarm.lifeline import Lifeline
+from rewarm.oci import record
 from rewarm.oci.runc import Container
 from rewarm.oci.spec import Spec
 from rewarm.settings import Settings
@@ -20,6 +21,7 @@ class Quiet:
         self._lifeline = lifeline
         self._container = container
         self._limit = settings.engine_timeout
+        self._state_dir = settings.state_dir
         self._told = self._failed = False
         self.notes: list[str] = []
         """What was called, and what failed when it was to go on, a line each."""
@@ -29,17 +31,23 @@ class Quiet:
             raise CaptureError(
                 "capture container", container.id, str(error), "start it with other annotations"
             ) from None
-        self._engine = "none" if wanted is None else wanted.engine
-        self._port = 0 if wanted is None or self._engine == "none" else _port(wanted, bundle_spec)
+        self.engine = "none" if wanted is None else wanted.engine
+        """Which one, or "none"."""
+        self._port = 0 if wanted is None or self.engine == "none" else _port(wanted, bundle_spec)
 
     def __enter__(self) -> Quiet:
         """Raises CaptureError; the engine goes on then."""
-        if self._engine == "none":
+        if self.engine == "none":
             return self
-        self._lifeline.quiet(self._engine, self._port, self._limit)
+        directory = record.directory(self._state_dir, self._container.root, self._container.id)
+        if not waker.wait(directory, self._limit):
+            # It would be told to go on in the middle of the capture.
+            cause = f"its engine is still being told to go on after its restore, for more than {self._limit:g} s"
+            raise CaptureError("capture container", self._container.id, cause, "look into engine.log beside its record")
+        self._lifeline.quiet(self.engine, self._port, self._limit)
         self._told = True
         try:
-            self.notes += engines.quiesce(self._engine, self._container.pid, self._port, self._limit)
+            self.notes += engines.quiesce(self.engine, self._container.pid, self._port, self._limit)
         except engines.StillPaused as error:
             self.resume()
             outcome = self.notes[-1] if self._failed else "it goes on by now"
@@ -69,7 +77,7 @@ class Quiet:
             self._lifeline.loud()
             return  # it was stopped, as was asked
         try:
-            self.notes += engines.resume(self._engine, container.pid, self._port, self._limit)
+            self.notes += engines.resume(self.engine, container.pid, self._port, self._limit)
         except RestoreError as error:
             # What was captured is right; that the source does not answer is for its owner to know.
             self._failed = True

@@ -46,14 +46,23 @@ class SavedMemory:
         if self._save is not None:
             places = held.places()
             numbered = [(processes.namespace_pid(pid), gpu, span, fd) for pid, gpu, span, fd in places]
+            others = list(held.used)
+            for _, gpu, span, _ in places:
+                others[gpu] = max(0, others[gpu] - span.size)
             save = self._save
             try:
-                aside.run(lambda: save.start(numbered), self._limit)
+                aside.run(lambda: save.start(numbered, others), self._limit)
             except TimeoutError as error:
                 raise GpuError("read memory of", "the GPUs", str(error), "look for Xid lines in `dmesg`") from error
 
+    def settle(self) -> None:
+        """Wait until the processes may run again: at once where the GPU had room for a copy, else until all is stored.
+        Raises GpuError, StoreError."""
+        if self._save is not None and not self._save.detached:
+            self._save.join(self._limit)
+
     def finish(self) -> tuple[int, int]:
-        """Wait until all is stored; only then may the processes run again. Returns the bytes, and how many of them
+        """Wait until all is stored, which has to be before any other chunk is. Returns the bytes, and how many of them
         are in windows of zeros, which are not stored.
 
         Raises GpuError, StoreError.

@@ -9,6 +9,7 @@ error is `engine.log` in the container directory; `engine.json` there says what 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from rewarm.settings import Settings
 
 _START_TIMEOUT = 120.0
 _POLL = 0.02
+_LOG = "engine.log"
 
 
 def start(directory: str, wanted: Request, bundle_spec: Spec) -> str:
@@ -31,11 +33,31 @@ def start(directory: str, wanted: Request, bundle_spec: Spec) -> str:
     port = engines.target(wanted.engine, wanted.ready, bundle_spec)
     words = [sys.executable, "-I", "-m", "rewarm.waker", directory, wanted.engine, str(port)]
     try:
-        with open(os.path.join(directory, "engine.log"), "wb") as log:
+        with open(os.path.join(directory, _LOG), "wb") as log:
+            # It has the lock with its standard error, for as long as it lives.
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
     except OSError as error:
         return f"the engine is not told to go on: {error}"
     return ""
+
+
+def wait(directory: str, limit: float) -> bool:
+    """Wait until the engine of a restored container has been told to go on, or nobody does that any more; whether that
+    came within `limit` seconds."""
+    end = time.monotonic() + limit
+    try:
+        with open(os.path.join(directory, _LOG), "rb") as log:
+            while True:
+                try:
+                    fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return True
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        return False
+                time.sleep(_POLL)
+    except FileNotFoundError:
+        return True  # it was not restored, or has no engine
 
 
 def wake(directory: str, engine: str, port: int, configured: Settings) -> list[str]:

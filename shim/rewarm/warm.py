@@ -89,6 +89,10 @@ def choose(store: DirectoryStore, wanted: Request, here: Requires) -> tuple[Snap
             ):
                 cause = "snapshot was taken with the device memory library, and rewarm.dev/device-memory is off"
                 raise Unfit("fit snapshot", "to this container", cause)
+            engine = manifest.requires.engine
+            if engine not in ("none", wanted.engine):
+                cause = f"its engine was paused by rewarm.dev/engine: {engine}, which is {wanted.engine} here"
+                raise Unfit("fit snapshot", "to this container", cause, "give both the same annotation")
             return ref, manifest
         except RewarmError as error:
             first = first or error

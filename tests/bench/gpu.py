@@ -89,7 +89,7 @@ class Run:
 def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.Namespace) -> None:
     figures: dict[str, Any] = {"capture": {}, "gib": gib}
     run.found["cases"][label] = figures
-    run.need(60 + gib * 6, f"{label}: everything")
+    run.need(30 + gib * 3 if asked.alone else 60 + gib * 6, f"{label}: everything")
     sides.memory = 0 if FAKE else int(gib * GIB)
     run.record(label, COLD, sides.begin(REWARM))
     figures["program"] = sides.ask("/state")

@@ -141,6 +141,16 @@ def test_zeros_and_memory_of_several_pieces(here: Place) -> None:
     assert before["step"] == 1
 
 
+def test_no_room_for_a_copy_on_the_gpu(source: Place) -> None:
+    """The program waits until its memory is stored then."""
+    source.node.env["FAKE_LIMIT"] = str(20 * MIB)
+    capture(source, "source")
+    goes_on(source, 2)
+    source.end("source")
+    restore(source)
+    goes_on(source, 2)
+
+
 def test_captured_again(captured: Place) -> None:
     """What a restored process has mapped is imported, and cannot be handed on as it is."""
     restore(captured)

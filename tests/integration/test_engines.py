@@ -22,6 +22,7 @@ from support import faults, proc, rootfs
 from support.bundle import Bundle
 from support.netns import NetworkNamespace
 from support.node import Node
+from support.outcomes import said
 from support.runtime import SIGKILLED
 
 KINDS = ("vllm", "sglang")
@@ -362,9 +363,45 @@ def test_captured_when_it_is_ready(cluster: Cluster, kind: str) -> None:
     assert len(cluster.node.json("ls")) == 1
 
 
-def test_a_copy_without_the_annotation_is_not_told(cluster: Cluster) -> None:
+@pytest.mark.parametrize("engine", ["none", "sglang"])
+def test_a_copy_without_the_annotation_is_not_warm(cluster: Cluster, engine: str) -> None:
+    """It would stay paused for ever, or be told in another engine's words."""
     capture(cluster.make("source", "vllm"), "--stop")
-    copy = cluster.make("copy", "vllm", asks={"engine": "none"})
-    assert cluster.node.outcome("copy")["outcome"] == "warm"
-    assert copy.state()["paused"]
+    copy = cluster.make("copy", "vllm", asks={"engine": engine})
+    outcome = cluster.node.outcome("copy")
+    assert outcome["outcome"] == "cold"
+    said(outcome["reason"], "paused by rewarm.dev/engine: vllm", f"which is {engine} here")
+    assert not copy.state()["paused"] and copy.generate() == 200
     assert not (cluster.node.container_directory("copy") / "engine.log").exists(), "no waker was started"
+
+
+def test_a_copy_that_is_captured_at_once(cluster: Cluster) -> None:
+    """The capture waits until the engine was told to go on: else that would come in the middle of it."""
+    capture(cluster.make("source", "vllm"), "--stop")
+    copy = cluster.make("copy", "vllm", start=False)
+    waker = copy.waker()
+    assert waker
+    os.kill(waker, signal.SIGSTOP)  # as one that is slow
+    cluster.node.runtime.start("copy")
+    with capturing(copy) as process:
+        time.sleep(1.5)
+        assert process.poll() is None
+        assert copy.state()["paused"], "nobody has told it yet"
+        os.kill(waker, signal.SIGCONT)
+        assert process.wait(60) == 0
+    assert copy.woken()["resumed"]
+    goes_on(copy)
+    again = cluster.make("again", "vllm")
+    assert cluster.node.outcome("again")["outcome"] == "warm"
+    goes_on(again)
+
+
+def test_a_copy_whose_waker_is_killed(cluster: Cluster) -> None:
+    """Nobody has to be waited for; the capture has it go on afterwards."""
+    capture(cluster.make("source", "vllm"), "--stop")
+    copy = cluster.make("copy", "vllm", start=False)
+    os.kill(copy.waker(), signal.SIGKILL)
+    cluster.node.runtime.start("copy")
+    assert copy.state()["paused"]
+    capture(copy)
+    goes_on(copy)

@@ -1,5 +1,7 @@
 """Device memory on its way into a snapshot: from the GPU over pinned memory to the store, in parallel, while its
 processes stand still. Never more of it in this node's memory than the buffers hold.
+
+Where the GPU has room for a copy, the processes need not wait for the store: they stand still until that is made.
 """
 
 from __future__ import annotations
@@ -12,20 +14,28 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
+from blake3 import blake3
+
 from rewarm import aside
 from rewarm.aside import Task
 from rewarm.errors import GpuError
 from rewarm_native import memory
-from rewarm_native.cuda import CudaError
-from rewarm_native.device import Lane
+from rewarm_native.cuda import OUT_OF_MEMORY, CudaError
+from rewarm_native.device import Device, Lane
 
-from . import host
-from .pieces import WINDOW, ZEROS, Piece, Span
+from . import host, library
+from .digests import MOST, Digests
+from .pieces import MAX, WINDOW, ZEROS, Piece, Span
 
 SLOTS = 2
 """Buffers of each thread: one comes from the GPU while the other is stored."""
 _PART = 16
 """Windows that a thread takes at a time: neighbours, which a restore then reads in a row."""
+_SHARE = 2
+"""A copy takes one part in so many of what is free, at most: the program goes on meanwhile, and may want more."""
+
+Window = tuple[int, int, int]
+"""The number of a piece, the window in it, the address."""
 
 
 class Save:
@@ -37,33 +47,42 @@ class Save:
         self._uuids = uuids
         self._add = add
         self._threads = threads
+        compiler = library.load_compiler(libcuda)
         self._host = host.Host(libcuda, uuids)
         self._buffers = self._host.pin(threads * SLOTS)
+        self._digests: list[Digests] = []
+        if compiler:
+            with suppress(CudaError):  # without it, zeros are looked for on this side
+                self._digests = [Digests(device) for device in self._host.devices]
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._failure: Exception | None = None
-        self._work: deque[tuple[int, int]] = deque()
-        self._mapped: list[tuple[int, int]] = []
+        self._work: deque[Sequence[Window]] = deque()
+        self._mapped: list[tuple[Device, int, list[int]]] = []
+        """Memory of the processes, in the order of the pieces."""
+        self._copies: list[tuple[Device, int, list[int]]] = []
         self._pieces: list[Piece] = []
         self._tasks: list[Task] = []
+        self.detached = False
+        """Whether the processes' memory is not needed any more."""
 
-    def start(self, places: Sequence[tuple[int, int, Span, int]]) -> None:
-        """Begin to read memory: process (its number in the snapshot), index of the GPU, piece, descriptor. Raises
-        GpuError, RestoreError."""
+    def start(self, places: Sequence[tuple[int, int, Span, int]], others: Sequence[int]) -> None:
+        """Begin to read memory: process (its number in the snapshot), index of the GPU, piece, descriptor. `others`:
+        bytes on each GPU that the processes need beside it. Raises GpuError, RestoreError."""
         try:
             for pid, gpu, span, fd in places:
                 device = self._host.devices[gpu]
                 device.enter()
                 handle = device.take(fd)
                 try:
-                    self._mapped.append((gpu, device.map([(handle, span.size)])))
+                    self._mapped.append((device, device.map([(handle, span.size)]), [span.size]))
                 finally:
                     device.release(handle)
                 self._pieces.append(Piece(pid, gpu, *span, array("I", [ZEROS]) * (span.size // WINDOW)))
+            windows = self._copied(self._not_zeros(), others)
         except CudaError as error:
             raise host.failed("read memory of", ", ".join(self._uuids), error) from None
-        for number, piece in enumerate(self._pieces):
-            self._work.extend((number, at) for at in range(0, len(piece.chunks), _PART))
+        self._work.extend(_parts(windows))
         for at in range(min(self._threads, len(self._work))):
             task = Task(partial(self._run, at), "save")
             task.start()
@@ -85,11 +104,76 @@ class Save:
         if not aside.wait(self._tasks):
             return
         # A mapping outlives its context, and would keep memory that the program frees.
-        for (gpu, base), piece in zip(self._mapped, self._pieces, strict=False):
+        for mapped in (self._mapped, self._copies):
             with suppress(CudaError):
-                self._host.devices[gpu].unmap(base, [piece.size])
-        self._mapped = []
+                _unmap(mapped)
         self._host.close()
+
+    def _not_zeros(self) -> list[Window]:
+        """All windows but those that the GPU says are zeros."""
+        found: list[Window] = []
+        zeros = blake3(bytes(WINDOW)).digest()
+        for number, (piece, (_, base, _)) in enumerate(zip(self._pieces, self._mapped, strict=True)):
+            every = [(number, at, base + at * WINDOW) for at in range(len(piece.chunks))]
+            if self._digests:
+                for start in range(0, len(every), MOST):
+                    some = every[start : start + MOST]
+                    digests = self._digests[piece.gpu].of([address for _, _, address in some])
+                    found += [one for one, digest in zip(some, digests, strict=True) if digest != zeros]
+            else:
+                found += every
+        return found
+
+    def _copied(self, windows: list[Window], others: Sequence[int]) -> list[Window]:
+        """The same windows in memory of this process's own, if there is room for them."""
+        sizes = [0] * len(self._host.devices)
+        for number, _, _ in windows:
+            sizes[self._pieces[number].gpu] += WINDOW
+        for device, size, other in zip(self._host.devices, sizes, others, strict=True):
+            if size and size > max(0, device.free() - other) // _SHARE:
+                return windows
+        try:
+            bases = [self._room(device, size) for device, size in zip(self._host.devices, sizes, strict=True)]
+        except CudaError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+            _unmap(self._copies)  # others were faster
+            return windows
+        lanes: list[Lane] = []
+        for device in self._host.devices:
+            device.enter()
+            lanes.append(device.lane())
+        found: list[Window] = []
+        for run in _parts(windows, neighbours=True):
+            gpu = self._pieces[run[0][0]].gpu
+            self._host.devices[gpu].enter()
+            lanes[gpu].copy(bases[gpu], run[0][2], len(run) * WINDOW)
+            for number, at, _ in run:
+                found.append((number, at, bases[gpu]))
+                bases[gpu] += WINDOW
+        for device, lane in zip(self._host.devices, lanes, strict=True):
+            device.enter()
+            lane.finish()
+        _unmap(self._mapped)
+        self.detached = True
+        return found
+
+    def _room(self, device: Device, size: int) -> int:
+        """The address of so many bytes of this process's own; 0 for none."""
+        if not size:
+            return 0
+        device.enter()
+        sizes = [min(MAX, size - at) for at in range(0, size, MAX)]
+        handles: list[int] = []
+        try:
+            for one in sizes:
+                handles.append(device.create(one))
+            base = device.map(list(zip(handles, sizes, strict=True)))
+        finally:
+            for handle in handles:
+                device.release(handle)  # a mapping keeps it
+        self._copies.append((device, base, sizes))
+        return base
 
     def _run(self, number: int) -> None:
         try:
@@ -97,36 +181,63 @@ class Save:
             lanes: dict[int, Lane] = {}
             while not self._stop.is_set():
                 try:
-                    at, first = self._work.popleft()
+                    windows = self._work.popleft()
                 except IndexError:
                     return
-                gpu = self._pieces[at].gpu
+                gpu = self._pieces[windows[0][0]].gpu
                 self._host.devices[gpu].enter()
                 if gpu not in lanes:
                     lanes[gpu] = self._host.devices[gpu].lane()
                     for _ in range(SLOTS):
                         lanes[gpu].event()
-                self._read(at, first, lanes[gpu], buffers)
+                self._read(windows, lanes[gpu], buffers)
         except CudaError as error:
             self._fail(host.failed("copy from", ", ".join(self._uuids), error))
         except Exception as error:
             self._fail(error)
 
-    def _read(self, number: int, first: int, lane: Lane, buffers: Sequence[memoryview]) -> None:
-        piece, (_, base) = self._pieces[number], self._mapped[number]
-        last = min(first + _PART, len(piece.chunks))
-        lane.download(buffers[first % SLOTS], base + first * WINDOW, first % SLOTS)
-        for at in range(first, last):
-            lane.wait(at % SLOTS)
-            if at + 1 < last:
-                following = (at + 1) % SLOTS
-                lane.download(buffers[following], base + (at + 1) * WINDOW, following)
+    def _read(self, windows: Sequence[Window], lane: Lane, buffers: Sequence[memoryview]) -> None:
+        lane.download(buffers[0], windows[0][2], 0)
+        for turn, (number, at, _) in enumerate(windows):
+            slot, following = turn % SLOTS, (turn + 1) % SLOTS
+            lane.wait(slot)
+            if turn + 1 < len(windows):
+                lane.download(buffers[following], windows[turn + 1][2], following)
             if self._stop.is_set():
                 return
-            if memory.nonzero_pages(buffers[at % SLOTS]):
-                piece.chunks[at] = self._add(buffers[at % SLOTS])
+            if memory.nonzero_pages(buffers[slot]):
+                self._pieces[number].chunks[at] = self._add(buffers[slot])
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
             self._failure = self._failure or error  # raised by `join`
         self._stop.set()
+
+
+def _parts(windows: Sequence[Window], *, neighbours: bool = False) -> list[Sequence[Window]]:
+    """Windows of one piece at a time: up to _PART, or as many as follow each other without a gap."""
+    found: list[Sequence[Window]] = []
+    start = 0
+    for end in range(1, len(windows) + 1):
+        if end == len(windows) or windows[end][0] != windows[start][0]:
+            over = True
+        else:
+            over = windows[end][1] != windows[end - 1][1] + 1 if neighbours else end - start == _PART
+        if over:
+            found.append(windows[start:end])
+            start = end
+    return found
+
+
+def _unmap(mapped: list[tuple[Device, int, list[int]]]) -> None:
+    """All of these, which are forgotten. Raises the first CudaError."""
+    first: CudaError | None = None
+    while mapped:
+        device, base, sizes = mapped.pop()
+        try:
+            device.enter()
+            device.unmap(base, sizes)
+        except CudaError as error:
+            first = first or error
+    if first is not None:
+        raise first

@@ -65,6 +65,10 @@ class Reader:
         """A string of at most `longest` characters that is valid UTF-8 without NUL."""
         return _text(self._take(key), self.path(key), longest)
 
+    def text_or(self, key: str, default: str, longest: int = MAX_TEXT) -> str:
+        """The same for a field that older documents have not."""
+        return self.text(key, longest) if key in self._left else default
+
     def integer(self, key: str, highest: int = MAX_I64) -> int:
         """An integer in 0..highest; a bool is none."""
         return _integer(self._take(key), self.path(key), highest)

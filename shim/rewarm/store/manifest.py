@@ -100,6 +100,8 @@ class Requires:
     driver: str
     """Version of the NVIDIA driver, "" if there are no GPUs."""
     cgroup_version: int
+    engine: str = "none"
+    """The engine (rewarm.dev/engine) that was told to be quiet, and has to be told to go on."""
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,7 @@ def _requires(reader: Reader) -> Requires:
         gpus=read_gpus(reader, "gpus"),
         driver=reader.text("driver", 64),
         cgroup_version=reader.integer("cgroup_version", 2),
+        engine=reader.text_or("engine", "none", 64),
     )
     reader.done()
     return requires

@@ -513,6 +513,17 @@ API int cuMemCreate(struct memory **handle, size_t size, const struct kind *kind
 	return result;
 }
 
+/* Of this process's own only: what others have is theirs. */
+API int cuMemGetInfo_v2(size_t *free, size_t *total)
+{
+	LOCKED;
+	if (top < 0 || stack[top] == NULL)
+		return INVALID_CONTEXT;
+	*total = limit();
+	*free = used < *total ? *total - used : 0;
+	return OK;
+}
+
 API int cuMemRelease(struct memory *memory)
 {
 	LOCKED;
