@@ -21,6 +21,8 @@ GRANULARITY = 2 << 20
 
 _PINNED, _ON_DEVICE, _READ_WRITE, _DESCRIPTOR = 1, 1, 3, 1
 _NON_BLOCKING, _NO_TIMING = 1, 2
+_CAPABILITY = (75, 76)
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 _RDMA_WITH_VMM = 110
 """CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED: memory is made as the library makes it."""
 
@@ -41,6 +43,11 @@ class Device:
         rdma = ffi.new("int *")
         self._call("cuDeviceGetAttribute", rdma, _RDMA_WITH_VMM, self._ordinal)
         self._rdma = int(rdma[0] != 0)
+        version = ffi.new("int[2]")
+        for at, attribute in enumerate(_CAPABILITY):
+            self._call("cuDeviceGetAttribute", version + at, attribute, self._ordinal)
+        self.capability = int(version[0]), int(version[1])
+        """Compute capability."""
         names = {
             "upload": "cuMemcpyHtoDAsync_v2",
             "download": "cuMemcpyDtoHAsync_v2",
@@ -143,9 +150,16 @@ class Device:
         self._call("cuDevicePrimaryCtxRelease_v2", self._ordinal)
 
     def _unmap(self, address: int, sizes: Sequence[int]) -> None:
+        """All that can be; raises the first error."""
+        first: CudaError | None = None
         for size in sizes:
-            self._call("cuMemUnmap", address, size)
+            try:
+                self._call("cuMemUnmap", address, size)
+            except CudaError as error:
+                first = first or error
             address += size
+        if first is not None:
+            raise first
 
     def _find(self, uuid: bytes) -> int:
         count, device, found = ffi.new("int *"), ffi.new("int *"), ffi.new("CUuuid *")

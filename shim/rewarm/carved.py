@@ -138,8 +138,9 @@ def load(
         from rewarm.gpu.host import Opening  # only what has device memory loads anything of it
 
         opening = Opening(settings.libcuda, gpus, trace)
-        opening.start()
     try:
+        if opening is not None:
+            opening.start()
         return _load(store, ref, manifest, settings, trace, stop, opening)
     except BaseException:
         if opening is not None:

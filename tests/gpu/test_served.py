@@ -84,7 +84,7 @@ def notes(running: Running) -> dict[str, Any]:
 
 @pytest.mark.parametrize("source", ["served-damaged"], indirect=True)
 def test_a_damaged_chunk(fleet: Fleet, source: Running, figures: dict[str, Any]) -> None:
-    """The GPU finds it; what is left of it in the node's cache is not used, and one in the store is not run."""
+    """The GPU finds it, and it is not run; whole again, it is."""
     node = source.node
     expected = source.answers(2)
     fleet.capture(source, "served-damaged")

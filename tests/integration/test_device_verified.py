@@ -5,7 +5,8 @@ once more, and what stays wrong never runs. The driver is tests/support/fake_cud
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,37 @@ CHUNKS = 4 + 2 + 1
 """Of 8, 4 and 2 MiB."""
 
 
-def served(where: Place, name: str) -> Bundle:
-    return where.bundle(name, workload="gpu_served", env=ANSWERS)
+def served(where: Place, name: str, env: Mapping[str, str] | None = None) -> Bundle:
+    return where.bundle(name, workload="gpu_served", env={**ANSWERS, **(env or {})})
 
 
-@pytest.fixture
-def captured(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> Iterator[tuple[Place, Any]]:
+Made = tuple[Place, Any]
+
+
+@contextmanager
+def made(tmp_path: Path, prefix: Path, cache: str) -> Iterator[Made]:
     """A snapshot, the node's cache empty, and what the source has answered after it."""
-    with place(tmp_path, prefix, cache=str(tmp_path / "cache")) as where:
+    with place(tmp_path, prefix, cache=cache) as where:
         where.start("source", served(where, "source"))
         where.ask()
         where.node.rewarm("capture", "source", "--name", "model")
         following = where.ask()
         where.end("source")
         yield where, following
+
+
+@pytest.fixture
+def captured(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> Iterator[Made]:
+    """On a node with a cache."""
+    with made(tmp_path, prefix, str(tmp_path / "cache")) as found:
+        yield found
+
+
+@pytest.fixture
+def uncached(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> Iterator[Made]:
+    """On a node without one: nothing is verified on its way into the cache."""
+    with made(tmp_path, prefix, "off") as found:
+        yield found
 
 
 def notes(where: Place, name: str) -> dict[str, Any]:
@@ -76,58 +94,95 @@ def cached_pack(directory: Path, store: Path) -> Path:
     return found
 
 
-def test_by_the_gpu(captured: tuple[Place, Any]) -> None:
-    where, following = captured
-    found = is_warm(where, following)
+def damage(where: Place) -> None:
+    """In the store."""
+    _, path = faults.memory_pack(where.node.store)
+    faults.flip(path, MIB)
+
+
+DAMAGED = ("read memory chunk", "its bytes are not what its digest says")
+
+
+def test_by_the_gpu(uncached: Made) -> None:
+    found = is_warm(*uncached)
     assert found["verified_on_gpu"] is True
     assert "read_again" not in found
 
 
-def test_a_driver_without_its_compiler(captured: tuple[Place, Any]) -> None:
-    """What is not verified by the GPU is verified before it is sent."""
-    where, following = captured
-    (where.gpus.directory / "libnvidia-ptxjitcompiler.so.1").unlink()
-    found = is_warm(where, following)
-    assert "verified_on_gpu" not in found
-    pack, path = faults.memory_pack(where.node.store)
-    faults.flip(path, MIB)
-    (copy,) = (where.node.directory.parent / "cache").rglob(pack.digest)
-    copy.unlink()
-    is_cold(where, "later", "read memory chunk", "its bytes are not what its digest says")
+def test_more_than_the_buffers_hold(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> None:
+    """One thread, whose buffers are used again and again: none before it was sent, and no chunk counts before it is
+    there (the fake's copies happen as late as they may)."""
+    sizes = {"SERVED_MIB": "64,8,18"}
+    with place(tmp_path, prefix, cache="off", threads=1) as where:
+        where.start("source", served(where, "source", sizes))
+        where.ask()
+        where.node.rewarm("capture", "source", "--name", "model")
+        following = where.ask()
+        where.end("source")
+        where.start("copy", served(where, "copy", sizes))
+        assert where.node.outcome("copy")["outcome"] == "warm", where.node.outcome("copy")
+        assert where.ask() == following
+        found = notes(where, "copy")
+        assert found["verified_on_gpu"] is True and "read_again" not in found
 
 
-def test_a_compiler_that_fails(captured: tuple[Place, Any]) -> None:
-    """By then chunks are on their way: all are read once more, and verified before they are sent."""
-    where, following = captured
-    node_is(where, "compiler none")
-    found = is_warm(where, following)
-    assert found["verified_on_gpu"] is False
-    assert found["read_again"] == CHUNKS
+def test_damaged_in_the_store(uncached: Made) -> None:
+    where, _ = uncached
+    damage(where)
+    is_cold(where, "copy", *DAMAGED)
 
 
-def test_a_damaged_copy_in_the_cache(captured: tuple[Place, Any], tmp_path: Path) -> None:
+def test_a_damaged_copy_in_the_cache(captured: Made, tmp_path: Path) -> None:
     """The store has it still."""
     where, following = captured
     is_warm(where, following, "first")  # fills the cache
     copy = cached_pack(tmp_path, where.node.store)
     faults.flip(copy, MIB)
     found = is_warm(where, following)
+    assert found["verified_on_gpu"] is True
     assert found["read_again"] == 1
     assert not list((tmp_path / "cache").rglob(copy.name)), "a copy that is wrong stays in the cache"
     assert "read_again" not in is_warm(where, following, "later")
 
 
-def test_damaged_in_the_store(captured: tuple[Place, Any]) -> None:
-    where, _ = captured
-    _, path = faults.memory_pack(where.node.store)
-    faults.flip(path, MIB)
-    is_cold(where, "copy", "read memory chunk", "its bytes are not what its digest says")
+def without_compiler(where: Place) -> None:
+    (where.gpus.directory / "libnvidia-ptxjitcompiler.so.1").unlink()
 
 
-@pytest.mark.parametrize("kernel", ["idle", "wrong"])
-def test_a_gpu_that_does_not_find_what_was_sent(captured: tuple[Place, Any], kernel: str) -> None:
-    """Nor does one that ends without a result: digests of before do not count."""
+def test_without_the_compiler(uncached: Made) -> None:
+    """What the GPU does not verify is verified before it is sent."""
+    where, following = uncached
+    without_compiler(where)
+    assert "verified_on_gpu" not in is_warm(where, following)
+    damage(where)
+    is_cold(where, "later", *DAMAGED)
+
+
+def test_without_the_compiler_and_a_damaged_copy(captured: Made, tmp_path: Path) -> None:
     where, following = captured
+    without_compiler(where)
+    is_warm(where, following, "first")
+    copy = cached_pack(tmp_path, where.node.store)
+    faults.flip(copy, MIB)
+    assert "read_again" not in is_warm(where, following)
+    assert not list((tmp_path / "cache").rglob(copy.name))
+
+
+@pytest.mark.parametrize("line", ["compiler none", "kernel idle", "kernel wrong"])
+def test_a_kernel_that_cannot_be_had_or_does_not_reckon_right(uncached: Made, line: str) -> None:
+    """By then chunks are on their way: all are read once more, and verified before they are sent."""
+    where, following = uncached
+    node_is(where, line)
+    found = is_warm(where, following)
+    assert found["verified_on_gpu"] is False
+    assert found["read_again"] == CHUNKS
+    damage(where)
+    is_cold(where, "later", *DAMAGED)
+
+
+@pytest.mark.parametrize("kernel", ["idle-later", "wrong-later"])
+def test_a_gpu_that_does_not_find_what_was_sent(uncached: Made, kernel: str) -> None:
+    where, following = uncached
     node_is(where, f"kernel {kernel}")
     is_cold(where, "copy", "load device memory of GPU-", "is not there as it was sent")
     node_is(where)

@@ -2,11 +2,13 @@
  * what ties that to the rest of the fake: the UUIDs of the node's GPUs, and that a locked process's calls wait. */
 #include "fake_cuda.h"
 
+#include <pthread.h>
 #include <time.h>
 #include <unistd.h>
 
 int fake_uuid(uint8_t *uuid, int device);
 void fake_enter(void);
+void fake_finish(void *stream);
 
 /* In CUDA_VISIBLE_DEVICES, if that is set, else all of the node's. */
 static bool is_visible(const char *uuid)
@@ -84,36 +86,122 @@ EXPORT int cuMemHostRegister_v2(void *memory, size_t size, unsigned flags)
 	return memory != NULL && size > 0 && flags == 0 ? OK : INVALID_VALUE;
 }
 
+/* Copies happen as late as a real GPU's may: when somebody waits for them, or when something follows them in their stream.
+ * Who looks too early sees what was there before, and who uses a buffer too early sends what is in it then. */
+struct copy {
+	struct copy *next;
+	void *to;
+	const void *from;
+	size_t size;
+};
+
+struct queue {
+	struct queue *next;
+	void *stream;
+	struct copy *first, **last;
+	uint64_t begun, done;
+};
+
+struct event {
+	void *stream;
+	uint64_t after;
+};
+
+static pthread_mutex_t queues_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct queue *queues;
+
+static struct queue *queue_of(void *stream)
+{
+	struct queue *found = queues;
+
+	while (found != NULL && found->stream != stream)
+		found = found->next;
+	if (found == NULL) {
+		found = calloc(1, sizeof *found);
+		*found = (struct queue){.next = queues, .stream = stream, .last = &found->first};
+		queues = found;
+	}
+	return found;
+}
+
+static int begin_copy(void *stream, void *to, const void *from, size_t size)
+{
+	if (stream == NULL)
+		return INVALID_VALUE;
+	pthread_mutex_lock(&queues_lock);
+	struct queue *queue = queue_of(stream);
+	struct copy *copy = malloc(sizeof *copy);
+	*copy = (struct copy){.to = to, .from = from, .size = size};
+	*queue->last = copy;
+	queue->last = &copy->next;
+	queue->begun++;
+	pthread_mutex_unlock(&queues_lock);
+	return OK;
+}
+
+static void finish_copies(void *stream, uint64_t until)
+{
+	pthread_mutex_lock(&queues_lock);
+	struct queue *queue = queue_of(stream);
+	while (queue->first != NULL && queue->done < until) {
+		struct copy *copy = queue->first;
+
+		memcpy(copy->to, copy->from, copy->size);
+		queue->first = copy->next;
+		if (queue->first == NULL)
+			queue->last = &queue->first;
+		queue->done++;
+		free(copy);
+	}
+	pthread_mutex_unlock(&queues_lock);
+}
+
+void fake_finish(void *stream)
+{
+	finish_copies(stream, UINT64_MAX);
+}
+
 EXPORT int cuEventCreate(void **event, unsigned flags)
 {
-	*event = malloc(1);
+	*event = calloc(1, sizeof(struct event));
 	return flags == 2 && *event != NULL ? OK : INVALID_VALUE;
 }
 
-EXPORT int cuEventRecord(void *event, void *stream)
+EXPORT int cuEventRecord(struct event *event, void *stream)
 {
-	return event != NULL && stream != NULL ? OK : INVALID_VALUE;
+	if (event == NULL || stream == NULL)
+		return INVALID_VALUE;
+	pthread_mutex_lock(&queues_lock);
+	*event = (struct event){stream, queue_of(stream)->begun};
+	pthread_mutex_unlock(&queues_lock);
+	return OK;
 }
 
-EXPORT int cuEventSynchronize(void *event)
+/* Of one that was never recorded there is nothing to wait for. */
+EXPORT int cuEventSynchronize(struct event *event)
 {
-	return event != NULL ? OK : INVALID_VALUE;
+	if (event == NULL)
+		return INVALID_VALUE;
+	if (event->stream != NULL)
+		finish_copies(event->stream, event->after);
+	return OK;
 }
 
 EXPORT int cuMemcpyHtoDAsync_v2(uint64_t device, const void *host, size_t size, void *stream)
 {
-	memcpy((void *)device, host, size);
-	return stream != NULL ? OK : INVALID_VALUE;
+	return begin_copy(stream, (void *)device, host, size);
 }
 
 EXPORT int cuMemcpyDtoHAsync_v2(void *host, uint64_t device, size_t size, void *stream)
 {
-	memcpy(host, (const void *)device, size);
-	return stream != NULL ? OK : INVALID_VALUE;
+	return begin_copy(stream, host, (const void *)device, size);
 }
 
 EXPORT int cuMemsetD8Async(uint64_t device, unsigned char value, size_t size, void *stream)
 {
+	if (stream == NULL)
+		return INVALID_VALUE;
+	fake_finish(stream);
 	memset((void *)device, value, size);
-	return stream != NULL ? OK : INVALID_VALUE;
+	return OK;
 }

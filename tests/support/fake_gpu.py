@@ -8,7 +8,7 @@ node    driver VERSION                       without the file NVML says that no 
         gpu UUID MINOR TOTAL FREE COMPUTE_MODE MIG MODEL NAME      bytes; MIG is 0, 1, "-" for a GPU without the mode,
                                                                             or "lost" for one off the bus
         delay MS                                what NVML takes to say how much memory is free
-        compiler none, kernel idle | wrong   how PTX is taken: fake_cuda_digests.c
+        compiler none, kernel idle, …        how PTX is taken: fake_cuda_digests.c
         process UUID PID BYTES               what NVML says uses a GPU; `mps UUID PID` for clients of MPS
 script  CALL NUMBER RESULT                   this call of its kind over all callers fails; CALL is one of `CALLS`,
         CALL NUMBER sleep MS                 NUMBER counts from 1 or is "*" for each of them; both lines may apply

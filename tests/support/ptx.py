@@ -1,7 +1,7 @@
 """Runs PTX without a GPU: one block of threads in step, as far as the text of gpu/blake3_ptx.py goes.
 
 All threads take the same way, which is checked at every branch; a branch that parts them is an error, as is a word that
-is not known. What races between barriers would do is not seen.
+is not known. So is a word of shared memory that one thread writes and another uses without a barrier between.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Block:
         shared = re.search(r"\.shared \.align 16 \.b8 tree\[(\d+)\];", body)
         assert shared is not None
         self.shared = np.zeros(int(shared[1]) // 4, np.uint32)
-        self.barriers = 0
+        # Since the last barrier, by the word of shared memory: who has written it, and who has read it (several: -2).
+        self.writers = np.full(len(self.shared), -1)
+        self.readers = np.full(len(self.shared), -1)
 
     def run(self, parameters: dict[str, int], block: int) -> None:
         self.parameters = parameters
@@ -74,7 +76,7 @@ class Block:
             elif kind == "st":
                 self._store(parts, operands, active)
             elif word == "bar.sync":
-                self.barriers += 1
+                self.writers[:] = self.readers[:] = -1
             elif kind == "setp":
                 left, right = (self._value(one, np.uint32) for one in operands[1:])
                 self._set(operands[0], _COMPARE[parts[0]](left, right), active)
@@ -118,6 +120,8 @@ class Block:
             return
         assert parts[1:] == ["v4", "u32"]
         assert (where[active] % 4 == 0).all(), "a vector that is not aligned"
+        if parts[0] == "shared":
+            self._note_read(where, active)
         for at, name in enumerate(names):
             self._set(name, self._spread(memory[where[active] + at], active), active)
 
@@ -125,8 +129,24 @@ class Block:
         assert parts[1:] == ["v4", "u32"]
         where, memory = self._words(parts[0], operands[0])
         assert (where[active] % 4 == 0).all(), "a vector that is not aligned"
+        if parts[0] == "shared":
+            self._note_write(where, active)
         for at, name in enumerate(operands[1].strip("{}").split(", ")):
             memory[where[active] + at] = self.registers[name][active]
+
+    def _note_read(self, where: Words, active: Words) -> None:
+        for thread in map(int, np.flatnonzero(active)):
+            words = slice(where[thread], where[thread] + 4)
+            assert np.isin(self.writers[words], (-1, thread)).all(), "read beside another thread's write"
+            seen = self.readers[words]
+            self.readers[words] = np.where((seen == -1) | (seen == thread), thread, -2)
+
+    def _note_write(self, where: Words, active: Words) -> None:
+        for thread in map(int, np.flatnonzero(active)):
+            words = slice(where[thread], where[thread] + 4)
+            assert np.isin(self.writers[words], (-1, thread)).all(), "two threads write one word"
+            assert np.isin(self.readers[words], (-1, thread)).all(), "written beside another thread's read"
+            self.writers[words] = thread
 
     def _words(self, space: str, operand: str) -> tuple[Words, Words]:
         """The index of the first word for each thread, and what it is an index into."""

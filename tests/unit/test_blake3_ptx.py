@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -63,10 +64,20 @@ def test_two_chunks_that_have_changed_places() -> None:
     assert digests([swapped]) == [blake3(swapped).digest()] != digests([window])
 
 
-def test_the_levels_of_the_tree_wait_for_each_other() -> None:
-    """Before a level is read, and again before it is written over."""
+@pytest.mark.parametrize("kept", ["neither", "first", "second"])
+def test_the_levels_of_the_tree_wait_for_each_other(kept: str) -> None:
+    """Before a level is read, and again before it is written over: without either barrier the block is refused."""
+    before, first, between, second, after = re.split(r"(bar\.sync 0;\n)", blake3_ptx.text())
+    text = before + first * (kept == "first") + between + second * (kept == "second") + after
     memory = np.zeros((WINDOW + 16 + 32) // 4, np.uint32)
     memory[WINDOW // 4 :][:2] = np.frombuffer(BASE.to_bytes(8, "little"), np.uint32)
-    block = Block(blake3_ptx.text(), blake3_ptx.THREADS, memory, BASE)
-    block.run({"addresses": BASE + WINDOW, "found": BASE + WINDOW + 16}, 0)
-    assert block.barriers == 2 * 10
+    block = Block(text, blake3_ptx.THREADS, memory, BASE)
+    with pytest.raises(AssertionError, match="another thread's"):
+        block.run({"addresses": BASE + WINDOW, "found": BASE + WINDOW + 16}, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"), [((6, 0), "sm_50"), ((7, 0), "sm_50"), ((7, 5), "sm_75"), ((10, 0), "sm_75")]
+)
+def test_the_target(capability: tuple[int, int], target: str) -> None:
+    assert f".target {target}\n" in blake3_ptx.text(capability)

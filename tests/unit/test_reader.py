@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -164,14 +165,39 @@ def test_unverified_and_again(tmp_path: Path) -> None:
     flip(path, snapshot.chunks[4])
     with ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1) as reader:
         assert list(chain.from_iterable(runs(reader, reader.stream(verify=False), 3))) == list(range(6))
-        reader.again([2, 5])
-        assert list(chain.from_iterable(runs(reader, reader.stream(), 3))) == [2, 5]
-        reader.again([4])
+        assert list(chain.from_iterable(runs(reader, reader.again([2, 5]), 3))) == [2, 5]
         with pytest.raises(SnapshotDamaged, match="chunk 4 in pack"):
-            list(runs(reader, reader.stream(), 3))
+            list(runs(reader, reader.again([3, 4]), 3))
         flip(path, snapshot.chunks[4])
-        reader.again([4])
-        assert list(chain.from_iterable(runs(reader, reader.stream(), 3))) == [4]
+        assert list(chain.from_iterable(runs(reader, reader.again([4]), 3))) == [4]
+
+
+def test_a_read_of_several_fails(tmp_path: Path) -> None:
+    """The error names the first that cannot be read."""
+    snapshot = full(tmp_path)
+    truncate(snapshot.store.pack_path(snapshot.packs[0].digest), snapshot.chunks[1])
+    packs = [replace(snapshot.packs[0], size=snapshot.chunks[1].offset + 1)]
+    reader = ChunkReader(snapshot.store, packs, snapshot.chunks, stop=threading.Event(), threads=1)
+    with reader, pytest.raises(SnapshotDamaged, match="chunk 1 in pack"):
+        list(runs(reader, reader.stream(verify=False), 3))
+
+
+def test_a_larger_buffer_for_one(tmp_path: Path) -> None:
+    snapshot = full(tmp_path)
+    with ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1) as reader:
+        stream, buffer = reader.stream(), memoryview(mmap.mmap(-1, 3 * CHUNK))
+        found = []
+        while (item := stream.next(buffer)) is not None:
+            assert item[1] == snapshot.data[item[0]]
+            found.append(item[0])
+    assert found == list(range(6))
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_whether_there_is_more_to_do_than_reading(tmp_path: Path, compress: bool) -> None:
+    snapshot = full(tmp_path, compress=compress)
+    with ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1) as reader:
+        assert reader.plain is not compress
 
 
 def test_stop_ends_a_stream(tmp_path: Path) -> None:

@@ -51,16 +51,14 @@ class Arrivals:
                 yield batch
                 batch = []
 
-    def wrong(self, chunks: Sequence[int], where: Mapping[int, tuple[int, int]]) -> list[int]:
-        """Those whose digest is not what it should be; without a kernel all of them. `where` has the index of the
-        device and the address of each. Raises CudaError."""
-        if not self._on:
-            return list(chunks)
-        found: list[int] = []
+    def right(self, chunks: Sequence[int], where: Mapping[int, tuple[int, int]]) -> set[int]:
+        """Those whose digest is what it should be; without a kernel none. `where` has the index of the device and the
+        address of each. Raises CudaError."""
+        found: set[int] = set()
         for index, digests in enumerate(self._on):
             here = [chunk for chunk in chunks if where[chunk][0] == index]
             for at in range(0, len(here), MOST):
                 part = here[at : at + MOST]
                 taken = digests.of([where[chunk][1] for chunk in part])
-                found += [chunk for chunk, digest in zip(part, taken, strict=True) if digest != self._digests[chunk]]
+                found.update(chunk for chunk, digest in zip(part, taken, strict=True) if digest == self._digests[chunk])
         return found

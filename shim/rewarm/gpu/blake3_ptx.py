@@ -30,7 +30,7 @@ _DIAGONALS = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
 # first chunk. %w: address of its chunks. %step: the compression. %t: its number in the block.
 _TEXT = """
 .version 6.3
-.target sm_75
+.target {target}
 .address_size 64
 .visible .entry {name}(.param .u64 addresses, .param .u64 found)
 .maxntid {threads}, 1, 1
@@ -128,9 +128,11 @@ ret;
 """
 
 
-def text() -> str:
-    """The module, for the driver's compiler."""
+def text(capability: tuple[int, int] = (9, 0)) -> str:
+    """The module, for the driver's compiler and a GPU of this compute capability."""
     return _TEXT.format(
+        # The oldest that CUDA 13 knows, where that is old enough.
+        target="sm_75" if capability >= (7, 5) else "sm_50",
         name=NAME,
         threads=THREADS,
         tree=THREADS * 32,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
 from collections.abc import Sequence
 
+from blake3 import blake3
+
+from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device
 
 from . import blake3_ptx
+from .pieces import WINDOW
 
 MOST = 256
 """Windows of one launch: some two for each of a large GPU's multiprocessors."""
 _DIGEST = 32
+_UNKNOWN = 999
+"""CUDA_ERROR_UNKNOWN."""
 _ADDRESS = struct.Struct("<Q")
 
 
@@ -20,17 +27,34 @@ class Digests:
     """The kernel on one GPU; for one thread at a time."""
 
     def __init__(self, device: Device) -> None:
-        """Has the kernel compiled. Raises CudaError, also where the driver comes without its compiler."""
+        """Has the kernel compiled, and tried. Raises CudaError, also where the driver comes without its compiler."""
         self._device = device
         device.enter()
-        self._kernel = device.kernel(blake3_ptx.text(), blake3_ptx.NAME)
+        self._kernel = device.kernel(blake3_ptx.text(device.capability), blake3_ptx.NAME)
         self._space = mmap.mmap(-1, MOST * (_ADDRESS.size + _DIGEST), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._addresses = device.reach(self._space)
         self._found = MOST * _ADDRESS.size
         self._lane = device.lane()
+        self._try()
+
+    def _try(self) -> None:
+        """On this GPU, before its answers count."""
+        handle = self._device.create(WINDOW)
+        try:
+            address = self._device.map([(handle, WINDOW)])
+        finally:
+            self._device.release(handle)
+        try:
+            self._lane.zero(address, WINDOW)
+            if self.of([address]) != [zeros()]:
+                raise CudaError(_UNKNOWN, "another digest than BLAKE3's", blake3_ptx.NAME, 0)
+        finally:
+            self._device.unmap(address, [WINDOW])
 
     def of(self, addresses: Sequence[int]) -> list[bytes]:
         """The digest of each window at these addresses of the GPU, MOST at most. Raises CudaError."""
+        if not addresses:
+            return []
         self._device.enter()
         for at, address in enumerate(addresses):
             _ADDRESS.pack_into(self._space, at * _ADDRESS.size, address)
@@ -42,3 +66,9 @@ class Digests:
         )
         self._lane.finish()
         return [self._space[at : at + _DIGEST] for at in range(self._found, end, _DIGEST)]
+
+
+@functools.cache
+def zeros() -> bytes:
+    """The digest of a window of zeros."""
+    return blake3(bytes(WINDOW)).digest()

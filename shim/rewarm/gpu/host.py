@@ -30,6 +30,7 @@ class Host:
             try:
                 self.devices.append(Device(path, container.uuid_bytes(uuid)))
             except (OSError, LookupError, CudaError) as error:
+                self.close()
                 raise failed("use", uuid, error) from None
         self._uuids = uuids
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
@@ -31,8 +31,8 @@ RUN = 2
 SLOTS = 3
 """Buffers of each thread: one is filled while the others are on their way to the GPU."""
 _WARM_THREADS = 10
-"""At most, where nothing has to wait for storage and the GPU verifies: so many keep PCIe busy (docs/decisions/0015),
-and CRIU wants processors too."""
+"""At most, where there is nothing to do but reading from memory: so many keep PCIe busy (docs/decisions/0015), and CRIU
+wants processors too."""
 _MOST_THREADS = 32
 """Of any kind, however many processors there are: each has pinned memory."""
 _GROUP = 16
@@ -48,16 +48,18 @@ class Stream(Protocol):
 
 
 class Reader(Protocol):
-    """All chunks of device memory; `parallel` is how many streams pay, `cold` whether they have to wait for storage."""
+    """All chunks of device memory; `parallel` is how many streams pay, `cold` whether they have to wait for storage,
+    `plain` whether they have nothing to do but reading."""
 
     parallel: int
     cold: bool
+    plain: bool
 
     def stream(self, *, verify: bool) -> Stream:
         """Without `verify` its bytes may be anything."""
 
-    def again(self, numbers: Sequence[int]) -> None:
-        """Have these chunks read once more, by a stream that is made from now on."""
+    def again(self, numbers: Sequence[int]) -> Stream:
+        """These chunks once more, verified."""
 
 
 class Load:
@@ -87,6 +89,7 @@ class Load:
         """By the chunk's number: index of the device, address."""
         self._sent = bytearray(sum(chunk != ZEROS for piece in pieces for chunk in piece.chunks))
         self._verified = bytearray(len(self._sent))
+        self._again = 0
         self._lock = threading.Lock()
         self._failure: Exception | None = None
         self._tasks: list[Task] = []
@@ -135,9 +138,11 @@ class Load:
     def abandon(self) -> None:
         """Have the threads end, if they can; the memory goes with this process."""
         self._stop.set()
-        if not aside.wait([self._begun]) or not aside.wait(self._tasks) or self._host is None:
+        ended = aside.wait([self._begun]) and aside.wait(self._tasks)
+        if self._host is None:
             self._opening.close()
-            return
+        if not ended or self._host is None:
+            return  # who hangs has streams and buffers of the contexts
         # A mapping outlives its context, and a cold start may need the memory.
         for device, address, sizes in self._mapped:
             with suppress(CudaError):
@@ -146,6 +151,7 @@ class Load:
         for handle in self._handles:
             with suppress(CudaError):
                 self._host.devices[0].release(handle)
+        self._mapped, self._handles = [], []
         self._host.close()
 
     def _fail(self, error: Exception) -> None:
@@ -156,12 +162,16 @@ class Load:
     def _begin(self) -> None:
         try:
             self._host, has_compiler = self._opening.wait()
+            if self._stop.is_set():
+                return
             count = max(1, min(self._reader.parallel, len(self._sent), _MOST_THREADS))
             if has_compiler:
                 self._arrivals = Arrivals(self._digests)
-                count = count if self._reader.cold else min(count, _WARM_THREADS)
+                count = min(count, _WARM_THREADS) if self._reader.plain and not self._reader.cold else count
             with self._trace.phase("device.pin"):
-                self._buffers = self._host.pin(count * SLOTS, RUN * WINDOW)
+                self._buffers = self._host.pin(count * SLOTS + 1, RUN * WINDOW)
+            if self._stop.is_set():
+                return
             with self._trace.phase("device.make"):
                 self._make(self._host)
             work = [Task(partial(self._run, at), "load") for at in range(count)]
@@ -212,7 +222,7 @@ class Load:
             arrived: list[int] = []
             while not self._stop.is_set():
                 item = stream.next_run(buffers[slot])
-                if item is None:
+                if item is None or self._stop.is_set():
                     break
                 chunks, data = item
                 self._send(lanes, chunks, data, slot)
@@ -238,10 +248,11 @@ class Load:
 
     def _send(self, lanes: Sequence[Lane], chunks: Sequence[int], data: memoryview, slot: int) -> None:
         """Begin to copy; on return the buffer of the next slot is free."""
-        for chunk in chunks:
-            if self._sent[chunk]:  # it may have been verified: nothing may change it any more
-                raise GpuError("load device memory", f"chunk {chunk}", "it came twice")
-            self._sent[chunk] = 1
+        with self._lock:
+            for chunk in chunks:
+                if self._sent[chunk]:  # it may have been verified: nothing may change it any more
+                    raise GpuError("load device memory", f"chunk {chunk}", "it came twice")
+                self._sent[chunk] = 1
         following = (slot + 1) % SLOTS
         if len(lanes) == 1:
             lanes[0].upload([self._at[chunk][1] for chunk in chunks], data, slot, following)
@@ -261,7 +272,7 @@ class Load:
         else:  # verified before they were sent
             self._mark(chunks)
 
-    def _mark(self, chunks: Sequence[int]) -> None:
+    def _mark(self, chunks: Iterable[int]) -> None:
         for chunk in chunks:
             self._verified[chunk] = 1
 
@@ -276,32 +287,60 @@ class Load:
             for batch in arrivals.batches(senders):
                 if self._stop.is_set():
                     return
-                wrong = set(arrivals.wrong(batch, self._at))
-                self._mark([chunk for chunk in batch if chunk not in wrong])
-                bad += wrong
+                right = arrivals.right(batch, self._at)
+                self._mark(right)
+                wrong = [chunk for chunk in batch if chunk not in right]
+                if arrivals.compiled and wrong:
+                    # At once: what is damaged in the store is damaged for good.
+                    self._read_again(arrivals, wrong, self._buffers[-1])
+                else:
+                    bad += wrong
             if bad and not self._stop.is_set():
-                self._read_again(arrivals, bad)
+                self._read_all_again(arrivals, bad, senders)
         except CudaError as error:
             self._fail(host.failed("verify memory of", ", ".join(self._uuids), error))
         except Exception as error:
             self._fail(error)
 
-    def _read_again(self, arrivals: Arrivals, chunks: Sequence[int]) -> None:
+    def _read_all_again(self, arrivals: Arrivals, chunks: Sequence[int], threads: int) -> None:
+        """There is no kernel: as many threads as had sent them, whose buffers are free."""
+        ordered = sorted(chunks)
+        shares = [ordered[len(ordered) * at // threads : len(ordered) * (at + 1) // threads] for at in range(threads)]
+        tasks = [
+            Task(partial(self._try_again, arrivals, share, at), "load") for at, share in enumerate(shares) if share
+        ]
+        for task in tasks:
+            task.start()
+        for task in tasks:
+            task.wait()
+
+    def _try_again(self, arrivals: Arrivals, chunks: Sequence[int], number: int) -> None:
+        try:
+            self._read_again(arrivals, chunks, self._buffers[number * SLOTS])
+        except CudaError as error:
+            self._fail(host.failed("copy to", ", ".join(self._uuids), error))
+        except Exception as error:
+            self._fail(error)
+
+    def _read_again(self, arrivals: Arrivals, chunks: Sequence[int], buffer: memoryview) -> None:
         """Verified before they are sent: what was damaged in the node's cache is right in the store, and else this says
-        what is damaged."""
+        what is damaged. `buffer` is nobody else's."""
         assert self._host is not None
-        self._trace.note("read_again", len(chunks))
-        for chunk in chunks:
-            self._sent[chunk] = 0
-        self._reader.again(chunks)
-        stream, buffer = self._reader.stream(verify=True), self._buffers[0]  # nobody else has it any more
+        with self._lock:
+            self._again += len(chunks)
+            self._trace.note("read_again", self._again)
+            for chunk in chunks:
+                self._sent[chunk] = 0
+        stream = self._reader.again(chunks)
         lanes = [_lane(device) for device in self._host.devices]
         while not self._stop.is_set() and (item := stream.next_run(buffer)) is not None:
+            if self._stop.is_set():
+                return
             self._send(lanes, *item, 0)
             for lane in lanes:
                 lane.finish()
-            if arrivals.compiled and (wrong := arrivals.wrong(item[0], self._at)):
-                cause = f"chunk {wrong[0]} is not there as it was sent"
+            if arrivals.compiled and (wrong := set(item[0]) - arrivals.right(item[0], self._at)):
+                cause = f"chunk {min(wrong)} is not there as it was sent"
                 raise GpuError("load device memory of", ", ".join(self._uuids), cause, "look for Xid lines in `dmesg`")
             self._mark(item[0])
 

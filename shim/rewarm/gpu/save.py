@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from blake3 import blake3
-
 from rewarm import aside
 from rewarm.aside import Task
 from rewarm.errors import GpuError
@@ -24,7 +22,7 @@ from rewarm_native.cuda import OUT_OF_MEMORY, CudaError
 from rewarm_native.device import Device, Lane
 
 from . import host, library
-from .digests import MOST, Digests
+from .digests import MOST, Digests, zeros
 from .pieces import MAX, WINDOW, ZEROS, Piece, Span
 
 SLOTS = 2
@@ -112,14 +110,13 @@ class Save:
     def _not_zeros(self) -> list[Window]:
         """All windows but those that the GPU says are zeros."""
         found: list[Window] = []
-        zeros = blake3(bytes(WINDOW)).digest()
         for number, (piece, (_, base, _)) in enumerate(zip(self._pieces, self._mapped, strict=True)):
             every = [(number, at, base + at * WINDOW) for at in range(len(piece.chunks))]
             if self._digests:
                 for start in range(0, len(every), MOST):
                     some = every[start : start + MOST]
                     digests = self._digests[piece.gpu].of([address for _, _, address in some])
-                    found += [one for one, digest in zip(some, digests, strict=True) if digest != zeros]
+                    found += [one for one, digest in zip(some, digests, strict=True) if digest != zeros()]
             else:
                 found += every
         return found

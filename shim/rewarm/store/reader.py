@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from rewarm.errors import RewarmError, SnapshotDamaged
 
 from .cache import Busy, Fetch, PackCache
-from .chunks import Chunk
+from .chunks import RAW, Chunk
 from .files import Stop
 from .parts import CACHE, COLD_PART, FETCH, PART, STORE, Part, divide
 from .probe import Way
@@ -91,6 +91,10 @@ class ChunkReader:
         """Streams to run: `threads` where the data is in memory already, more where each read has to wait."""
         if not warm:
             parts = self._plan(self.parallel, COLD_PART)
+        self.plain = all(part.where != FETCH for part in parts) and all(
+            self.chunks[number].encoding == RAW for part in parts if part.where == STORE for number in part.numbers
+        )
+        """Whether reading is all that there is to do, beside verifying: nothing is compressed, nothing fetched."""
         self._left = [0] * len(packs)
         for part in parts:
             self._left[part.pack] += 1
@@ -118,14 +122,14 @@ class ChunkReader:
         with their digests before they are used, and has `again` for those that are wrong."""
         return Stream(self, verify=verify)
 
-    def again(self, numbers: Sequence[int]) -> None:
-        """Have these chunks read once more, by a stream that is made from now on."""
+    def again(self, numbers: Sequence[int]) -> Stream:
+        """A stream of its own for these chunks, which reads them once more and verifies them."""
         where = STORE if self.cache is None else CACHE  # of what the cache does not have, a stream asks the store
         parts = divide(self.chunks, numbers, self._threads, where)
         with self._lock:
             for part in parts:
                 self._left[part.pack] += 1
-            self._parts.extend(parts)
+        return Stream(self, parts=parts)
 
     def parts(self) -> Iterator[Part]:
         """The work that nobody has taken yet; at the end packs that others are fetching, once they are there."""

@@ -32,19 +32,16 @@ _NOTHING: Sequence[int] = ()
 
 
 class _Bad(Exception):
-    """A chunk that is not what it should be: why, and its number if it is not the only one that was read."""
-
-    def __init__(self, why: str, number: int | None = None) -> None:
-        super().__init__(why)
-        self.number = number
+    """A chunk that is not what it should be; the argument says why."""
 
 
 class Stream:
     """One thread's share of the chunks."""
 
-    def __init__(self, reader: ChunkReader, *, verify: bool = True) -> None:
+    def __init__(self, reader: ChunkReader, *, verify: bool = True, parts: Sequence[Part] | None = None) -> None:
         self._reader = reader
         self._verify = verify
+        self._parts = parts
         self._scratch: memoryview | None = None
         self._inflater: Inflater | None = None
         self._steps: Steps | None = None
@@ -57,7 +54,7 @@ class Stream:
         `buffer` is CHUNK bytes, writable, at a page boundary. None at the end of the work, when `stop` is set, and
         after an error. Raises SnapshotDamaged and StoreError, which name the chunk and the pack.
         """
-        item = self.next_run(buffer)
+        item = self.next_run(buffer[:CHUNK])
         return None if item is None else (item[0][0], item[1])
 
     def next_run(self, buffer: memoryview) -> tuple[Sequence[int], memoryview] | None:
@@ -85,7 +82,7 @@ class Stream:
             self._steps.close()
 
     def _run(self, buffer: memoryview) -> Steps:
-        for part in self._reader.parts():
+        for part in self._reader.parts() if self._parts is None else self._parts:
             buffer = yield from (self._fetch if part.where == FETCH else self._read)(part, buffer)
             self._reader.done(part)
         return buffer
@@ -95,6 +92,7 @@ class Stream:
         stop = reader.stop
         numbers, at = part.numbers, 0
         run = numbers[:1]
+        most = len(buffer) // CHUNK
         read = 0
         source, cached = None, part.where == CACHE
         try:
@@ -104,12 +102,15 @@ class Stream:
                 source, cached = self._store(part.pack), False
             cold = self._begin(source, part, cached)
             while at < len(numbers) and not stop.is_set():
-                run = self._next_to_each_other(numbers, at, cached, 1 if cold else len(buffer) // CHUNK)
+                run = self._next_to_each_other(numbers, at, cached, 1 if cold else most)
                 try:
                     size, stored, cold = self._load_run(source, run, cached, cold, buffer)
                 except (OSError, Short, _Bad):
-                    if not cached:
+                    if not cached and len(run) == 1:
                         raise
+                    if not cached:
+                        most = 1  # which of them it is
+                        continue
                     # The store has it still, and this copy cannot be trusted with the rest of the part either.
                     reader.drop_copy(part.pack)
                     reader.counters.add(read, cached)
@@ -155,7 +156,7 @@ class Stream:
             for at, number in enumerate(run):
                 view = buffer[at * CHUNK :][: chunks[number].size]
                 if blake3(view).digest() != chunks[number].digest:
-                    raise _Bad(_WRONG, number)
+                    raise _Bad(_WRONG)
         return size, size, cold
 
     def _begin(self, source: Source, part: Part, cached: bool) -> bool:
@@ -273,8 +274,6 @@ class Stream:
         return cold
 
     def _error(self, error: Exception, number: int) -> RewarmError:
-        if isinstance(error, _Bad) and error.number is not None:
-            number = error.number
         label = self._reader.label(number)
         if isinstance(error, OSError):
             return store_error("read memory", label, error)

@@ -59,6 +59,7 @@ static void leave(const int *nothing)
 /* Where it is a part of a larger fake (fake_cuda_copies.c). */
 __attribute__((weak)) void fake_enter(void);
 __attribute__((weak)) int fake_uuid(uint8_t *uuid, int device);
+__attribute__((weak)) void fake_finish(void *stream);
 
 #define LOCKED                                                   \
 	if (fake_enter != NULL)                                  \
@@ -637,6 +638,8 @@ API int cuStreamCreate(void **stream, unsigned flags)
 
 API int cuStreamSynchronize(void *stream)
 {
+	if (stream != NULL && fake_finish != NULL)
+		fake_finish(stream);
 	return stream != NULL ? OK : INVALID_VALUE;
 }
 
@@ -650,6 +653,8 @@ API int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t size, void
 {
 	if (top < 0 || stack[top] == NULL || stream == NULL)
 		return INVALID_CONTEXT;
+	if (fake_finish != NULL)
+		fake_finish(stream);
 	memcpy((void *)target, (const void *)source, size);
 	return OK;
 }

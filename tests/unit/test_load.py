@@ -1,0 +1,303 @@
+"""Device memory on its way back, on the fake driver: all of it verified, or none handed on."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from rewarm.errors import GpuError, SnapshotDamaged
+from rewarm.gpu import arrivals, host, load
+from rewarm.gpu.load import Load, Stream
+from rewarm.gpu.pieces import WINDOW, ZEROS, Piece
+from rewarm.trace import Trace
+from rewarm_native.device import Device, Lane
+from support import fake_gpu
+from support.fake_gpu import FakeGpus
+
+GPU = fake_gpu.uuid(0)
+Change = Callable[[int, memoryview], None]
+
+
+class Chunks:
+    """A reader of `data`, the chunks by their numbers, given out in `order`, some at a time."""
+
+    cold = False
+    plain = True
+
+    def __init__(self, data: Sequence[bytes], order: Sequence[int], parallel: int = 3) -> None:
+        self.data = data
+        self.parallel = parallel
+        self.left = list(order)
+        self.lock = threading.Lock()
+        self.change: Change = lambda number, view: None
+        """Called for each chunk in its buffer, but not when it is read again."""
+        self.verified: list[bool] = []
+        self.asked_again: list[int] = []
+
+    def stream(self, *, verify: bool) -> Stream:
+        self.verified.append(verify)
+        return Some(self, self.left, self.change)
+
+    def again(self, numbers: Sequence[int]) -> Stream:
+        self.asked_again += numbers
+        return Some(self, list(numbers), lambda number, view: None)
+
+
+class Some:
+    def __init__(self, reader: Chunks, left: list[int], change: Change) -> None:
+        self.reader, self.left, self.change = reader, left, change
+
+    def next_run(self, buffer: memoryview) -> tuple[Sequence[int], memoryview] | None:
+        with self.reader.lock:
+            count = min(len(buffer) // WINDOW, len(self.left), random.choice([1, 2]))
+            numbers = [self.left.pop(0) for _ in range(count)]
+        if not numbers:
+            return None
+        for at, number in enumerate(numbers):
+            view = buffer[at * WINDOW : (at + 1) * WINDOW]
+            view[:] = self.reader.data[number]
+            self.change(number, view)
+        return numbers, buffer[: count * WINDOW]
+
+
+@pytest.fixture
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
+    found = FakeGpus(tmp_path / "gpus")
+    for name, value in found.environment().items():
+        monkeypatch.setenv(name, value)
+    for name, value in (("CUDA_VISIBLE_DEVICES", GPU), ("CUDA_CACHE_DISABLE", "1")):
+        monkeypatch.setenv(name, value)  # taken back afterwards
+    return found
+
+
+PATTERN = ("xx.x", "." * 3, "x" * 9)
+"""Pieces, an x for each window that is not zeros."""
+COUNT = sum(piece.count("x") for piece in PATTERN)
+DATA = [random.Random(number).randbytes(WINDOW) for number in range(COUNT)]
+
+
+def pieces() -> list[Piece]:
+    """Chunks lie in the order of their numbers, from the last window to the first."""
+    numbers = iter(reversed(range(COUNT)))
+    found = []
+    for at, pattern in enumerate(PATTERN):
+        chunks = array("I", [next(numbers) if letter == "x" else ZEROS for letter in pattern])
+        found.append(Piece(7, 0, (at + 1) << 32, len(pattern) * WINDOW, chunks))
+    return found
+
+
+class Run:
+    """A load with this reader."""
+
+    def __init__(self, gpus: FakeGpus, reader: Chunks) -> None:
+        self.stop = threading.Event()
+        self.trace = Trace()
+        self.reader = reader
+        self.device = Device(str(gpus.libcuda), fake_gpu.uuid_bytes(GPU))
+        opening = host.Opening(str(gpus.libcuda), [GPU], self.trace)
+        opening.start()
+        digests = [blake3(data).digest() for data in DATA]
+        self.load = Load(reader, digests, pieces(), opening, self.stop, self.trace)
+
+    def join(self) -> bool:
+        """Whether what came of it is what it should be."""
+        found = self.load.join()
+        (places,) = found.values()
+        right = True
+        for piece, (span, fd) in zip(pieces(), places, strict=True):
+            assert span == piece.span
+            with mmap.mmap(fd, piece.size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+                for at, chunk in enumerate(piece.chunks):
+                    wanted = bytes(WINDOW) if chunk == ZEROS else DATA[chunk]
+                    right = right and memory[at * WINDOW : (at + 1) * WINDOW] == wanted
+            os.close(fd)
+        return right
+
+
+@pytest.fixture
+def begin(gpus: FakeGpus) -> Iterator[Callable[[Chunks], Run]]:
+    runs: list[Run] = []
+
+    def make(reader: Chunks) -> Run:
+        run = Run(gpus, reader)
+        runs.append(run)
+        run.load.start()
+        return run
+
+    yield make
+    for run in runs:
+        run.load.abandon()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("parallel", [1, 3, 40])
+def test_all_of_it_in_any_order(begin: Callable[[Chunks], Run], seed: int, parallel: int) -> None:
+    order = random.Random(seed).sample(range(COUNT), COUNT)
+    run = begin(Chunks(DATA, order, parallel))
+    assert run.join()
+    assert not run.reader.asked_again
+    assert set(run.reader.verified) == {False}
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_nothing_counts_before_it_is_there(
+    begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch, parallel: int
+) -> None:
+    """The fake's copies happen when somebody waits for them, and the GPU looks at each as soon as it is said to be
+    there."""
+    monkeypatch.setattr(load, "_GROUP", 1)
+    monkeypatch.setattr(arrivals, "MOST", 1)
+    reader = Chunks(DATA, range(COUNT), parallel)
+    reader.change = lambda number, view: time.sleep(0.05)  # so that there is time for a look
+    run = begin(reader)
+    assert run.join()
+    assert not run.reader.asked_again, "a chunk was looked at before it was copied"
+
+
+def flipped(numbers: Sequence[int]) -> Change:
+    def change(number: int, view: memoryview) -> None:
+        if number in numbers:
+            view[12345] ^= 1
+
+    return change
+
+
+@pytest.mark.parametrize("numbers", [[0], [3, 4, COUNT - 1], range(COUNT)])
+def test_what_is_wrong_is_read_again(begin: Callable[[Chunks], Run], numbers: Sequence[int]) -> None:
+    reader = Chunks(DATA, range(COUNT))
+    reader.change = flipped(numbers)
+    run = begin(reader)
+    assert run.join()
+    assert sorted(reader.asked_again) == list(numbers)
+
+
+def test_what_stays_wrong_ends_it_at_once(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though reading the last of all never ends."""
+    monkeypatch.setattr(load, "_GROUP", 1)
+    monkeypatch.setattr(arrivals, "MOST", 1)
+    over = threading.Event()
+
+    class Damaged(Chunks):
+        def again(self, numbers: Sequence[int]) -> Stream:
+            raise SnapshotDamaged("read memory", f"chunk {numbers[0]}", "it is damaged", "capture it again")
+
+    reader = Damaged(DATA, range(COUNT), parallel=1)
+
+    def change(number: int, view: memoryview) -> None:
+        if number == 0:
+            view[0] ^= 1
+        if number == COUNT - 1:
+            over.wait(20)
+
+    reader.change = change
+    run = begin(reader)
+    try:
+        assert run.stop.wait(10), "it is not ended before all is read"
+    finally:
+        over.set()
+    with pytest.raises(SnapshotDamaged, match="chunk 0"):
+        run.join()
+
+
+def test_bytes_that_are_never_right(begin: Callable[[Chunks], Run]) -> None:
+    """Whoever says that they are verified: the GPU does not find them."""
+    data = list(DATA)
+    data[5] = bytes(reversed(data[5]))
+    with pytest.raises(GpuError, match="chunk 5 is not there as it was sent"):
+        begin(Chunks(data, range(COUNT))).join()
+
+
+def test_a_chunk_that_comes_twice(begin: Callable[[Chunks], Run]) -> None:
+    with pytest.raises(GpuError, match="came twice"):
+        begin(Chunks(DATA, [*range(COUNT), 2])).join()
+
+
+def test_a_chunk_that_does_not_come(begin: Callable[[Chunks], Run]) -> None:
+    with pytest.raises(GpuError, match=f"1 of {COUNT} chunks: they were not loaded"):
+        begin(Chunks(DATA, [number for number in range(COUNT) if number != 4])).join()
+
+
+def test_a_reader_that_fails(begin: Callable[[Chunks], Run]) -> None:
+    def change(number: int, view: memoryview) -> None:
+        if number == 6:
+            raise SnapshotDamaged("read memory", "chunk 6", "it is damaged", "capture it again")
+
+    reader = Chunks(DATA, range(COUNT))
+    reader.change = change
+    with pytest.raises(SnapshotDamaged, match="chunk 6"):
+        begin(reader).join()
+
+
+@pytest.mark.parametrize("line", ["compiler none", "kernel idle"])
+def test_without_a_kernel_all_are_read_again_by_all(gpus: FakeGpus, begin: Callable[[Chunks], Run], line: str) -> None:
+    gpus.node(fake_gpu.gpus(1), more=[line])
+    reader = Chunks(DATA, range(COUNT))
+    reader.change = flipped([1])
+    run = begin(reader)
+    assert run.join()
+    assert sorted(reader.asked_again) == list(range(COUNT))
+
+
+def test_without_the_compiler_what_is_read_is_verified(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:
+    (gpus.directory / "libnvidia-ptxjitcompiler.so.1").unlink()
+    run = begin(Chunks(DATA, range(COUNT)))
+    assert run.join()
+    assert set(run.reader.verified) == {True} and not run.reader.asked_again
+
+
+def test_given_up_while_a_read_hangs(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was about to send is not sent any more: its contexts may be gone."""
+    hangs, over = threading.Event(), threading.Event()
+    reader = Chunks(DATA, range(COUNT), parallel=1)
+
+    def change(number: int, view: memoryview) -> None:
+        if number == 5:
+            hangs.set()
+            over.wait(20)
+
+    reader.change = change
+    sent: list[int] = []
+    original = Load._send
+
+    def send(self: Load, lanes: Sequence[Lane], chunks: Sequence[int], data: memoryview, slot: int) -> None:
+        sent.extend(chunks)
+        original(self, lanes, chunks, data, slot)
+
+    monkeypatch.setattr(Load, "_send", send)
+    run = begin(reader)
+    assert hangs.wait(10)
+    run.load.abandon()
+    assert run.load._host is not None and run.load._host.devices, "the contexts are closed under a thread"
+    before = list(sent)
+    over.set()
+    for task in run.load._tasks:
+        task.wait(10)
+    assert sent == before
+
+
+def test_no_room(gpus: FakeGpus, begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_LIMIT", str(4 * WINDOW))
+    with pytest.raises(GpuError, match="not enough free memory"):
+        begin(Chunks(DATA, range(COUNT))).join()
+
+
+def test_given_up_leaves_no_memory(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:
+    def mapped() -> int:
+        with open("/proc/self/maps", encoding="ascii") as maps:
+            return sum("memfd:device" in line for line in maps)
+
+    before = mapped()
+    run = begin(Chunks(DATA, range(COUNT)))
+    assert run.join()
+    assert mapped() > before
+    run.load.abandon()
+    assert mapped() == before
