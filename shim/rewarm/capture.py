@@ -123,6 +123,8 @@ def capture(
         with trace.phase("capture.device"):
             numbers = tuple(map(processes.namespace_pid, device_memory.pids))
             saved.settle()
+            if stop and numbers:
+                frozen.check()
         if not stop:
             frozen.resume()
             device_memory.resume()

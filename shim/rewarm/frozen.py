@@ -93,6 +93,16 @@ class Frozen:
                 "see `capture_timeout` in the settings",
             )
 
+    def check(self) -> None:
+        """CaptureError if somebody else has let it go on: what was read of it by then is not of one moment."""
+        if self._status() == "running":
+            raise CaptureError(
+                "capture container",
+                self._container.id,
+                "it was resumed while it was being captured",
+                "see `capture_timeout` in the settings",
+            )
+
     def _status(self) -> str:
         """What runc says of it. If that is nothing and its init lives, it is as it was: what kept `resume` from its
         work keeps `state` from it, too."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rewarm.errors import RequestError
 from rewarm.oci.spec import OWN_DESTINATIONS, Spec, digest, mounts, spec_annotations, without_library
-from rewarm.settings import Settings
+from rewarm.settings import ENGINES, Settings
 from rewarm.store.names import ALLOWED, is_name
 
 PREFIX = "rewarm.dev/"
@@ -21,7 +21,7 @@ _CHOICES = {
     "capture": ("never", "on-ready"),
     "on-miss": ("cold-start", "fail"),
     "device-memory": ("auto", "off"),
-    "engine": ("none", "vllm", "sglang"),
+    "engine": ENGINES,
 }
 _FREE = ("snapshot", "container", "ready")
 _HTTP = re.compile(r"http://:(\d{1,5})(/[!-~]{0,512})")

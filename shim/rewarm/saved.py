@@ -5,8 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rewarm import aside, preload, processes
-from rewarm.errors import GpuError
+from rewarm import preload, processes
 from rewarm.gpu import pieces
 from rewarm.gpu.container import ContainerGpus
 from rewarm.gpu.hold import Hold, Users
@@ -28,12 +27,13 @@ class SavedMemory:
         self._writer = writer
         self._limit = settings.capture_timeout
         self._save: Save | None = None
+        self._found: list[pieces.Piece] = []
         if users is not None and users.served:
             from rewarm.gpu.save import Save  # only where there is anything
 
             writer.expect(sum(users.served.values()))
             uuids = [device.gpu.uuid for device in gpus.devices]
-            self._save = Save(settings.libcuda, uuids, writer.add_chunk, threads)
+            self._save = Save(settings.libcuda, uuids, writer.add_chunk, threads, settings.gpu_copy)
 
     def __enter__(self) -> SavedMemory:
         return self
@@ -46,20 +46,14 @@ class SavedMemory:
         if self._save is not None:
             places = held.places()
             numbered = [(processes.namespace_pid(pid), gpu, span, fd) for pid, gpu, span, fd in places]
-            others = list(held.used)
-            for _, gpu, span, _ in places:
-                others[gpu] = max(0, others[gpu] - span.size)
-            save = self._save
-            try:
-                aside.run(lambda: save.start(numbered, others), self._limit)
-            except TimeoutError as error:
-                raise GpuError("read memory of", "the GPUs", str(error), "look for Xid lines in `dmesg`") from error
+            self._save.start(numbered, held.needed, self._limit)
 
     def settle(self) -> None:
         """Wait until the processes may run again: at once where the GPU had room for a copy, else until all is stored.
         Raises GpuError, StoreError."""
         if self._save is not None and not self._save.detached:
-            self._save.join(self._limit)
+            self._found = self._save.join(self._limit)
+            self._close()  # what the program frees from now on is free
 
     def finish(self) -> tuple[int, int]:
         """Wait until all is stored, which has to be before any other chunk is. Returns the bytes, and how many of them
@@ -67,10 +61,10 @@ class SavedMemory:
 
         Raises GpuError, StoreError.
         """
-        if self._save is None:
-            return 0, 0
-        found = self._save.join(self._limit)
-        self._close()
+        if self._save is not None:
+            self._found = self._save.join(self._limit)
+            self._close()
+        found = self._found
         if found:
             self._writer.add_bytes(pieces.PIECES, pieces.encode(found))
         zeros = sum(piece.chunks.count(pieces.ZEROS) for piece in found) * pieces.WINDOW

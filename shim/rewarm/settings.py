@@ -17,6 +17,8 @@ from .errors import SettingsError
 
 DEFAULT_PATH = "/etc/rewarm/config.yaml"
 MAX_BYTES = 1 << 20
+ENGINES = ("none", "vllm", "sglang")
+"""Values of rewarm.dev/engine."""
 ON_MISS = ("cold-start", "fail")
 MAX_SECONDS = 86400.0
 COMPRESSIONS = ("auto", "zstd", "off")
@@ -81,6 +83,9 @@ class Settings:
     """Path of libcuda.so.1; auto: where NVIDIA's driver, images of nodes and the GPU operator put it."""
     gpu_lock_timeout: float = 30.0
     """How long a capture waits for what the GPUs still have to do for the container."""
+    gpu_copy: int = 0
+    """Percentage of a GPU's free memory that a capture may take for a copy, so that the source need not wait for the
+    store; 0: none. Others miss it until all is stored."""
     engine_timeout: float = 60.0
     """How long an engine named by rewarm.dev/engine may take to be quiet before a capture, and to go on after it."""
     ignore_env: tuple[str, ...] = _IGNORE_ENV
@@ -227,6 +232,12 @@ def _threads(value: object) -> int:
     return value
 
 
+def _percentage(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 50:
+        raise ValueError
+    return value
+
+
 def _size(value: object) -> int:
     if isinstance(value, str):
         found = re.match(r"([0-9]{1,18})([KMGT]?)\Z", value)
@@ -288,6 +299,7 @@ _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "read_ahead": _BYTES,
     "libcuda": (_auto_or_path, "auto, or an absolute path"),
     "gpu_lock_timeout": _SECONDS,
+    "gpu_copy": (_percentage, "a whole number from 0 (no copy) to 50, percent"),
     "engine_timeout": _SECONDS,
     "ignore_env": (lambda value: _list(value, lambda glob: "=" not in glob), "a list of globs of environment keys"),
 }

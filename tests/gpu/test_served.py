@@ -82,6 +82,31 @@ def notes(running: Running) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.parametrize("source", ["served-copied"], indirect=True)
+def test_captured_by_way_of_a_copy(fleet: Fleet, source: Running, figures: dict[str, Any]) -> None:
+    """Weights, and a cache of which little was used: the source goes on while they are stored, and both are right."""
+    node = source.node
+    expected = source.answers(BEFORE + AFTER)
+    checksum = source.ask("/checksum")
+    source.ask("/reset")
+    source.answers(BEFORE)
+    node.configure(gpu_copy=25)
+    try:
+        said = fleet.capture(source, "served-copied")
+    finally:
+        node.configure()
+    figures["copied"] = said
+    assert source.answers(AFTER) == expected[BEFORE:]
+    assert source.ask("/checksum") == checksum
+    assert said["device_zero_bytes"] > 3 << 30, "the cache is stored"
+    assert said["paused_seconds"] < said["total_seconds"] / 2
+    source.stop()
+    copy = fleet.restore("copy-copied", source, "served-copied")
+    assert copy.answers(AFTER) == expected[BEFORE:]
+    assert copy.ask("/checksum") == checksum
+    copy.stop()
+
+
 @pytest.mark.parametrize("source", ["served-damaged"], indirect=True)
 def test_a_damaged_chunk(fleet: Fleet, source: Running, figures: dict[str, Any]) -> None:
     """The GPU finds it, and it is not run; whole again, it is."""

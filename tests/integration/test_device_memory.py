@@ -141,14 +141,32 @@ def test_zeros_and_memory_of_several_pieces(here: Place) -> None:
     assert before["step"] == 1
 
 
-def test_no_room_for_a_copy_on_the_gpu(source: Place) -> None:
-    """The program waits until its memory is stored then."""
-    source.node.env["FAKE_LIMIT"] = str(20 * MIB)
-    capture(source, "source")
-    goes_on(source, 2)
-    source.end("source")
-    restore(source)
-    goes_on(source, 2)
+@pytest.mark.parametrize("room", [True, False])
+def test_captured_by_way_of_a_copy_on_the_gpu(
+    nothing_left_behind: None, tmp_path: Path, prefix: Path, room: bool
+) -> None:
+    """And killed in the middle of that."""
+    with place(tmp_path, prefix, gpu_copy=50) as source:
+        if not room:
+            source.node.env["FAKE_LIMIT"] = str(20 * MIB)
+        source.start("source", served(source, "source"))
+        began = time.monotonic()
+        goes_on(source, 1)
+        capture(source, "source")
+        duration = time.monotonic() - began
+        goes_on(source, 2)
+        for number in range(8):
+            with running_capture(source) as running:
+                time.sleep(duration * (number + random.random()) / 8)
+                helper = helpers(running.pid)
+                running.kill()
+            wait_for("the end of the helper", lambda: all(state_of(one) in (None, "Z") for one in helper))  # noqa: B023
+            reap_orphans()
+            goes_on(source, 3 + number)
+        capture(source, "source", "--stop")
+        source.end("source")
+        restore(source)
+        goes_on(source, 11)
 
 
 def test_captured_again(captured: Place) -> None:

@@ -384,8 +384,10 @@ def test_a_copy_that_is_captured_at_once(cluster: Cluster) -> None:
     os.kill(waker, signal.SIGSTOP)  # as one that is slow
     cluster.node.runtime.start("copy")
     with capturing(copy) as process:
+        calls = copy.state()["calls"]
         time.sleep(1.5)
         assert process.poll() is None
+        assert copy.state()["calls"] == calls, "the capture has not waited"
         assert copy.state()["paused"], "nobody has told it yet"
         os.kill(waker, signal.SIGCONT)
         assert process.wait(60) == 0

@@ -9,6 +9,7 @@
 int fake_uuid(uint8_t *uuid, int device);
 void fake_enter(void);
 void fake_finish(void *stream);
+int fake_copy(void *stream, void *to, const void *from, size_t size);
 
 /* In CUDA_VISIBLE_DEVICES, if that is set, else all of the node's. */
 static bool is_visible(const char *uuid)
@@ -124,7 +125,7 @@ static struct queue *queue_of(void *stream)
 	return found;
 }
 
-static int begin_copy(void *stream, void *to, const void *from, size_t size)
+int fake_copy(void *stream, void *to, const void *from, size_t size)
 {
 	if (stream == NULL)
 		return INVALID_VALUE;
@@ -189,12 +190,12 @@ EXPORT int cuEventSynchronize(struct event *event)
 
 EXPORT int cuMemcpyHtoDAsync_v2(uint64_t device, const void *host, size_t size, void *stream)
 {
-	return begin_copy(stream, (void *)device, host, size);
+	return fake_copy(stream, (void *)device, host, size);
 }
 
 EXPORT int cuMemcpyDtoHAsync_v2(void *host, uint64_t device, size_t size, void *stream)
 {
-	return begin_copy(stream, host, (const void *)device, size);
+	return fake_copy(stream, host, (const void *)device, size);
 }
 
 EXPORT int cuMemsetD8Async(uint64_t device, unsigned char value, size_t size, void *stream)

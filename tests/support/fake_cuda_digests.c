@@ -2,7 +2,8 @@
  * specification. Whether the kernel's own text does the same is tests/unit/test_blake3_ptx.py and tests/gpu.
  *
  * Lines of the file `node`: `compiler none`, and `kernel idle` for one that ends and has written nothing, `kernel wrong`
- * for one whose digests are not those of the memory; `kernel idle-later` and `wrong-later` from its second launch on. */
+ * for one whose digests are not those of the memory; `kernel idle-later` and `wrong-later` from its second launch on, `zeros-later`
+ * for one that takes everything for zeros from then on. */
 #include "fake_cuda.h"
 
 void fake_finish(void *stream);
@@ -126,7 +127,10 @@ EXPORT int cuLaunchKernel(void *function, unsigned blocks, unsigned y, unsigned 
 		return OK;
 	bool wrong = node_says("kernel", "wrong") || (later && node_says("kernel", "wrong-later"));
 	for (unsigned at = 0; at < blocks; at++) {
-		digest(found[at], (const uint8_t *)addresses[at]);
+		static const uint8_t zeros[WINDOW];
+		bool blind = later && node_says("kernel", "zeros-later");
+
+		digest(found[at], blind ? zeros : (const uint8_t *)addresses[at]);
 		found[at][7] ^= wrong;
 	}
 	return OK;

@@ -101,3 +101,31 @@ def test_room_that_comes(answers: Answers) -> None:
     timer.start()
     wait(answers, {"b": {OTHER: GIB}}, 60)
     timer.join()
+
+
+@pytest.mark.parametrize(
+    ("told", "freed", "needed"),
+    [
+        # NVML has counted what was imported: 8 of 10 GiB were taken, 2 are the driver's part.
+        (10, 2, 2),
+        (10, 3, 2),
+        # It has not: the 10 that it told are the driver's part.
+        (10, 10, 10),
+        (10, 9, 10),
+        # As much was taken as it told, and was counted; or it was not.
+        (8, 0, 0),
+        (8, 8, 8),
+    ],
+)
+def test_what_was_imported_is_counted_or_not(told: int, freed: int, needed: int) -> None:
+    taken = {"GPU-0": {ONE: 8 * GIB}}
+    found = room.with_imported({"GPU-0": {ONE: told * GIB}}, taken, taken, {"GPU-0": freed * GIB})
+    assert found["GPU-0"][ONE] - 8 * GIB == needed * GIB
+
+
+def test_a_part_was_imported() -> None:
+    """5 of 8 that were taken."""
+    told, taken, imported = ({"GPU-0": {ONE: size * GIB}} for size in (7, 8, 5))
+    found = room.with_imported(told, taken, imported, {"GPU-0": 4 * GIB})
+    assert found["GPU-0"][ONE] == 12 * GIB, "4 of the driver's beside the 8"
+    assert room.with_imported(told, taken, {}, {"GPU-0": 4 * GIB}) == told

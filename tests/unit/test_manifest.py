@@ -102,7 +102,7 @@ def test_the_paths_reach_every_level() -> None:
     assert {"files[0].offset", "requires.mounts[0].type", "processes[0].threads[0].tid"} <= set(map(dotted, PATHS))
 
 
-LATER = [("cuda", "served_bytes"), ("cuda", "served_zeros")]
+LATER = [("cuda", "served_bytes"), ("cuda", "served_zeros"), ("requires", "engine")]
 """Fields that older snapshots have not."""
 
 
@@ -117,7 +117,9 @@ def test_an_older_snapshot_is_read() -> None:
     value = document()
     for path in LATER:
         del parent(value, path)[path[-1]]
-    assert parse(encode(value)).cuda.served_bytes == 0
+    found = parse(encode(value))
+    assert found.cuda.served_bytes == 0
+    assert found.requires.engine == "none"
 
 
 @pytest.mark.parametrize(("path", "wrong"), WRONG_PATHS)
@@ -201,6 +203,7 @@ def test_an_unknown_version_is_said_before_anything_else(version: int) -> None:
         (("requires", "user"), [0], "must be [uid, gid]"),
         (("requires", "user"), [0, 1 << 32], "requires.user[1] must be in"),
         (("requires", "cgroup_version"), 3, "must be in 0..2"),
+        (("requires", "engine"), "tgi", "requires.engine must be one of none, vllm, sglang"),
         (("requires", "args"), ["a\0b"], "requires.args[0] holds a NUL"),
         (("requires", "args"), ["\ud800"], "half a surrogate"),
         (("requires", "args"), ["x" * (1 << 17 | 1)], "longer than"),

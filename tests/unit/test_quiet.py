@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rewarm import engines, processes
+from rewarm import engines, processes, waker
 from rewarm.errors import CaptureError, RestoreError
 from rewarm.lifeline import Lifeline
 from rewarm.oci.runc import Container
@@ -127,3 +127,11 @@ def test_a_signal_while_it_is_told_to_go_on(engine: Callable[..., None]) -> None
     with pytest.raises(KeyboardInterrupt), quiet():
         pass
     assert CALLS == ["quiet vllm 7 3", "quiesce", "resume"]
+
+
+def test_one_that_is_still_told_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is begun."""
+    monkeypatch.setattr(waker, "wait", lambda directory, limit: limit != 3)
+    with pytest.raises(CaptureError, match="still being told to go on after its restore, for more than 3 s"), quiet():
+        raise AssertionError
+    assert CALLS == []

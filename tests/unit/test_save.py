@@ -7,6 +7,7 @@ import ctypes
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from rewarm.errors import GpuError
 from rewarm.gpu import host
+from rewarm.gpu.digests import Digests
 from rewarm.gpu.pieces import WINDOW, ZEROS, Piece, Span
 from rewarm.gpu.save import Save
 from rewarm_native.device import Device
@@ -111,9 +113,9 @@ def nothing_left() -> Iterator[None]:
     assert left() == before
 
 
-def begin(gpus: FakeGpus, program: Program, store: Store, others: int = 0, threads: int = 3) -> Save:
-    save = Save(str(gpus.libcuda), [GPU], store.add, threads)
-    save.start(program.places, [others])
+def begin(gpus: FakeGpus, program: Program, store: Store, others: int = 0, threads: int = 3, share: int = 50) -> Save:
+    save = Save(str(gpus.libcuda), [GPU], store.add, threads, share)
+    save.start(program.places, [others], LIMIT)
     return save
 
 
@@ -169,13 +171,94 @@ def test_zeros_alone_are_nothing_to_store(gpus: FakeGpus, nothing_left: None) ->
     program.end()
 
 
-def test_a_kernel_without_results_makes_no_zeros(gpus: FakeGpus, nothing_left: None) -> None:
-    """No digest is not the digest of zeros."""
-    gpus.node(fake_gpu.gpus(1), more=["kernel idle"])
-    program, store = Program(gpus, windows("x..x")), Store()
+@pytest.mark.parametrize("kernel", ["idle-later", "wrong-later", "zeros-later"])
+def test_a_kernel_that_is_wrong_makes_no_zeros(gpus: FakeGpus, nothing_left: None, kernel: str) -> None:
+    """No digest is not the digest of zeros, and some of what it takes for zeros is looked at."""
+    gpus.node(fake_gpu.gpus(1), more=[f"kernel {kernel}"])
+    program, store = Program(gpus, windows("xxxxx..xx")), Store()
     store.may.set()
     save = begin(gpus, program, store)
     assert store.is_right(save.join(LIMIT), program.contents)
+    save.close()
+    program.end()
+
+
+def test_no_copy_unless_it_is_wanted(gpus: FakeGpus, nothing_left: None) -> None:
+    program, store = Program(gpus, windows("xx.x")), Store()
+    store.may.set()
+    save = begin(gpus, program, store, share=0)
+    assert not save.detached
+    assert store.is_right(save.join(LIMIT), program.contents)
+    assert len(store.chunks) == 3
+    save.close()
+    program.end()
+
+
+def test_others_were_faster(gpus: FakeGpus, nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room for the copy is gone when it is made."""
+    program, store = Program(gpus, windows("x" * 600)), Store()
+    monkeypatch.setenv("FAKE_LIMIT", str(1200 * WINDOW - WINDOW))
+    monkeypatch.setattr(Device, "free", lambda self: 10_000 * WINDOW)
+    store.may.set()
+    save = begin(gpus, program, store)
+    assert not save.detached
+    assert store.is_right(save.join(LIMIT), program.contents)
+    save.close()
+    program.end()
+
+
+def test_a_start_that_takes_too_long(gpus: FakeGpus, nothing_left: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is closed under it, and it does nothing more when it goes on."""
+    program, goes_on, asked = Program(gpus, windows("x" * 4), windows("x" * 4, 2)), threading.Event(), []
+    original = Digests.of
+
+    def of(self: Digests, addresses: Sequence[int]) -> list[bytes]:
+        asked.append(len(addresses))
+        assert goes_on.wait(LIMIT)
+        return original(self, addresses)
+
+    save = Save(str(gpus.libcuda), [GPU], lambda data: 0, 2, 50)
+    monkeypatch.setattr(Digests, "of", of)
+    with pytest.raises(GpuError, match=r"more than 0\.2 s"):
+        save.start(program.places, [0], 0.2)
+    save.close()
+    assert save._host.devices, "the contexts are closed under a thread"
+    goes_on.set()
+    assert save._starting is not None and save._starting.wait(LIMIT)
+    assert asked == [4] and not save.detached
+    save.close()
+    program.end()
+
+
+@pytest.mark.parametrize("share", [0, 50])
+def test_a_store_that_hangs(gpus: FakeGpus, nothing_left: None, share: int) -> None:
+    """The memory of the program, or the copy, is let go of while a thread is in the store."""
+    program, store = Program(gpus, windows("x" * 40)), Store()
+    before = left()
+    save = begin(gpus, program, store, share=share)
+    with pytest.raises(GpuError, match="more than"):
+        save.join(0.3)
+    save.close()
+    assert left() == before
+    store.may.set()
+    for task in save._tasks:
+        assert task.wait(LIMIT)
+    program.end()
+
+
+def test_a_slow_store_holds_up_nobody(gpus: FakeGpus, nothing_left: None) -> None:
+    """From a copy it may take as long as it does, as long as something is stored."""
+    program, store = Program(gpus, windows("x" * 8)), Store()
+
+    def slowly(data: memoryview) -> int:
+        time.sleep(0.3)
+        return store.add(data)
+
+    store.may.set()
+    save = Save(str(gpus.libcuda), [GPU], slowly, 1, 50)
+    save.start(program.places, [0], LIMIT)
+    assert save.detached
+    assert store.is_right(save.join(1.0), program.contents)
     save.close()
     program.end()
 
@@ -191,8 +274,8 @@ def test_a_store_that_fails(
     def add(_data: memoryview) -> int:
         raise GpuError("store", "chunk", "no space left")
 
-    save = Save(str(gpus.libcuda), [GPU], add, 2)
-    save.start(program.places, [0])
+    save = Save(str(gpus.libcuda), [GPU], add, 2, 50)
+    save.start(program.places, [0], LIMIT)
     assert save.detached is detached
     with pytest.raises(GpuError, match="no space left"):
         save.join(LIMIT)

@@ -17,6 +17,7 @@ from rewarm import engines, processes, waker
 from rewarm.errors import RestoreError
 from rewarm.oci import record
 from rewarm.oci.record import Record
+from rewarm.request import Request
 from rewarm.settings import Settings
 from support.proc import state_of, wait_for
 
@@ -97,3 +98,15 @@ def test_what_an_engine_says_is_made_printable(
     assert waker.main([saved(tmp_path, os.getpid()), "vllm", "7"]) == 0
     assert outcome(tmp_path) == (True, "a?[2J?; b")
     assert capfd.readouterr().err == "a?[2J?; b\n"
+
+
+def test_a_capture_waits_for_it(tmp_path: Path, init: subprocess.Popen[bytes]) -> None:
+    """As long as it lives, from before it has begun."""
+    assert waker.wait(str(tmp_path), 0.1), "one that was not restored has none"
+    wanted = Request(namespace="default", snapshot="model", engine="vllm")
+    directory = saved(tmp_path, init.pid)
+    assert waker.start(directory, wanted, {"process": {"args": []}}) == ""
+    assert not waker.wait(directory, 0.3)
+    init.kill()
+    assert waker.wait(directory, 20)
+    assert outcome(tmp_path)[0] is False

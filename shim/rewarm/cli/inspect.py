@@ -155,6 +155,7 @@ def _needs(needs: Requires) -> list[tuple[str, str]]:
         ("LSM label", needs.lsm or "none"),
         ("namespaces", " ".join(needs.namespaces) or "none"),
         ("GPUs", "; ".join(_gpu(device) for device in needs.gpus) or "none"),
+        *([("engine", f"{needs.engine}, paused (rewarm.dev/engine)")] if needs.engine != "none" else []),
         *([("NVIDIA driver", f"{needs.driver} (the same)")] if needs.gpus else []),
     ]
 

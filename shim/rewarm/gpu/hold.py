@@ -114,6 +114,8 @@ class Hold:
         self._needed: Needed = {}
         self.seconds = 0.0
         self.used: tuple[int, ...] = ()
+        self.needed: tuple[int, ...] = ()
+        """What of that has to have room to come back, since the driver has taken it off."""
         self.taken: dict[int, list[tuple[Listed, int]]] = {}
         """By host pid: pieces of device memory that were taken, and the descriptors of their memory."""
 
@@ -144,13 +146,17 @@ class Hold:
                 if told is not None:
                     self._take(told)
                 actions.checkpoint(driver, found, self._limit)
-            if told is None:
+            imported = self._taken_bytes(imported=True)
+            if told is None or imported:
                 # What others take or free meanwhile counts as well.
                 after = self._ask(lambda: [nvml.free_bytes(uuid) for uuid in uuids])
-                freed = [max(0, free - was) for was, free in zip(before, after, strict=True)]
-                taken = self._taken_bytes()
-                sizes = [size + sum(taken.get(uuid, {}).values()) for uuid, size in zip(uuids, freed, strict=True)]
-                self._take({uuid: {room.ALL: size} for uuid, size in zip(uuids, sizes, strict=True)})
+                freed = {uuid: max(0, free - was) for uuid, was, free in zip(uuids, before, after, strict=True)}
+                if told is None:
+                    taken = self._taken_bytes()
+                    sizes = {uuid: size + sum(taken.get(uuid, {}).values()) for uuid, size in freed.items()}
+                    self._take({uuid: {room.ALL: size} for uuid, size in sizes.items()})
+                else:
+                    self._take(room.with_imported(told, self._taken_bytes(), imported, freed))
         except BaseException as error:
             try:
                 room.wait(driver, nvml, found, self._needed, self._limit)
@@ -192,6 +198,7 @@ class Hold:
             uuid: {pid: max(0, size - _part(taken.get(uuid, {}), pid)) for pid, size in sizes.items()}
             for uuid, sizes in used.items()
         }
+        self.needed = tuple(sum(sizes.values()) for sizes in self._needed.values())
         self._guard.taken(self._needed)
 
     def _took(self, pid: int, piece: Listed, fd: int) -> None:
@@ -203,12 +210,14 @@ class Hold:
     def _uuids(self) -> dict[bytes, str]:
         return {container.uuid_bytes(device.gpu.uuid): device.gpu.uuid for device in self._gpus.devices}
 
-    def _taken_bytes(self) -> dict[str, dict[int, int]]:
-        """By the GPU's UUID and the host pid."""
+    def _taken_bytes(self, *, imported: bool = False) -> dict[str, dict[int, int]]:
+        """By the GPU's UUID and the host pid; or of what was imported alone."""
         sizes: dict[str, dict[int, int]] = {}
         uuids = self._uuids()
         for pid, pieces in self.taken.items():
             for piece, _ in pieces:
+                if imported and not piece.imported:
+                    continue
                 of_gpu = sizes.setdefault(uuids[piece.uuid], {})
                 of_gpu[pid] = of_gpu.get(pid, 0) + piece.span.size
         return sizes

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from rewarm import aside
 from rewarm.aside import Task
-from rewarm.errors import GpuError
+from rewarm.errors import GpuError, RestoreError
 from rewarm.trace import Trace
 from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device, Lane
@@ -309,10 +309,17 @@ class Load:
         tasks = [
             Task(partial(self._try_again, arrivals, share, at), "load") for at, share in enumerate(shares) if share
         ]
-        for task in tasks:
-            task.start()
-        for task in tasks:
-            task.wait()
+        begun: list[Task] = []
+        try:
+            for task in tasks:
+                task.start()
+                begun.append(task)
+        except RestoreError:
+            self._stop.set()
+            raise
+        finally:
+            for task in begun:
+                task.wait()
 
     def _try_again(self, arrivals: Arrivals, chunks: Sequence[int], number: int) -> None:
         try:

@@ -29,6 +29,24 @@ _LONGEST_STATE = 10.0
 _SHORT = 0.5
 
 
+def with_imported(told: Needed, taken: Needed, imported: Needed, freed: Mapping[str, int]) -> Needed:
+    """What processes have of each GPU, as NVML has `told`, where some of what was `taken` of them is `imported` from
+    another process, as what a restore has brought.
+
+    Whether NVML counts that, nobody says. What the driver's checkpoint has `freed` on each GPU is the rest of all, so
+    the answer that comes nearer to it is taken.
+    """
+    found: dict[str, Mapping[int, int]] = {}
+    for uuid, sizes in told.items():
+        more = {pid: size + imported.get(uuid, {}).get(pid, 0) for pid, size in sizes.items()}
+        rest = [
+            sum(max(0, size - taken.get(uuid, {}).get(pid, 0)) for pid, size in one.items()) for one in (sizes, more)
+        ]
+        nearer = abs(rest[1] - freed[uuid]) < abs(rest[0] - freed[uuid])
+        found[uuid] = more if nearer else sizes
+    return found
+
+
 class _States:
     """Whose memory is off the GPUs, as far as the driver says it: one that does not answer holds up no other."""
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from blake3 import blake3
 
 from rewarm.errors import SnapshotDamaged
+from rewarm.settings import ENGINES
 
 from . import fields
 from .carved import HugeMapping, Memory, read_memory
@@ -278,6 +279,8 @@ def _requires(reader: Reader) -> Requires:
         cgroup_version=reader.integer("cgroup_version", 2),
         engine=reader.text_or("engine", "none", 64),
     )
+    if requires.engine not in ENGINES:
+        raise Bad(f"field {reader.path('engine')} must be one of {', '.join(ENGINES)}")
     reader.done()
     return requires
 

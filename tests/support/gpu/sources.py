@@ -84,6 +84,7 @@ SOURCES: dict[str, Source] = {
     "served-streams": Source("streams", served=True),
     "served-threads": Source("threads", early=False, served=True),
     "served-killed": Source("server", {"GIB": "1"}, served=True),
+    "served-copied": Source("server", {"GIB": "4", "KV_GIB": "4", "KV_USED_MIB": "64"}, served=True),
     "served-damaged": Source("server", {"GIB": "0.5"}, served=True),
     # What it cannot.
     "managed": Source("managed", early=False),
