@@ -107,6 +107,7 @@ def capture(
             guard = _gpu_guard(lifeline, frozen)
             held = Hold(gpus, users, settings.gpu_lock_timeout, settings.capture_timeout, guard)
             device_memory = stack.enter_context(held)
+            stack.callback(saved.close)  # before memory is given back: a copy may have the room for it
             saved.start(device_memory)
         step(DUMP)
         stack.enter_context(frozen)
@@ -123,11 +124,12 @@ def capture(
         with trace.phase("capture.device"):
             numbers = tuple(map(processes.namespace_pid, device_memory.pids))
             saved.settle()
-            if stop and numbers:
+            if stop:
                 frozen.check()
         if not stop:
             frozen.resume()
             device_memory.resume()
+            saved.release()
             quiet.resume()
         notes += _remove_network_lock(container)
         step("storing memory")

@@ -20,6 +20,7 @@ from rewarm.oci import runc
 from rewarm.oci.runc import Container, Runc
 
 _RUNC_TIMEOUT = 30.0
+_RESUMED = "it was resumed while it was being captured, or has ended"
 
 
 class Frozen:
@@ -70,12 +71,12 @@ class Frozen:
         if done.returncode != 0:
             status = self._status()
             self.frozen = status == "paused"
-            if self.frozen or (status == "running" and not killed):
+            if self.frozen or not killed:
                 next_step = f"run `runc --root {self._container.root} resume {self._container.id}`"
                 raise CaptureError(
                     "resume container",
                     self._container.id,
-                    runc.message(done) if self.frozen else "it was resumed while it was being captured",
+                    runc.message(done) if self.frozen else _RESUMED,
                     next_step if self.frozen else "see `capture_timeout` in the settings",
                 )
         self.frozen = False
@@ -94,13 +95,11 @@ class Frozen:
             )
 
     def check(self) -> None:
-        """CaptureError if somebody else has let it go on: what was read of it by then is not of one moment."""
-        if self._status() == "running":
+        """CaptureError unless runc says that it is paused: what was read of one that somebody else has let go on is not
+        of one moment."""
+        if self._runc.status(self._container.id) != "paused":
             raise CaptureError(
-                "capture container",
-                self._container.id,
-                "it was resumed while it was being captured",
-                "see `capture_timeout` in the settings",
+                "capture container", self._container.id, _RESUMED, "see `capture_timeout` in the settings"
             )
 
     def _status(self) -> str:

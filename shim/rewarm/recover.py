@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 import sys
 import time
@@ -28,6 +29,9 @@ from rewarm.settings import Settings
 _LONGEST_EXEC = 1.0
 """Seconds until a program that has been started has its arguments, also one whose cgroup is throttled."""
 _GUARD_TIMEOUT = 20.0
+_PROBE = re.compile(r"/tmp/\.criu\.move_mount_set_group\.[A-Za-z0-9]{6}")
+_PROBED = 1.0
+"""Seconds after which such a mount is nobody's any more."""
 
 
 @contextmanager
@@ -83,6 +87,7 @@ def undo(path: str, kept: Record, low_level: runc.Runc) -> None:
         _kill(kept)
         _unmount(kept)
         _remove_yard(path)
+        _remove_probes(path)
         low_level.remove(kept.id)
         cgroups.remove(kept.cgroups)
         _restore_trees(kept)
@@ -126,6 +131,22 @@ def _remove_yard(path: str) -> None:
                 found = os.lstat(yard)
                 if stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and found.st_ctime_ns >= begun:
                     os.rmdir(yard)
+
+
+def _remove_probes(path: str) -> None:
+    """The mounts by which a CRIU that was killed in the middle of it has looked what the kernel can: in its first run
+    after a boot, and in every one without a tmpfs at /run (criu/kerndat.c, kerndat_has_move_mount_set_group).
+    Another's, who is just looking, are gone in some milliseconds."""
+    with suppress(OSError, OciError):
+        begun = os.stat(os.path.join(path, "criu.conf")).st_mtime
+        for probe in filter(_PROBE.fullmatch, mounts.below("/tmp")):
+            age = time.time() - os.lstat(probe).st_ctime
+            if age > time.time() - begun:
+                continue  # it was there before this restore
+            time.sleep(max(0.0, _PROBED - age))
+            others = [one for one in mounts.below("/tmp") if one != probe and not one.startswith(f"{probe}/")]
+            mounts.unmount_below("/tmp", others)
+            os.rmdir(probe)
 
 
 def _restore_trees(kept: Record) -> None:

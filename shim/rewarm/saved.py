@@ -39,7 +39,7 @@ class SavedMemory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        self._close()
+        self.close()
 
     def start(self, held: Hold) -> None:
         """Begin to read what `held` has taken. Raises GpuError, RestoreError."""
@@ -53,7 +53,11 @@ class SavedMemory:
         Raises GpuError, StoreError."""
         if self._save is not None and not self._save.detached:
             self._found = self._save.join(self._limit)
-            self._close()  # what the program frees from now on is free
+
+    def release(self) -> None:
+        """The processes run again: what they free from now on is to be free, unless it is a copy that is stored."""
+        if self._save is not None and not self._save.detached:
+            self.close()
 
     def finish(self) -> tuple[int, int]:
         """Wait until all is stored, which has to be before any other chunk is. Returns the bytes, and how many of them
@@ -63,14 +67,15 @@ class SavedMemory:
         """
         if self._save is not None:
             self._found = self._save.join(self._limit)
-            self._close()
+            self.close()
         found = self._found
         if found:
             self._writer.add_bytes(pieces.PIECES, pieces.encode(found))
         zeros = sum(piece.chunks.count(pieces.ZEROS) for piece in found) * pieces.WINDOW
         return sum(piece.size for piece in found), zeros
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the memory and the GPUs; nothing happens the second time."""
         if self._save is not None:
             self._save.close()
             self._save = None

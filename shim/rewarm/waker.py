@@ -15,6 +15,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import IO
 
 from rewarm import engines, processes, settings
 from rewarm.errors import RestoreError, RewarmError
@@ -28,15 +30,21 @@ _POLL = 0.02
 _LOG = "engine.log"
 
 
-def start(directory: str, wanted: Request, bundle_spec: Spec) -> str:
+@contextlib.contextmanager
+def reserved(directory: str) -> Iterator[IO[bytes]]:
+    """Its log, for `start`: from before the container runs whoever captures that waits for it. Raises OSError."""
+    with open(os.path.join(directory, _LOG), "wb") as log:
+        # It has the lock with its standard error, for as long as it lives.
+        fcntl.flock(log, fcntl.LOCK_EX)
+        yield log
+
+
+def start(directory: str, wanted: Request, bundle_spec: Spec, log: IO[bytes]) -> str:
     """Start it for a container that has been restored; what stands against it, if anything does."""
     port = engines.target(wanted.engine, wanted.ready, bundle_spec)
     words = [sys.executable, "-I", "-m", "rewarm.waker", directory, wanted.engine, str(port)]
     try:
-        with open(os.path.join(directory, _LOG), "wb") as log:
-            # It has the lock with its standard error, for as long as it lives.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
+        subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
     except OSError as error:
         return f"the engine is not told to go on: {error}"
     return ""

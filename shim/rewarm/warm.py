@@ -35,13 +35,11 @@ def attempt(
                 here = aside.run(lambda: requirements(bundle_spec, settings, binary))
                 ref, manifest = aside.run(lambda: choose(store, wanted, here))
             plan = Plan(invocation, bundle_spec, life, settings, binary, directory, store, ref, manifest, trace)
-            with trace.phase("restore"):
-                restore(plan)
             if wanted.engine != "none":
-                from rewarm import waker  # only who has an engine waits for its import
-
-                if text := waker.start(directory, wanted, bundle_spec):
-                    log.write(invocation, "warning", f"rewarm: {text}")
+                _restore_engine(plan, wanted)
+            else:
+                with trace.phase("restore"):
+                    restore(plan)
         finally:
             # A timer outlives execve(2): it would kill the runc that this process becomes.
             deadline.disarm()
@@ -52,6 +50,16 @@ def attempt(
             f"the deadline of {settings.deadline:g} s passed during {_stage(trace)}",
             "see `deadline` in the settings",
         ) from None
+
+
+def _restore_engine(plan: Plan, wanted: Request) -> None:
+    from rewarm import waker  # only who has an engine waits for its import
+
+    with waker.reserved(plan.directory) as its_log:
+        with plan.trace.phase("restore"):
+            restore(plan)
+        if text := waker.start(plan.directory, wanted, plan.spec, its_log):
+            log.write(plan.invocation, "warning", f"rewarm: {text}")
 
 
 def _stage(trace: Trace) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from rewarm.oci import mounts, record, runc, spec
 from rewarm.oci.record import Record, Undo
 from rewarm_hooks.layer import apply_layer
 from support import tars
-from support.proc import wait_for
+from support.proc import command, wait_for
 
 SOURCES = os.pathsep.join(str(Path(__file__).parents[2] / name) for name in ("shim", "hooks"))
 DEAD = 2**22 + 1  # above the largest pid that Linux gives
@@ -230,6 +231,32 @@ def test_what_a_killed_criu_left_in_tmp_goes(path: Path, bundle: Path) -> None:
         file.unlink(missing_ok=True)
         for yard in (older, own, full, unnamed):
             shutil.rmtree(yard, ignore_errors=True)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_criu_looks_at_the_kernel_with(path: Path, when: str) -> None:
+    """It is killed between two mounts; what was there before this restore is not this one's."""
+    probe = Path(tempfile.mkdtemp(prefix=".criu.move_mount_set_group.", dir="/tmp"))
+    probe = probe.rename(f"/tmp/.criu.move_mount_set_group.{secrets.token_hex(3)}")
+    kept = record.load(str(path))
+    assert kept is not None
+    try:
+        command("mount", "-t", "tmpfs", "tmpfs", probe)
+        (probe / "subdir").mkdir()
+        command("mount", "-t", "tmpfs", "tmpfs", probe / "subdir")
+        time.sleep(0.05)
+        (path / "criu.conf").touch()
+        if when == "after":
+            os.utime(path / "criu.conf", (time.time() - 1, time.time() - 1))
+        recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
+        assert probe.exists() is (when == "before")
+        assert bool(mounts.below(str(probe)) or os.path.ismount(probe)) is (when == "before")
+    finally:
+        for target in (probe / "subdir", probe):
+            if os.path.ismount(target):
+                command("umount", target)
+        if probe.exists():
+            probe.rmdir()
 
 
 def test_a_place_that_holds_something_stays(path: Path, bundle: Path) -> None:

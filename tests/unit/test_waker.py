@@ -105,7 +105,9 @@ def test_a_capture_waits_for_it(tmp_path: Path, init: subprocess.Popen[bytes]) -
     assert waker.wait(str(tmp_path), 0.1), "one that was not restored has none"
     wanted = Request(namespace="default", snapshot="model", engine="vllm")
     directory = saved(tmp_path, init.pid)
-    assert waker.start(directory, wanted, {"process": {"args": []}}) == ""
+    with waker.reserved(directory) as log:
+        assert not waker.wait(directory, 0.1), "from before it is started"
+        assert waker.start(directory, wanted, {"process": {"args": []}}, log) == ""
     assert not waker.wait(directory, 0.3)
     init.kill()
     assert waker.wait(directory, 20)

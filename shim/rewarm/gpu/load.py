@@ -314,9 +314,8 @@ class Load:
             for task in tasks:
                 task.start()
                 begun.append(task)
-        except RestoreError:
-            self._stop.set()
-            raise
+        except RestoreError as error:
+            self._fail(error)
         finally:
             for task in begun:
                 task.wait()

@@ -43,7 +43,18 @@ def with_imported(told: Needed, taken: Needed, imported: Needed, freed: Mapping[
             sum(max(0, size - taken.get(uuid, {}).get(pid, 0)) for pid, size in one.items()) for one in (sizes, more)
         ]
         nearer = abs(rest[1] - freed[uuid]) < abs(rest[0] - freed[uuid])
-        found[uuid] = more if nearer else sizes
+        # Neighbours may have freed some of it: what was not seen to come free is not asked for.
+        over = max(0, rest[1] - max(rest[0], freed[uuid]))
+        found[uuid] = _less(more, over) if nearer else sizes
+    return found
+
+
+def _less(sizes: Mapping[int, int], bytes_less: int) -> dict[int, int]:
+    found = {}
+    for pid, size in sizes.items():
+        taken = min(size, bytes_less)
+        found[pid] = size - taken
+        bytes_less -= taken
     return found
 
 

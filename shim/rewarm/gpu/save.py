@@ -61,7 +61,7 @@ class Save:
                 self._digests = [Digests(device) for device in self._host.devices]
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._work: deque[Sequence[Window]] = deque()
         self._mapped: list[tuple[Device, int, list[int]]] = []
         """Memory of the processes, in the order of the pieces."""
@@ -73,7 +73,9 @@ class Save:
         """By the number of the thread."""
         self._adding: set[int] = set()
         """Threads that are in the store, and not in the driver."""
-        self._stored = 0
+        self._queued = -1
+        self._done = 0
+        """Windows that are stored, or zeros."""
         self.detached = False
         """Whether the processes' memory is not needed any more."""
 
@@ -84,7 +86,8 @@ class Save:
         self._starting = Task(partial(self._begin, places, others), "start")
         self._starting.start()
         if not self._starting.wait(limit):
-            raise self._late(limit)
+            self._stop.set()
+            raise self._late(limit, "look for Xid lines in `dmesg`")
         if self._failure is not None:
             raise self._failure
         for at in range(min(self._threads, len(self._work))):
@@ -95,15 +98,20 @@ class Save:
     def join(self, limit: float) -> list[Piece]:
         """Wait until all is stored, at most `limit` seconds; while nobody stands still for it, at most so many in which
         nothing was. Raises the first failure, GpuError if it takes longer."""
-        end, seen = time.monotonic() + limit, self._stored
+        end, seen = time.monotonic() + limit, self._done
         for task in self._tasks:
             while not task.wait(max(0.0, min(1.0, end - time.monotonic()))):
-                if self.detached and self._stored != seen:
-                    end, seen = time.monotonic() + limit, self._stored
+                if self.detached and self._done != seen:
+                    end, seen = time.monotonic() + limit, self._done
+                if self._failure is not None:
+                    raise self._failure
                 if time.monotonic() > end:
                     raise self._late(limit)
         if self._failure is not None:
             raise self._failure
+        if self._done != self._queued:
+            cause = f"{self._queued - self._done} of {self._queued} windows were not stored"
+            raise GpuError("store device memory of", "the container", cause, "capture it again")
         return self._pieces
 
     def close(self) -> None:
@@ -127,9 +135,8 @@ class Save:
                 _unmap(mapped)
         self._host.close()
 
-    def _late(self, limit: float) -> GpuError:
-        cause = f"it has taken more than {limit:g} s"
-        return GpuError("store device memory of", "the container", cause, "see `capture_timeout` in the settings")
+    def _late(self, limit: float, next_step: str = "see `capture_timeout` in the settings") -> GpuError:
+        return GpuError("store device memory of", "the container", f"it has taken more than {limit:g} s", next_step)
 
     def _begin(self, places: Sequence[tuple[int, int, Span, int]], others: Sequence[int]) -> None:
         try:
@@ -147,10 +154,11 @@ class Save:
             self._check()
             if self._share:
                 windows = self._copied(windows, others)
+            self._queued = len(windows)
             self._work.extend(_parts(windows))
         except CudaError as error:
             self._fail(host.failed("read memory of", ", ".join(self._uuids), error))
-        except Exception as error:
+        except BaseException as error:  # a panic of a library's as well
             self._fail(error)
 
     def _check(self) -> None:
@@ -258,7 +266,7 @@ class Save:
                 self._read(windows, lanes[gpu], buffers, thread)
         except CudaError as error:
             self._fail(host.failed("copy from", ", ".join(self._uuids), error))
-        except Exception as error:
+        except BaseException as error:  # a panic of a library's as well
             self._fail(error)
 
     def _read(self, windows: Sequence[Window], lane: Lane, buffers: Sequence[memoryview], thread: int) -> None:
@@ -277,10 +285,11 @@ class Save:
                     if self._stop.is_set():
                         return  # who closes may have seen it in the store
                     self._adding.discard(thread)
-                    self._stored += 1
                 self._pieces[number].chunks[at] = chunk
+            with self._lock:
+                self._done += 1
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failure = self._failure or error  # raised by `join`
         self._stop.set()
