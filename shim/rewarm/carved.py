@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,57 +134,42 @@ def load(
     stands for each of the snapshot's. Raises SnapshotDamaged, StoreError."""
     if manifest.file(chunks.CHUNKS) is None and manifest.file(PLACES) is None and not manifest.memory.filled:
         return None
-    opening: Opening | None = None
-    if manifest.cuda.served_bytes:
-        from rewarm.gpu.host import Opening  # only what has device memory loads anything of it
+    with ExitStack() as undo:
+        opening: Opening | None = None
+        if manifest.cuda.served_bytes:
+            from rewarm.gpu.host import Opening  # only what has device memory loads anything of it
 
-        opening = Opening(settings.libcuda, gpus, trace)
-    try:
-        if opening is not None:
+            opening = Opening(settings.libcuda, gpus, trace)
+            undo.callback(opening.close)
             opening.start()
-        return _load(store, ref, manifest, settings, trace, stop, opening)
-    except BaseException:
+        table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))
+        if not table and not manifest.cuda.served_bytes:
+            raise SnapshotDamaged("read memory/chunks of", str(ref), "it has no chunks", _NEXT_STEP)
+        data = store.read_file(manifest, PLACES) if manifest.file(PLACES) is not None else b""
+        # The first chunks are those of device memory.
+        first = max(0, len(table) - places.count(data))
+        device, table = table[:first], table[first:]
+        try:
+            where = places.decode(data, [chunk.size for chunk in table])
+        except places.Bad as bad:
+            raise SnapshotDamaged("read memory/places of", str(ref), str(bad), _NEXT_STEP) from None
+        filled = sum(chunk.size for chunk in table)
+        if filled != manifest.memory.filled:
+            cause = f"its chunks have {filled} bytes, its manifest says {manifest.memory.filled}"
+            raise SnapshotDamaged("read memory of snapshot", str(ref), cause, _NEXT_STEP)
+        threads = node.threads(settings)
+        cache = cache_for(settings, store)
+        reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
+        fill = Fill(reader, where, stop, trace, ahead=_ahead(settings, filled))
+        load = None
+        if device and opening is None:
+            cause = f"it has {len(device)} chunks that are nowhere"
+            raise SnapshotDamaged("read memory/chunks of", str(ref), cause, _NEXT_STEP)
         if opening is not None:
-            opening.close()
-        raise
-
-
-def _load(
-    store: DirectoryStore,
-    ref: SnapshotRef,
-    manifest: Manifest,
-    settings: Settings,
-    trace: Trace,
-    stop: threading.Event,
-    opening: Opening | None,
-) -> CarvedMemory:
-    table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))
-    if not table and not manifest.cuda.served_bytes:
-        raise SnapshotDamaged("read memory/chunks of", str(ref), "it has no chunks", _NEXT_STEP)
-    data = store.read_file(manifest, PLACES) if manifest.file(PLACES) is not None else b""
-    # The first chunks are those of device memory.
-    first = max(0, len(table) - places.count(data))
-    device, table = table[:first], table[first:]
-    try:
-        where = places.decode(data, [chunk.size for chunk in table])
-    except places.Bad as bad:
-        raise SnapshotDamaged("read memory/places of", str(ref), str(bad), _NEXT_STEP) from None
-    filled = sum(chunk.size for chunk in table)
-    if filled != manifest.memory.filled:
-        cause = f"its chunks have {filled} bytes, its manifest says {manifest.memory.filled}"
-        raise SnapshotDamaged("read memory of snapshot", str(ref), cause, _NEXT_STEP)
-    threads = node.threads(settings)
-    cache = cache_for(settings, store)
-    reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
-    fill = Fill(reader, where, stop, trace, ahead=_ahead(settings, filled))
-    load = None
-    if device and opening is None:
-        cause = f"it has {len(device)} chunks that are nowhere"
-        raise SnapshotDamaged("read memory/chunks of", str(ref), cause, _NEXT_STEP)
-    if opening is not None:
-        of_device = ChunkReader(store, manifest.packs, device, cache=cache, stop=stop, threads=threads)
-        load = _device(store, ref, manifest, of_device, opening, trace, stop)
-    return CarvedMemory(ref, manifest, where, reader, fill, load)
+            of_device = ChunkReader(store, manifest.packs, device, cache=cache, stop=stop, threads=threads)
+            load = _device(store, ref, manifest, of_device, opening, trace, stop)
+        undo.pop_all()
+        return CarvedMemory(ref, manifest, where, reader, fill, load)
 
 
 def _device(

@@ -137,16 +137,17 @@ def _remove_probes(path: str) -> None:
     """The mounts by which a CRIU that was killed in the middle of it has looked what the kernel can: in its first run
     after a boot, and in every one without a tmpfs at /run (criu/kerndat.c, kerndat_has_move_mount_set_group).
     Another's, who is just looking, are gone in some milliseconds."""
-    with suppress(OSError, OciError):
+    try:
         begun = os.stat(os.path.join(path, "criu.conf")).st_mtime
-        for probe in filter(_PROBE.fullmatch, mounts.below("/tmp")):
-            age = time.time() - os.lstat(probe).st_ctime
-            if age > time.time() - begun:
-                continue  # it was there before this restore
-            time.sleep(max(0.0, _PROBED - age))
-            others = [one for one in mounts.below("/tmp") if one != probe and not one.startswith(f"{probe}/")]
-            mounts.unmount_below("/tmp", others)
-            os.rmdir(probe)
+    except OSError:
+        return  # CRIU was not started
+    for probe in filter(_PROBE.fullmatch, mounts.below("/tmp")):
+        with suppress(OSError, OciError):  # it is gone: another's
+            made = os.lstat(probe).st_ctime
+            if made >= begun:
+                time.sleep(max(0.0, made + _PROBED - time.time()))
+                mounts.unmount(probe)
+                os.rmdir(probe)
 
 
 def _restore_trees(kept: Record) -> None:

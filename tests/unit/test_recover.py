@@ -248,11 +248,17 @@ def test_what_criu_looks_at_the_kernel_with(path: Path, when: str) -> None:
         (path / "criu.conf").touch()
         if when == "after":
             os.utime(path / "criu.conf", (time.time() - 1, time.time() - 1))
+        other = Path(f"{probe}0")  # whose name begins like it, and which is somebody's
+        other.mkdir()
+        command("mount", "-t", "tmpfs", "tmpfs", other)
         recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
         assert probe.exists() is (when == "before")
         assert bool(mounts.below(str(probe)) or os.path.ismount(probe)) is (when == "before")
+        assert os.path.ismount(other)
+        command("umount", other)
+        other.rmdir()
     finally:
-        for target in (probe / "subdir", probe):
+        for target in (Path(f"{probe}0"), probe / "subdir", probe):
             if os.path.ismount(target):
                 command("umount", target)
         if probe.exists():

@@ -53,7 +53,9 @@ class Reader(Protocol):
 
     parallel: int
     cold: bool
-    plain: bool
+
+    @property
+    def plain(self) -> bool: ...
 
     def stream(self, *, verify: bool) -> Stream:
         """Without `verify` its bytes may be anything."""
@@ -167,7 +169,7 @@ class Load:
             count = max(1, min(self._reader.parallel, len(self._sent), _MOST_THREADS))
             if has_compiler:
                 self._arrivals = Arrivals(self._digests)
-                count = min(count, _WARM_THREADS) if self._reader.plain and not self._reader.cold else count
+                count = count if self._reader.cold or not self._reader.plain else min(count, _WARM_THREADS)
             with self._trace.phase("device.pin"):
                 self._buffers = self._host.pin(count * SLOTS + 1, RUN * WINDOW)
             if self._stop.is_set():

@@ -54,7 +54,11 @@ class Save:
         self._share = share
         compiler = library.load_compiler(libcuda)
         self._host = host.Host(libcuda, uuids)
-        self._buffers = self._host.pin(threads * SLOTS)
+        try:
+            self._buffers = self._host.pin(threads * SLOTS)
+        except GpuError:
+            self._host.close()
+            raise
         self._digests: list[Digests] = []
         if compiler:
             with suppress(CudaError):  # without it, zeros are looked for on this side

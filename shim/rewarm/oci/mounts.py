@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from rewarm.errors import OciError
 
@@ -31,7 +31,17 @@ def below(directory: str) -> list[str]:
 def unmount_below(directory: str, keep: Collection[str] = ()) -> None:
     """Detach every mount strictly below `directory` but those at `keep`. Raises OciError if one stays."""
     directory = os.path.realpath(directory)
-    left = [target for target in below(directory) if target not in keep]
+    _detach(lambda: [target for target in below(directory) if target not in keep])
+
+
+def unmount(directory: str) -> None:
+    """Detach the mount at `directory`, a real path, and all below it. Raises OciError if one stays."""
+    parent, inside = os.path.dirname(directory), f"{directory}/"
+    _detach(lambda: [target for target in below(parent) if f"{target}/".startswith(inside)])
+
+
+def _detach(mounted: Callable[[], list[str]]) -> None:
+    left = mounted()
     if not left:
         return
     import ctypes  # a restore that goes well does without
@@ -43,7 +53,7 @@ def unmount_below(directory: str, keep: Collection[str] = ()) -> None:
             # Detached, not unmounted: a process in another mount namespace may hold it busy for a moment.
             if libc.umount2(os.fsencode(target), _DETACH | _NO_FOLLOW) != 0:
                 cause = os.strerror(ctypes.get_errno())
-        left = [target for target in below(directory) if target not in keep]
+        left = mounted()
         if not left:
             return
     raise OciError("unmount", left[0], cause or "it is still mounted", f"run `umount -l {left[0]}`")

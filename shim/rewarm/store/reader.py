@@ -91,10 +91,6 @@ class ChunkReader:
         """Streams to run: `threads` where the data is in memory already, more where each read has to wait."""
         if not warm:
             parts = self._plan(self.parallel, COLD_PART)
-        self.plain = all(part.where != FETCH for part in parts) and all(
-            self.chunks[number].encoding == RAW for part in parts if part.where == STORE for number in part.numbers
-        )
-        """Whether reading is all that there is to do, beside verifying: nothing is compressed, nothing fetched."""
         self._left = [0] * len(packs)
         for part in parts:
             self._left[part.pack] += 1
@@ -116,6 +112,18 @@ class ChunkReader:
             for source in self._sources.values():
                 source.close()
             self._sources.clear()
+
+    @property
+    def plain(self) -> bool:
+        """Whether reading is all that there is to do, beside verifying: nothing is compressed, nothing fetched. To be
+        asked before the first stream is."""
+        with self._lock:
+            return all(part.where != FETCH for part in self._parts) and all(
+                self.chunks[number].encoding == RAW
+                for part in self._parts
+                if part.where == STORE
+                for number in part.numbers
+            )
 
     def stream(self, *, verify: bool = True) -> Stream:
         """One thread's share of the work. Without `verify` what it gives may be anything: the caller compares the bytes
