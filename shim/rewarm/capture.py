@@ -135,6 +135,7 @@ def capture(
         step("storing memory")
         with trace.phase("capture.saved"):
             cuda = Cuda(numbers, device_memory.used, *saved.finish())
+            notes += saved.notes
         with trace.phase("capture.carve"):
             carved = _carve(container, scratch.snapshot / CHECKPOINT, writer, threads)
         step("writing the snapshot")

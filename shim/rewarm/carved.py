@@ -139,7 +139,7 @@ def load(
         if manifest.cuda.served_bytes:
             from rewarm.gpu.host import Opening  # only what has device memory loads anything of it
 
-            opening = Opening(settings.libcuda, gpus, trace)
+            opening = Opening(settings.libcuda, gpus, settings.state_dir, trace)
             undo.callback(opening.close)
             opening.start()
         table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))

@@ -26,14 +26,17 @@ class SavedMemory:
         """Opens the GPUs. Raises GpuError."""
         self._writer = writer
         self._limit = settings.capture_timeout
+        self._copy = settings.gpu_copy > 0
         self._save: Save | None = None
         self._found: list[pieces.Piece] = []
+        self.notes: list[str] = []
+        """What the user should know, a line each."""
         if users is not None and users.served:
             from rewarm.gpu.save import Save  # only where there is anything
 
             writer.expect(sum(users.served.values()))
             uuids = [device.gpu.uuid for device in gpus.devices]
-            self._save = Save(settings.libcuda, uuids, writer.add_chunk, threads, settings.gpu_copy)
+            self._save = Save(settings.libcuda, uuids, settings.state_dir, writer.add_chunk, threads, settings.gpu_copy)
 
     def __enter__(self) -> SavedMemory:
         return self
@@ -52,6 +55,10 @@ class SavedMemory:
         """Wait until the processes may run again: at once where the GPU had room for a copy, else until all is stored.
         Raises GpuError, StoreError."""
         if self._save is not None and not self._save.detached:
+            if self._copy:
+                self.notes.append(
+                    "the GPU had no room for a copy (gpu_copy): the program stood still until all was stored"
+                )
             self._found = self._save.join(self._limit)
 
     def release(self) -> None:

@@ -6,8 +6,9 @@
 CARRIED is what carry.sh gathered. A size is GiB of weights of a PyTorch server with CUDA graphs, "8+20" those and GiB
 of a KV cache of which a warm-up has used 64 MiB; `llm` is a transformers model of 8B parameters. They are measured in
 the order given. OUTPUT is written after every step: what was not run, for want of time, and what failed, with the ends
-of the logs, is in it too. As root; everything lies in one temporary directory, which is removed. With REWARM_GPU_FAKE=1
-a stand-in without a GPU: REWARM_TEST_PREFIX and REWARM_TEST_ROOTFS are used as they are, and CARRIED is not.
+of the logs, is in it too. Beside it lie traces of each side's last restore. As root; everything lies in one temporary
+directory, which is removed. With REWARM_GPU_FAKE=1 a stand-in without a GPU: REWARM_TEST_PREFIX and REWARM_TEST_ROOTFS
+are used as they are, and CARRIED is not.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from support.node import Node
 
 GIB = 1 << 30
 LARGE = 12
-"""GiB from which CRIU's images of a capture lie in memory: the disk has no room for them beside the store."""
+"""GiB from which CRIU's images of a capture lie in memory: the disk has no room for them beside the store. And from
+which every restore counts, also the first of each side: one takes long, with all that belongs to it."""
 ALONE = 24
 """GiB from which one side is measured after the other, since both sides' images do not fit."""
 USED_MIB = 64
@@ -65,6 +67,12 @@ class Run:
         scratch = self.output.with_suffix(".tmp")
         scratch.write_text(json.dumps(self.found, indent=2, sort_keys=True) + "\n")
         scratch.replace(self.output)
+
+    def keep(self, case: str, side: str, trace: bytes) -> None:
+        """The trace of the last restore of a side, beside the figures."""
+        if trace and side in (REWARM, PLAIN, DISK):
+            name = f"{self.output.stem}-{case}-{side.replace(' ', '-')}.trace.json"
+            self.output.with_name(name).write_bytes(trace)
 
     def need(self, seconds: float, what: str) -> None:
         """Raises OutOfTime, and notes it, unless so many seconds are left."""
@@ -112,14 +120,17 @@ def measure(run: Run, label: str, sides: GpuSides, gib: float, asked: argparse.N
             names.append(PLAIN)
         if capture_by_hand(run, label, sides):
             names.insert(0, STOCK)
-        turns(run, label, sides, names, asked.turns, gib)
+        turns(run, label, sides, names, asked.turns, gib, first=1 if gib >= LARGE else 0)
         sides.forget_images()
     else:
         sides.end_source()
-        # None that is not counted, of either side: each takes a minute with all that belongs to it.
         turns(run, label, sides, [REWARM], asked.turns, gib, first=1)
     sides.forget_snapshot()
-    if not together:
+    if not FAKE and 2.2 * gib * GIB > memory():
+        what = f"{label}: {STOCK}: the machine's memory does not hold its images beside the process"
+        say(f"not run: {what}")
+        run.found["not_run"].append(what)
+    elif not together:
         run.need(60 + gib * 4, f"{label}: {STOCK}")
         run.record(label, COLD, sides.begin(PLAIN))
         if capture_by_hand(run, label, sides):
@@ -174,6 +185,7 @@ def turns(run: Run, label: str, sides: GpuSides, names: list[str], count: int, g
             began = time.monotonic()
             try:
                 run.record(label, side, sides.run(side), counted=turn > 0)
+                run.keep(label, side, sides.trace)
             except Exception as error:
                 failed(run, f"{label}: {side}", error, sides)
                 names.remove(side)
@@ -189,6 +201,11 @@ def failed(run: Run, what: str, error: BaseException, sides: GpuSides) -> None:
         where += evidence.of(sides.node, sides.by_hand)
     run.found["failures"][what] = where[-8000:]
     run.save()
+
+
+def memory() -> int:
+    """Bytes that the machine has."""
+    return int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) << 10
 
 
 def tail(path: Path) -> str:
@@ -214,8 +231,10 @@ def case(run: Run, label: str, directory: Path, prefix: Path, machine: Machine, 
     (directory / "node/state").mkdir(parents=True)
     if not FAKE:
         proc.command("mount", "-t", "tmpfs", "tmpfs", directory / "node/state")
-    # The store on the disk, also of a case whose images are in memory.
+    # The store on the disk, also of a case whose images are in memory, if it has room.
     store = directory.with_name(f"store-{label}")
+    if settings and shutil.disk_usage(directory.parent).free < int(gib * 1.1) * GIB:
+        store = directory / "store"
     env = {} if model else {"GIB": weights, "MIB": str(max(1, int(gib * 8)))}
     if cache:
         env |= {"KV_GIB": cache, "KV_USED_MIB": str(USED_MIB)}
@@ -224,6 +243,7 @@ def case(run: Run, label: str, directory: Path, prefix: Path, machine: Machine, 
         try:
             measure(run, label, sides, gib, asked)
             run.found["cases"][label]["work_dir"] = "memory" if settings else "disk"
+            run.found["cases"][label]["store"] = "memory" if store.parent == directory else "disk"
         except OutOfTime:
             pass
         except Exception as error:

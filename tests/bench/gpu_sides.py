@@ -31,6 +31,8 @@ from support.runtime import Runtime
 STOCK, REWARM, PLAIN, COLD = "criu and driver", "rewarm", "rewarm without the library", "cold"
 DISK = "rewarm from a cold disk"
 SNAPSHOTS = {REWARM: "bench", PLAIN: "plain"}
+CAPTURED = ["paused_seconds", "total_seconds", "memory_bytes", "zero_bytes", "stored_bytes", "notes"]
+CAPTURED += ["device_bytes", "device_zero_bytes"]
 ANSWER = 240.0
 READ_AHEAD = "from rewarm.settings import Settings; print(Settings().read_ahead)"
 
@@ -64,6 +66,8 @@ class GpuSides:
         self.memory = 0
         """Bytes of the checkpointed processes: touched before each restore, so that the machine has them."""
         self.source = ""
+        self.trace = b""
+        """Of the last restore by rewarm: where it spent its time, for Perfetto."""
         # The Python that runs this may have no rewarm.
         self.read_ahead = int(command(f"{node.prefix}/venv/bin/python3", "-I", "-c", READ_AHEAD).stdout)
         self._bundle: Bundle | None = None
@@ -136,8 +140,8 @@ class GpuSides:
         self._right(self.ask())
         # Without the library, device memory is in it.
         self.memory = max(0 if side == REWARM else self.memory, int(said["memory_bytes"]))
-        keys = ("paused_seconds", "total_seconds", "memory_bytes", "zero_bytes", "stored_bytes", "notes")
-        return {"command_seconds": round(seconds, 3), **{key: said.get(key) for key in keys}}
+        figures = {"command_seconds": round(seconds, 3)}
+        return figures | {key: said.get(key) for key in CAPTURED}
 
     def capture_by_hand(self, timeout: float) -> dict[str, Any]:
         """Lock and checkpoint, then `runc checkpoint`, which ends the source."""
@@ -234,6 +238,7 @@ class GpuSides:
             assert outcome["outcome"] == "warm", outcome
             self._right(answer)
             trace = self.node.container_directory(name) / "trace.json"
+            self.trace = trace.read_bytes()
             phases = {key: phase.seconds for key, phase in trace_phases(trace).items()}
         phases |= {"create": created - began, "start": started - created, "answer": end - started}
         return Timed(end - began, phases)

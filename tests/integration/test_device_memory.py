@@ -152,7 +152,8 @@ def test_captured_by_way_of_a_copy_on_the_gpu(
         source.start("source", served(source, "source"))
         began = time.monotonic()
         goes_on(source, 1)
-        capture(source, "source")
+        notes = json.loads(capture(source, "source", "--json").stdout)["notes"]
+        assert any("gpu_copy" in note for note in notes) is not room
         duration = time.monotonic() - began
         goes_on(source, 2)
         for number in range(8):

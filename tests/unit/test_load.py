@@ -74,8 +74,8 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
     found = FakeGpus(tmp_path / "gpus")
     for name, value in found.environment().items():
         monkeypatch.setenv(name, value)
-    for name, value in (("CUDA_VISIBLE_DEVICES", GPU), ("CUDA_CACHE_DISABLE", "1")):
-        monkeypatch.setenv(name, value)  # taken back afterwards
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_DISABLE", "CUDA_CACHE_PATH"):
+        monkeypatch.setenv(name, GPU if name == "CUDA_VISIBLE_DEVICES" else "")  # taken back afterwards
     return found
 
 
@@ -103,15 +103,15 @@ class Run:
         self.trace = Trace()
         self.reader = reader
         self.device = Device(str(gpus.libcuda), fake_gpu.uuid_bytes(GPU))
-        opening = host.Opening(str(gpus.libcuda), [GPU], self.trace)
+        opening = host.Opening(str(gpus.libcuda), [GPU], str(gpus.directory), self.trace)
         opening.start()
         digests = [blake3(data).digest() for data in DATA]
         self.load = Load(reader, digests, pieces(), opening, self.stop, self.trace)
 
     def join(self) -> bool:
         """Whether what came of it is what it should be."""
-        found = self.load.join()
-        (places,) = found.values()
+        (places,) = self.load.places().values()
+        self.load.join()
         right = True
         for piece, (span, fd) in zip(pieces(), places, strict=True):
             assert span == piece.span
@@ -245,6 +245,64 @@ def test_without_a_kernel_all_are_read_again_by_all(gpus: FakeGpus, begin: Calla
     run = begin(reader)
     assert run.join()
     assert sorted(reader.asked_again) == list(range(COUNT))
+
+
+def test_a_kernel_that_fails_is_not_kept(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:
+    """Though the driver has kept it for others."""
+    kept = gpus.directory / host.KERNELS
+    kept.mkdir()
+    (kept / "index").touch()
+    assert begin(Chunks(DATA, range(COUNT))).join()
+    assert (kept / "index").exists()
+    gpus.node(fake_gpu.gpus(1), more=["kernel wrong"])
+    assert begin(Chunks(DATA, range(COUNT))).join()
+    assert not kept.exists()
+
+
+def test_memory_is_handed_on_while_it_is_filled(begin: Callable[[Chunks], Run]) -> None:
+    """But nobody is told that it is all there."""
+    over = threading.Event()
+    reader = Chunks(DATA, range(COUNT), parallel=1)
+
+    def change(number: int, view: memoryview) -> None:
+        if number == 5:
+            over.wait(20)
+
+    reader.change = change
+    run = begin(reader)
+    joined = threading.Thread(target=run.load.join)
+    try:
+        load.close(run.load.places())
+        joined.start()
+        joined.join(0.2)
+        assert joined.is_alive()
+    finally:
+        over.set()
+    joined.join(20)
+    assert not joined.is_alive()
+    assert run.join()
+
+
+def test_places_of_a_load_that_has_failed(begin: Callable[[Chunks], Run]) -> None:
+    def change(number: int, view: memoryview) -> None:
+        raise SnapshotDamaged("read memory", f"chunk {number}", "it is damaged", "capture it again")
+
+    reader = Chunks(DATA, range(COUNT))
+    reader.change = change
+    run = begin(reader)
+    assert run.stop.wait(10)
+    with pytest.raises(SnapshotDamaged, match="it is damaged"):
+        run.load.places()
+
+
+def test_places_of_a_load_that_was_ended(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:
+    """By another failure of the same restore."""
+    run = Run(gpus, Chunks(DATA, range(COUNT)))
+    run.stop.set()
+    run.load.start()
+    with pytest.raises(GpuError, match="the restore has ended"):
+        run.load.places()
+    run.load.abandon()
 
 
 def test_without_the_compiler_what_is_read_is_verified(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:

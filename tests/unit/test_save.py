@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import random
+import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -90,8 +91,8 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
     found = FakeGpus(tmp_path / "gpus")
     for name, value in found.environment().items():
         monkeypatch.setenv(name, value)
-    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_DISABLE"):
-        monkeypatch.setenv(name, GPU if name == "CUDA_VISIBLE_DEVICES" else "1")  # taken back afterwards
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_DISABLE", "CUDA_CACHE_PATH"):
+        monkeypatch.setenv(name, GPU if name == "CUDA_VISIBLE_DEVICES" else "")  # taken back afterwards
     return found
 
 
@@ -114,7 +115,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def begin(gpus: FakeGpus, program: Program, store: Store, others: int = 0, threads: int = 3, share: int = 50) -> Save:
-    save = Save(str(gpus.libcuda), [GPU], store.add, threads, share)
+    save = Save(str(gpus.libcuda), [GPU], str(gpus.directory), store.add, threads, share)
     save.start(program.places, [others], LIMIT)
     return save
 
@@ -217,7 +218,7 @@ def test_a_start_that_takes_too_long(gpus: FakeGpus, nothing_left: None, monkeyp
         assert goes_on.wait(LIMIT)
         return original(self, addresses)
 
-    save = Save(str(gpus.libcuda), [GPU], lambda data: 0, 2, 50)
+    save = Save(str(gpus.libcuda), [GPU], str(gpus.directory), lambda data: 0, 2, 50)
     monkeypatch.setattr(Digests, "of", of)
     with pytest.raises(GpuError, match=r"more than 0\.2 s"):
         save.start(program.places, [0], 0.2)
@@ -255,7 +256,7 @@ def test_a_slow_store_holds_up_nobody(gpus: FakeGpus, nothing_left: None) -> Non
         return store.add(data)
 
     store.may.set()
-    save = Save(str(gpus.libcuda), [GPU], slowly, 1, 50)
+    save = Save(str(gpus.libcuda), [GPU], str(gpus.directory), slowly, 1, 50)
     save.start(program.places, [0], LIMIT)
     assert save.detached
     assert store.is_right(save.join(1.0), program.contents)
@@ -274,7 +275,7 @@ def test_a_store_that_fails(
     def add(_data: memoryview) -> int:
         raise GpuError("store", "chunk", "no space left")
 
-    save = Save(str(gpus.libcuda), [GPU], add, 2, 50)
+    save = Save(str(gpus.libcuda), [GPU], str(gpus.directory), add, 2, 50)
     save.start(program.places, [0], LIMIT)
     assert save.detached is detached
     with pytest.raises(GpuError, match="no space left"):
@@ -291,7 +292,16 @@ def test_closed_in_the_middle(gpus: FakeGpus, nothing_left: None) -> None:
     program.end()
 
 
-def test_the_environment_names_the_gpu(gpus: FakeGpus) -> None:
-    host.prepare([GPU])
+def test_the_environment_names_the_gpu_and_a_place_for_kernels(gpus: FakeGpus, tmp_path: Path) -> None:
+    host.prepare([GPU], str(tmp_path))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == GPU
-    assert os.environ["CUDA_CACHE_DISABLE"] == "1"
+    assert os.environ["CUDA_CACHE_DISABLE"] == "0"
+    assert os.environ["CUDA_CACHE_PATH"] == str(tmp_path / host.KERNELS)
+    assert stat.S_IMODE((tmp_path / host.KERNELS).stat().st_mode) == 0o700
+    host.prepare([GPU], str(tmp_path))  # again
+
+
+def test_no_place_for_kernels_is_no_reason_to_fail(gpus: FakeGpus, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    host.prepare([GPU], str(tmp_path / "file"))
+    host.forget_kernels()

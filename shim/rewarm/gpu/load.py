@@ -1,7 +1,8 @@
-"""Device memory on its way back: from the store over pinned memory to the GPU, and verified, before there is a process.
+"""Device memory on its way back: from the store over pinned memory to the GPU, and verified.
 
 It is made and filled by this process, and handed on as descriptors which the restored processes map: so reading begins
-at once, beside CRIU and the driver, and no byte goes through a place where the container could reach it.
+at once, beside CRIU and the driver. They may map it while it is filled, since nothing of their programs runs before all
+of it is there: so mapping costs no time either.
 """
 
 from __future__ import annotations
@@ -104,15 +105,13 @@ class Load:
         """Raises RestoreError if no thread can be made."""
         self._begun.start()
 
-    def join(self) -> dict[int, list[tuple[Span, int]]]:
-        """Wait until all is on the GPUs: by the process's number, its pieces and a descriptor of each, which are the
-        caller's to close. Raises the first failure, or GpuError if anything is missing."""
+    def places(self) -> dict[int, list[tuple[Span, int]]]:
+        """As soon as there is memory, whatever is in it by then: by the process's number, its pieces and a descriptor
+        of each, which are the caller's to close. Raises the first failure."""
         self._begun.wait()
-        for task in self._tasks:
-            task.wait()
         self.raise_failure()
-        if missing := self._verified.count(0):
-            raise GpuError("load device memory", f"{missing} of {len(self._verified)} chunks", "they were not loaded")
+        if len(self._handles) != len(self._pieces):
+            raise GpuError("load device memory of", ", ".join(self._uuids), "the restore has ended")
         assert self._host is not None
         found: dict[int, list[tuple[Span, int]]] = {}
         try:
@@ -124,6 +123,16 @@ class Load:
                 os.close(fd)
             raise host.failed("export memory of", self._uuids[0], error) from None
         return found
+
+    def join(self) -> None:
+        """Wait until all is on the GPUs, and verified: nothing may run before that has access to it. Raises the first
+        failure, or GpuError if anything is missing."""
+        self._begun.wait()
+        for task in self._tasks:
+            task.wait()
+        self.raise_failure()
+        if missing := self._verified.count(0):
+            raise GpuError("load device memory", f"{missing} of {len(self._verified)} chunks", "they were not loaded")
 
     def sizes(self) -> dict[int, int]:
         """Bytes by the index of the GPU."""
@@ -156,7 +165,10 @@ class Load:
         self._mapped, self._handles = [], []
         self._host.close()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, operation: str = "") -> None:
+        """`operation` is what the driver was asked for."""
+        if isinstance(error, CudaError):
+            error = host.failed(operation, ", ".join(self._uuids), error)
         with self._lock:
             self._failure = self._failure or error  # raised by `join`
         self._stop.set()
@@ -170,24 +182,32 @@ class Load:
             if has_compiler:
                 self._arrivals = Arrivals(self._digests)
                 count = count if self._reader.cold or not self._reader.plain else min(count, _WARM_THREADS)
-            with self._trace.phase("device.pin"):
-                self._buffers = self._host.pin(count * SLOTS + 1, RUN * WINDOW)
+            making = Task(partial(self._make, self._host), "make")
+            making.start()
+            try:
+                with self._trace.phase("device.pin"):
+                    self._buffers = self._host.pin(count * SLOTS + 1, RUN * WINDOW)
+            finally:
+                making.wait()
             if self._stop.is_set():
                 return
-            with self._trace.phase("device.make"):
-                self._make(self._host)
             work = [Task(partial(self._run, at), "load") for at in range(count)]
             if self._arrivals is not None:
                 work.append(Task(partial(self._verify, self._arrivals, count), "verify"))
             for task in work:
                 task.start()
                 self._tasks.append(task)
-        except CudaError as error:
-            self._fail(host.failed("allocate memory on", ", ".join(self._uuids), error))
         except Exception as error:
-            self._fail(error)
+            self._fail(error, "allocate memory on")
 
     def _make(self, mine: host.Host) -> None:
+        try:
+            with self._trace.phase("device.make"):
+                self._make_pieces(mine)
+        except Exception as error:
+            self._fail(error, "allocate memory on")
+
+    def _make_pieces(self, mine: host.Host) -> None:
         """The memory of all pieces, zeros where they are to be."""
         for piece in self._pieces:
             if self._stop.is_set():
@@ -240,10 +260,8 @@ class Load:
                 lane.finish()
             self._arrive([*arrived, *(chunk for chunks in on_the_way for chunk in chunks)])
             self._trace.add("device.load", began, time.monotonic_ns(), bytes=size)
-        except CudaError as error:
-            self._fail(host.failed("copy to", ", ".join(self._uuids), error))
         except Exception as error:
-            self._fail(error)
+            self._fail(error, "copy to")
         finally:
             if self._arrivals is not None:
                 self._arrivals.end()
@@ -282,8 +300,11 @@ class Load:
         try:
             assert self._host is not None
             # While the first chunks are on their way. If it fails, each of them is verified on this side after all.
-            with self._trace.phase("device.compile"), suppress(CudaError):
-                arrivals.compile(self._host.devices)
+            with self._trace.phase("device.compile"):
+                try:
+                    arrivals.compile(self._host.devices)
+                except CudaError:
+                    host.forget_kernels()
             self._trace.note("verified_on_gpu", arrivals.compiled)
             bad: list[int] = []
             for batch in arrivals.batches(senders):
@@ -299,10 +320,8 @@ class Load:
                     bad += wrong
             if bad and not self._stop.is_set():
                 self._read_all_again(arrivals, bad, senders)
-        except CudaError as error:
-            self._fail(host.failed("verify memory of", ", ".join(self._uuids), error))
         except Exception as error:
-            self._fail(error)
+            self._fail(error, "verify memory of")
 
     def _read_all_again(self, arrivals: Arrivals, chunks: Sequence[int], threads: int) -> None:
         """There is no kernel: as many threads as had sent them, whose buffers are free."""
@@ -325,10 +344,8 @@ class Load:
     def _try_again(self, arrivals: Arrivals, chunks: Sequence[int], number: int) -> None:
         try:
             self._read_again(arrivals, chunks, self._buffers[number * SLOTS])
-        except CudaError as error:
-            self._fail(host.failed("copy to", ", ".join(self._uuids), error))
         except Exception as error:
-            self._fail(error)
+            self._fail(error, "copy to")
 
     def _read_again(self, arrivals: Arrivals, chunks: Sequence[int], buffer: memoryview) -> None:
         """Verified before they are sent: what was damaged in the node's cache is right in the store, and else this says

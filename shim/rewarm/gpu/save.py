@@ -43,11 +43,17 @@ class Save:
     """Made before the pause: opening the GPUs takes time. Then `start`, `join`; `close` at any time."""
 
     def __init__(
-        self, libcuda: str, uuids: Sequence[str], add: Callable[[memoryview], int], threads: int, share: int = 0
+        self,
+        libcuda: str,
+        uuids: Sequence[str],
+        state_dir: str,
+        add: Callable[[memoryview], int],
+        threads: int,
+        share: int = 0,
     ) -> None:
-        """`uuids`: the GPUs by their index; `add` stores a chunk and gives its number; `share`: the percentage of a
-        GPU's free memory that a copy may take. Raises GpuError."""
-        host.prepare(uuids)
+        """`libcuda` and `state_dir` are the settings; `uuids`: the GPUs by their index; `add` stores a chunk and gives
+        its number; `share`: the percentage of a GPU's free memory that a copy may take. Raises GpuError."""
+        host.prepare(uuids, state_dir)
         self._uuids = uuids
         self._add = add
         self._threads = threads
@@ -61,8 +67,10 @@ class Save:
             raise
         self._digests: list[Digests] = []
         if compiler:
-            with suppress(CudaError):  # without it, zeros are looked for on this side
+            try:
                 self._digests = [Digests(device) for device in self._host.devices]
+            except CudaError:  # without it, zeros are looked for on this side
+                host.forget_kernels()
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
