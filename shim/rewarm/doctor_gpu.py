@@ -6,6 +6,7 @@ import os
 
 from rewarm import installation
 from rewarm.checks import OK, WARNING, Check, Node
+from rewarm.errors import GpuError
 
 _LOADED = "/proc/driver/nvidia"
 
@@ -39,6 +40,11 @@ def gpus(node: Node) -> Check:
     if not os.path.isfile(installation.device_memory()):
         step = "reinstall rewarm: all device memory goes by way of the driver"
         return Check("GPUs", WARNING, f"{found}; the device memory library is not installed", step)
+    try:
+        library.compiler(node.settings.libcuda)
+    except GpuError as error:
+        step = "install the whole driver: device memory is verified by the processors, which takes longer"
+        return Check("GPUs", WARNING, f"{found}; the driver's compiler is missing: {error.cause}", step)
     if driver.has_custom_storage:
         found += "; the driver's own custom storage is there, and not used yet"
     return Check("GPUs", OK, found)

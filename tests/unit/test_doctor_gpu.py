@@ -46,6 +46,11 @@ def test_gpus(tmp_path: Path) -> None:
     assert examined(gpus) == ("ok", f"2 with driver 580.159.04 ({gpus.libcuda})", "")
     status, found, mend = examined(gpus, library=str(tmp_path / "nowhere"))
     assert status == "warning" and "device memory library is not installed" in found and "reinstall" in mend
+    compiler = gpus.directory / "libnvidia-ptxjitcompiler.so.1"
+    compiler.rename(tmp_path / "elsewhere")
+    status, found, mend = examined(gpus)
+    assert status == "warning" and "the driver's compiler is missing: No such file" in found and "whole driver" in mend
+    (tmp_path / "elsewhere").rename(compiler)
     gpus.node([FakeGpu(uuid(0), 0), FakeGpu(uuid(1), 1, mig=1)])
     status, found, mend = examined(gpus)
     assert status == "warning" and f"in MIG mode: {uuid(1)}" in found and "MIG off" in mend

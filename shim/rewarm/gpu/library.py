@@ -71,13 +71,18 @@ def load(setting: str) -> Driver:
         raise GpuError("load the NVIDIA driver", path, " ".join(str(error).split()), _SETTING) from None
 
 
+def compiler(setting: str) -> str:
+    """The path of the driver's compiler: that beside the driver, of the same version. Raises GpuError."""
+    path = os.path.join(os.path.dirname(find(setting)), COMPILER)
+    _check(path)
+    return path
+
+
 def load_compiler(setting: str) -> bool:
-    """Load the driver's compiler from beside the driver, before that looks for it by its name and takes this one;
-    whether it is there. Takes some hundredths of a second."""
+    """Load the driver's compiler, before the driver looks for it by its name and takes this one; whether it is there.
+    Takes some hundredths of a second."""
     try:
-        path = os.path.join(os.path.dirname(find(setting)), COMPILER)
-        _check(path)
-        preload(path)
+        preload(compiler(setting))
     except (GpuError, OSError):
         return False
     return True
