@@ -111,6 +111,11 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, vo
 CUresult cuMemHostRegister_v2(void *p, size_t size, unsigned int flags);
 CUresult cuMemHostUnregister(void *p);
 CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *device, void *p, unsigned int flags);
+CUresult cuLinkCreate_v2(unsigned count, int *options, void **values, void **state);
+CUresult cuLinkAddData_v2(void *state, int type, void *data, size_t size, const char *name, unsigned count,
+                          int *options, void **values);
+CUresult cuLinkComplete(void *state, void **code, size_t *size);
+CUresult cuLinkDestroy(void *state);
 CUresult cuModuleLoadData(void **module, const void *image);
 CUresult cuModuleGetFunction(void **function, void *module, const char *name);
 CUresult cuLaunchKernel(void *function, unsigned int blocks_x, unsigned int blocks_y, unsigned int blocks_z,

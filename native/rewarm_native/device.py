@@ -23,6 +23,8 @@ _PINNED, _ON_DEVICE, _READ_WRITE, _DESCRIPTOR = 1, 1, 3, 1
 _NON_BLOCKING, _NO_TIMING = 1, 2
 _CAPABILITY = (75, 76)
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
+_PTX = 1
+"""CU_JIT_INPUT_PTX."""
 _RDMA_WITH_VMM = 110
 """CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED: memory is made as the library makes it."""
 
@@ -133,11 +135,24 @@ class Device:
         self._call("cuMemHostGetDevicePointer_v2", address, ffi.from_buffer(space), 0)
         return int(address[0])
 
-    def kernel(self, text: str, name: str) -> Any:
-        """A kernel for `Lane.launch`, out of a module of PTX which the driver compiles: some hundredths of a second. A
-        driver without its compiler (libnvidia-ptxjitcompiler) says JIT_COMPILER_NOT_FOUND."""
+    def compile(self, text: str) -> bytes:
+        """What the driver makes of PTX for this GPU, for `kernel`: some hundredths of a second. A driver without its
+        compiler (libnvidia-ptxjitcompiler) says JIT_COMPILER_NOT_FOUND."""
+        state, code, size = ffi.new("void **"), ffi.new("void **"), ffi.new("size_t *")
+        data = ffi.new("char[]", text.encode("ascii"))
+        self._call("cuLinkCreate_v2", 0, ffi.NULL, ffi.NULL, state)
+        try:
+            self._call("cuLinkAddData_v2", state[0], _PTX, data, len(data), b"rewarm", 0, ffi.NULL, ffi.NULL)
+            self._call("cuLinkComplete", state[0], code, size)
+            return bytes(ffi.buffer(code[0], size[0]))  # it goes with the state
+        finally:
+            with suppress(CudaError):
+                self._call("cuLinkDestroy", state[0])
+
+    def kernel(self, code: bytes, name: str) -> Any:
+        """A kernel for `Lane.launch`, out of a module: what `compile` has made, or PTX, which is compiled then."""
         module, kernel = ffi.new("void **"), ffi.new("void **")
-        self._call("cuModuleLoadData", module, ffi.new("char[]", text.encode("ascii")))
+        self._call("cuModuleLoadData", module, ffi.new("char[]", code))
         self._call("cuModuleGetFunction", kernel, module[0], name.encode("ascii"))
         return kernel[0]
 

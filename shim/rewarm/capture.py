@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rewarm
-from rewarm import aside, compat, losses, netlock, node, overlay, processes, recover, source
+from rewarm import aside, compat, losses, netlock, node, overlay, processes, source
+from rewarm.alone import alone
 from rewarm.criu import images, remaps
 from rewarm.criu.carve import carve
 from rewarm.dump import dump
@@ -26,7 +27,7 @@ from rewarm.gpu.container import ContainerGpus
 from rewarm.gpu.hold import Hold, Users
 from rewarm.lifeline import Held, Lifeline
 from rewarm.memory import places
-from rewarm.oci import record, runc, spec
+from rewarm.oci import runc, spec
 from rewarm.oci.runc import Container, Runc
 from rewarm.quiet import Quiet
 from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
@@ -81,7 +82,6 @@ def capture(
     check_namespace(namespace)
     low_level = Runc(runc.find(settings), container.root, systemd_cgroup)
     criu = node.criu_binary(settings)
-    source.check_status(container, low_level)
     _check_criu(criu, settings)
     source.check_pid_namespaces(container)
     bundle_spec = spec.load(container.bundle)
@@ -91,12 +91,13 @@ def capture(
     trace = Trace()
     notes: list[str] = []
     with ExitStack() as stack:
-        stack.enter_context(_alone(container, settings))
+        lock = stack.enter_context(alone(container, settings.state_dir))
+        source.check_status(container, low_level)
         gpus, users = _look_at_gpus(container, bundle_spec, low_level.binary, settings)
         threads = node.threads(settings)
         writer = stack.enter_context(store.writer(namespace, name, compression=settings.compression, threads=threads))
         scratch = stack.enter_context(Scratch(settings.work_dir))
-        lifeline = stack.enter_context(Lifeline(_held(container, low_level, scratch, settings, users)))
+        lifeline = stack.enter_context(Lifeline(_held(container, low_level, scratch, settings, users), lock))
         frozen = Frozen(low_level, container, lifeline)
         saved = stack.enter_context(SavedMemory(gpus, users, writer, settings, threads))
         quiet = stack.enter_context(Quiet(container, bundle_spec, settings, lifeline))
@@ -185,22 +186,6 @@ def _gpu_guard(lifeline: Lifeline, frozen: Frozen) -> hold.Guard:
         released=lifeline.released,
         frozen=lambda: frozen.frozen,
     )
-
-
-@contextmanager
-def _alone(container: Container, settings: Settings) -> Iterator[None]:
-    """One capture of a container at a time: each would undo what the other holds."""
-    path = f"{record.directory(settings.state_dir, container.root, container.id)}~capture"
-    with recover.locked(path, wait=False) as ours:
-        if not ours:
-            raise CaptureError(
-                "capture container", container.id, "another capture of it is going on", "wait for its end"
-            )
-        try:
-            yield
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(f"{path}~lock")
 
 
 def _look_at_gpus(

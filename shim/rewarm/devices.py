@@ -135,8 +135,7 @@ class Devices:
     def _bring_back(
         self, driver: Driver, load: Load, found: list[Context], numbers: dict[int, int], pairs: actions.Pairs
     ) -> None:
-        """The driver's part, then what is being loaded meanwhile, in processes of which nothing else runs; they stay
-        stopped until all of it is there."""
+        """The driver's part, then what was loaded meanwhile, in processes of which nothing else runs."""
         from rewarm.gpu import awake, taking
 
         if self.map and [entry["target"] for entry in self.map] != self.targets():
@@ -144,13 +143,12 @@ class Devices:
         taking.allow_descriptors()
         with awake.Awake(driver, [context.pid for context in found]):
             actions.restore(driver, found, pairs)
-            places = load.places()
+            places = load.join()
             try:
                 for number, its in places.items():
                     taking.fill(driver, numbers[number], its, _LIBRARY, whole=True)
             finally:
                 taking.close(places)
-        load.join()
 
     def _live(self) -> container.ContainerGpus:
         return container.of_spec(self._spec, self._low_level, self._settings.libcuda)

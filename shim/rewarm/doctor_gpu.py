@@ -44,7 +44,7 @@ def gpus(node: Node) -> Check:
         library.compiler(node.settings.libcuda)
     except GpuError as error:
         step = "install the whole driver: device memory is verified by the processors, which takes longer"
-        return Check("GPUs", WARNING, f"{found}; the driver's compiler is missing: {error.cause}", step)
+        return Check("GPUs", WARNING, f"{found}; the driver's compiler cannot be used: {error.cause}", step)
     if driver.has_custom_storage:
         found += "; the driver's own custom storage is there, and not used yet"
     return Check("GPUs", OK, found)

@@ -75,8 +75,8 @@ class Held:
 class Lifeline:
     """One helper, of one capture. `fd` is an end of its socket: a program that inherits it keeps the helper waiting."""
 
-    def __init__(self, held: Held) -> None:
-        """Start the helper. Raises CaptureError."""
+    def __init__(self, held: Held, lock: int) -> None:
+        """Start the helper, which keeps the descriptor `lock` open (alone.py). Raises CaptureError."""
         self._taking = False
         # Not a pipe: descriptors of device memory go this way.
         self._socket, theirs = socket.socketpair()
@@ -85,6 +85,7 @@ class Lifeline:
             self._helper = subprocess.Popen(
                 [sys.executable, "-I", "-m", "rewarm.lifeline", json.dumps(asdict(held))],
                 stdin=theirs.fileno(),
+                pass_fds=(lock,),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,

@@ -35,10 +35,10 @@ _PROBED = 1.0
 
 
 @contextmanager
-def locked(path: str, *, wait: bool) -> Iterator[bool]:
+def locked(path: str, *, wait: bool) -> Iterator[int]:
     """One at a time per container directory: the guard and the next `create` may come at once.
 
-    False, at once, when another has the lock and `wait` is not set.
+    The value is the descriptor that has the lock; -1, at once, when another has it and `wait` is not set.
     """
     private.make(os.path.dirname(path))
     name = f"{path}~lock"
@@ -48,12 +48,12 @@ def locked(path: str, *, wait: bool) -> Iterator[bool]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                yield False
+                yield -1
                 return
             # Who had it before may have removed the file: then somebody else may hold the lock of a new one.
             if os.fstat(fd).st_nlink == 0:
                 continue
-            yield True
+            yield fd
             return
         finally:
             os.close(fd)
@@ -277,8 +277,8 @@ def recover(path: str, binary: str, *, wait: bool) -> bool:
     """Undo one left-over restore and remove its directory; False when there is none, or another is at it."""
     if left_over(path) is None or (not wait and _guards(path)):
         return False
-    with locked(path, wait=wait) as ours:
-        kept = left_over(path) if ours else None
+    with locked(path, wait=wait) as lock:
+        kept = left_over(path) if lock >= 0 else None
         if kept is None:
             return False  # somebody else was faster
         undo(path, kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))

@@ -16,6 +16,9 @@ from rewarm.store.writer import SnapshotWriter
 if TYPE_CHECKING:
     from rewarm.gpu.save import Save
 
+COPIED = "device memory was stored out of a copy on the GPU (gpu_copy)"
+NO_COPY = "the GPU had not as much room as gpu_copy allows a copy of: the program stood still until all was stored"
+
 
 class SavedMemory:
     """Context manager, entered before the pause. Where no process has served memory it does nothing."""
@@ -55,14 +58,12 @@ class SavedMemory:
         """Wait until the processes may run again: at once where the GPU had room for a copy, else until all is stored.
         Raises GpuError, StoreError."""
         if self._save is not None and not self._save.detached:
-            if self._copy:
-                self.notes.append(
-                    "the GPU had no room for a copy (gpu_copy): the program stood still until all was stored"
-                )
             self._found = self._save.join(self._limit)
 
     def release(self) -> None:
         """The processes run again: what they free from now on is to be free, unless it is a copy that is stored."""
+        if self._save is not None and self._copy:
+            self.notes.append(COPIED if self._save.detached else NO_COPY)
         if self._save is not None and not self._save.detached:
             self.close()
 

@@ -99,7 +99,7 @@ def test_captured_by_way_of_a_copy(fleet: Fleet, source: Running, figures: dict[
     assert source.answers(AFTER) == expected[BEFORE:]
     assert source.ask("/checksum") == checksum
     assert said["device_zero_bytes"] > 3 << 30, "the cache is stored"
-    assert said["notes"] == [], "it was not by way of a copy"
+    assert said["notes"] == ["device memory was stored out of a copy on the GPU (gpu_copy)"]
     source.stop()
     copy = fleet.restore("copy-copied", source, "served-copied")
     assert copy.answers(AFTER) == expected[BEFORE:]

@@ -5,6 +5,7 @@ once more, and what stays wrong never runs. The driver is tests/support/fake_cud
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,11 +174,25 @@ def test_a_kernel_that_cannot_be_had_or_does_not_reckon_right(uncached: Made, li
     """By then chunks are on their way: all are read once more, and verified before they are sent."""
     where, following = uncached
     node_is(where, line)
+    shutil.rmtree(where.node.state / "kernels")  # the capture's
     found = is_warm(where, following)
     assert found["verified_on_gpu"] is False
     assert found["read_again"] == CHUNKS
     damage(where)
     is_cold(where, "later", *DAMAGED)
+
+
+def test_a_kernel_that_the_capture_has_kept(uncached: Made) -> None:
+    """Nobody has to compile it then. One that goes bad is thrown away, and made anew when that can be."""
+    where, following = uncached
+    node_is(where, "compiler none")
+    assert is_warm(where, following, "first")["verified_on_gpu"] is True
+    (kept,) = (where.node.state / "kernels").iterdir()
+    faults.flip(kept, 100)
+    node_is(where)
+    assert is_warm(where, following, "second")["verified_on_gpu"] is True
+    node_is(where, "compiler none")
+    assert is_warm(where, following, "third")["verified_on_gpu"] is True
 
 
 @pytest.mark.parametrize("kernel", ["idle-later", "wrong-later"])

@@ -296,6 +296,34 @@ def test_ended_while_requests_are_waited_for(cluster: Cluster, number: int) -> N
     assert cluster.node.json("ls") == []
 
 
+def test_captured_again_before_the_helper_is_done(cluster: Cluster) -> None:
+    """Of a capture that was killed: what it does would come in the middle of the next one."""
+    source = cluster.make("source", "vllm")
+    source.state(in_flight=1)
+    with capturing(source) as process:
+        proc.wait_for("the engine's pause", lambda: source.state()["paused"])
+        (helper,) = (pid for pid in proc.descendants(process.pid) if "rewarm.lifeline" in proc.command_line(pid))
+        os.kill(helper, signal.SIGSTOP)  # as one that is slow
+        process.kill()
+        process.wait()
+    source.state(in_flight=0)
+    proc.wait_for("its call to end", lambda: source.state()["calls"])
+    calls = source.state()["calls"]
+    with capturing(source) as process:
+        time.sleep(1.5)
+        assert process.poll() is None, "it has not waited"
+        assert source.state()["calls"] == calls
+        os.kill(helper, signal.SIGCONT)
+        assert process.wait(60) == 0
+    expected = [call for call in LOUD["vllm"] if call.startswith("POST")]
+    after = [call for call in source.state()["calls"][len(calls) :] if call in {*expected, "POST /pause"}]
+    assert after[: len(expected)] == expected and after.count("POST /pause") == 1, after
+    goes_on(source)
+    copy = cluster.make("copy", "vllm")
+    assert cluster.node.outcome("copy")["outcome"] == "warm"
+    goes_on(copy)
+
+
 def test_a_source_that_does_not_get_healthy(cluster: Cluster) -> None:
     """What was captured is right, so that is a note; a copy that ends before it is healthy takes its waker along."""
     node = cluster.node

@@ -116,7 +116,7 @@ def capture(node: Node, context: Context, directory: Path, at: str, helper: int)
         cuda=((context.pid, context.start_time, context.command),),
         lock_timeout=0.1,
     )
-    lifeline = Lifeline(held)
+    lifeline = Lifeline(held, os.open(os.devnull, os.O_RDONLY))
     os.write(helper, f"{lifeline._helper.pid}\n".encode())
     lifeline.holding()
     reached("holding")

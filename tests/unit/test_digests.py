@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 from blake3 import blake3
 
+from rewarm.gpu import blake3_ptx, kernels
 from rewarm.gpu.digests import MOST, Digests, zeros
 from rewarm.gpu.pieces import WINDOW
 from rewarm_native.cuda import CudaError
@@ -48,7 +49,7 @@ def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Windows
 
 
 def test_in_any_order_and_number(windows: Windows) -> None:
-    digests = Digests(windows.device)
+    digests = Digests(windows.device, str(windows.gpus.directory))
     assert digests.of(windows.addresses) == windows.digests
     assert digests.of([]) == []
     many = [at % 3 for at in range(MOST)]
@@ -58,7 +59,7 @@ def test_in_any_order_and_number(windows: Windows) -> None:
 
 def test_what_a_launch_does_not_write_is_no_digest(windows: Windows) -> None:
     """Not that of the launch before, either."""
-    digests = Digests(windows.device)
+    digests = Digests(windows.device, str(windows.gpus.directory))
     assert digests.of(windows.addresses) == windows.digests
     windows.gpus.node(fake_gpu.gpus(1), more=["kernel idle"])
     assert digests.of(windows.addresses) == [bytes(32)] * 3
@@ -68,4 +69,31 @@ def test_what_a_launch_does_not_write_is_no_digest(windows: Windows) -> None:
 def test_a_kernel_is_tried_before_it_counts(windows: Windows, line: str) -> None:
     windows.gpus.node(fake_gpu.gpus(1), more=[line])
     with pytest.raises(CudaError):
-        Digests(windows.device)
+        Digests(windows.device, str(windows.gpus.directory))
+
+
+def test_a_kernel_is_kept(windows: Windows) -> None:
+    def made() -> Digests:
+        return Digests(windows.device, str(windows.gpus.directory))
+
+    assert made().of(windows.addresses) == windows.digests
+    (path,) = (windows.gpus.directory / "kernels").iterdir()
+    whole = path.read_bytes()
+    windows.gpus.node(fake_gpu.gpus(1), more=["compiler none"])
+    assert made().of(windows.addresses) == windows.digests
+    for damaged in (b"", whole[:40], whole[:-1], bytes([*whole[:50], whole[50] ^ 1, *whole[51:]])):
+        path.write_bytes(damaged)
+        with pytest.raises(CudaError, match="221"):
+            made()
+    windows.gpus.node(fake_gpu.gpus(1))
+    assert made().of(windows.addresses) == windows.digests
+    assert path.read_bytes() == whole, "what was damaged is made anew"
+
+
+def test_a_kept_kernel_that_the_driver_does_not_take(windows: Windows) -> None:
+    """As that of another version may be: it is made anew, too."""
+    text = blake3_ptx.text(windows.device.capability)
+    path = kernels.place(str(windows.gpus.directory), windows.device.capability, text)
+    kernels.keep(path, b"of another driver")
+    assert Digests(windows.device, str(windows.gpus.directory)).of(windows.addresses) == windows.digests
+    assert kernels.find(path) not in (None, b"of another driver")

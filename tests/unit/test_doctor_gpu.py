@@ -49,7 +49,9 @@ def test_gpus(tmp_path: Path) -> None:
     compiler = gpus.directory / "libnvidia-ptxjitcompiler.so.1"
     compiler.rename(tmp_path / "elsewhere")
     status, found, mend = examined(gpus)
-    assert status == "warning" and "the driver's compiler is missing: No such file" in found and "whole driver" in mend
+    assert (
+        status == "warning" and "the driver's compiler cannot be used: No such file" in found and "whole driver" in mend
+    )
     (tmp_path / "elsewhere").rename(compiler)
     gpus.node([FakeGpu(uuid(0), 0), FakeGpu(uuid(1), 1, mig=1)])
     status, found, mend = examined(gpus)

@@ -52,6 +52,7 @@ ROOMS = {
     "rewarm.causes": 3,
     "rewarm.devices": 3,
     "rewarm.engines": 3,
+    "rewarm.alone": 4,
     "rewarm.quiet": 4,
     "rewarm.waker": 4,
     "rewarm.restore": 4,

@@ -19,6 +19,7 @@ from rewarm.gpu import arrivals, host, load
 from rewarm.gpu.load import Load, Stream
 from rewarm.gpu.pieces import WINDOW, ZEROS, Piece
 from rewarm.trace import Trace
+from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device, Lane
 from support import fake_gpu
 from support.fake_gpu import FakeGpus
@@ -74,8 +75,8 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
     found = FakeGpus(tmp_path / "gpus")
     for name, value in found.environment().items():
         monkeypatch.setenv(name, value)
-    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_CACHE_DISABLE", "CUDA_CACHE_PATH"):
-        monkeypatch.setenv(name, GPU if name == "CUDA_VISIBLE_DEVICES" else "")  # taken back afterwards
+    for name, value in (("CUDA_VISIBLE_DEVICES", GPU), ("CUDA_CACHE_DISABLE", "1")):
+        monkeypatch.setenv(name, value)  # taken back afterwards
     return found
 
 
@@ -110,8 +111,8 @@ class Run:
 
     def join(self) -> bool:
         """Whether what came of it is what it should be."""
-        (places,) = self.load.places().values()
-        self.load.join()
+        found = self.load.join()
+        (places,) = found.values()
         right = True
         for piece, (span, fd) in zip(pieces(), places, strict=True):
             assert span == piece.span
@@ -247,62 +248,55 @@ def test_without_a_kernel_all_are_read_again_by_all(gpus: FakeGpus, begin: Calla
     assert sorted(reader.asked_again) == list(range(COUNT))
 
 
-def test_a_kernel_that_fails_is_not_kept(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:
-    """Though the driver has kept it for others."""
-    kept = gpus.directory / host.KERNELS
-    kept.mkdir()
-    (kept / "index").touch()
+def test_the_kernel_is_kept(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:
+    """So the next load needs no compiler; one that fails is not kept."""
     assert begin(Chunks(DATA, range(COUNT))).join()
-    assert (kept / "index").exists()
+    (kept,) = (gpus.directory / "kernels").iterdir()
+    gpus.node(fake_gpu.gpus(1), more=["compiler none"])
+    run = begin(Chunks(DATA, range(COUNT)))
+    assert run.join() and not run.reader.asked_again
     gpus.node(fake_gpu.gpus(1), more=["kernel wrong"])
-    assert begin(Chunks(DATA, range(COUNT))).join()
+    run = begin(Chunks(DATA, range(COUNT)))
+    assert run.join() and len(run.reader.asked_again) == COUNT
     assert not kept.exists()
 
 
-def test_memory_is_handed_on_while_it_is_filled(begin: Callable[[Chunks], Run]) -> None:
-    """But nobody is told that it is all there."""
-    over = threading.Event()
-    reader = Chunks(DATA, range(COUNT), parallel=1)
+@pytest.mark.parametrize("what", ["pin", "make"])
+def test_a_failure_before_there_is_anything(
+    gpus: FakeGpus, begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The other one of the two is under way."""
+    failing, other = ("pin", "create") if what == "pin" else ("create", "pin")
+    original = getattr(Device, other)
+    done: list[object] = []
 
-    def change(number: int, view: memoryview) -> None:
-        if number == 5:
-            over.wait(20)
+    def fails(*given: object) -> None:
+        raise CudaError(1, "INVALID_VALUE", what, 0)
 
-    reader.change = change
-    run = begin(reader)
-    joined = threading.Thread(target=run.load.join)
-    try:
-        load.close(run.load.places())
-        joined.start()
-        joined.join(0.2)
-        assert joined.is_alive()
-    finally:
-        over.set()
-    joined.join(20)
-    assert not joined.is_alive()
-    assert run.join()
+    def slowly(*given: object) -> object:
+        time.sleep(0.2)
+        done.append(given)
+        return original(*given)
 
-
-def test_places_of_a_load_that_has_failed(begin: Callable[[Chunks], Run]) -> None:
-    def change(number: int, view: memoryview) -> None:
-        raise SnapshotDamaged("read memory", f"chunk {number}", "it is damaged", "capture it again")
-
-    reader = Chunks(DATA, range(COUNT))
-    reader.change = change
-    run = begin(reader)
-    assert run.stop.wait(10)
-    with pytest.raises(SnapshotDamaged, match="it is damaged"):
-        run.load.places()
-
-
-def test_places_of_a_load_that_was_ended(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:
-    """By another failure of the same restore."""
-    run = Run(gpus, Chunks(DATA, range(COUNT)))
-    run.stop.set()
-    run.load.start()
-    with pytest.raises(GpuError, match="the restore has ended"):
-        run.load.places()
+    monkeypatch.setattr(Device, failing, fails)
+    monkeypatch.setattr(Device, other, slowly)
+    run = begin(Chunks(DATA, range(COUNT)))
+    with pytest.raises(GpuError, match="pin memory for" if what == "pin" else "allocate memory on"):
+        run.join()
+    assert len(done) == 1, "not waited for, or not ended"
     run.load.abandon()
+    assert not run.load._tasks
+
+
+def test_nothing_is_handed_on_once_it_was_ended(begin: Callable[[Chunks], Run]) -> None:
+    """By another failure of the same restore, after all was loaded."""
+    run = begin(Chunks(DATA, range(COUNT)))
+    run.load._begun.wait()
+    for task in run.load._tasks:
+        task.wait()
+    run.stop.set()
+    with pytest.raises(GpuError, match="the restore has ended"):
+        run.load.join()
 
 
 def test_without_the_compiler_what_is_read_is_verified(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> None:

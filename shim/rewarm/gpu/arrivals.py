@@ -26,9 +26,9 @@ class Arrivals:
         """Whether there is a kernel."""
         return bool(self._on)
 
-    def compile(self, devices: Sequence[Device]) -> None:
-        """Make the kernel for each of these. Raises CudaError."""
-        self._on = [Digests(device) for device in devices]
+    def compile(self, devices: Sequence[Device], state_dir: str) -> None:
+        """Make the kernel for each of these, or find it. Raises CudaError."""
+        self._on = [Digests(device, state_dir) for device in devices]
 
     def put(self, chunks: Sequence[int]) -> None:
         """These chunks are there as a whole."""

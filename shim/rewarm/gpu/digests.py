@@ -12,7 +12,7 @@ from blake3 import blake3
 from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device
 
-from . import blake3_ptx
+from . import blake3_ptx, kernels
 from .pieces import WINDOW
 
 MOST = 256
@@ -26,23 +26,38 @@ _ADDRESS = struct.Struct("<Q")
 class Digests:
     """The kernel on one GPU; for one thread at a time."""
 
-    def __init__(self, device: Device) -> None:
-        """Has the kernel compiled, and tried. Raises CudaError, also where the driver comes without its compiler."""
+    def __init__(self, device: Device, state_dir: str) -> None:
+        """Has the kernel compiled, unless it is kept there, and tried. Raises CudaError, also where the driver comes
+        without its compiler."""
         self._device = device
         device.enter()
-        self._kernel = device.kernel(blake3_ptx.text(device.capability), blake3_ptx.NAME)
         self._space = mmap.mmap(-1, MOST * (_ADDRESS.size + _DIGEST), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._addresses = device.reach(self._space)
         self._found = MOST * _ADDRESS.size
         self._lane = device.lane()
-        self._try()
-
-    def _try(self) -> None:
-        """On this GPU, before its answers count: zeros, and bytes that are all but zeros, which it reads from here."""
         self._trial = mmap.mmap(-1, 2 * WINDOW, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pattern = blake3(b"rewarm")
-        self._trial[WINDOW:] = pattern.digest(length=WINDOW)
-        base = self._device.reach(self._trial)
+        self._trial[WINDOW:] = blake3(b"rewarm").digest(length=WINDOW)
+        self._trials = device.reach(self._trial)
+        text = blake3_ptx.text(device.capability)
+        kept = kernels.place(state_dir, device.capability, text)
+        if (code := kernels.find(kept)) is not None:
+            try:
+                self._use(code)
+                return
+            except CudaError:
+                kernels.forget(kept)  # another driver may have made it
+        try:
+            code = device.compile(text)
+        except CudaError:
+            self._use(text.encode("ascii"))  # raises what is wrong
+            return
+        self._use(code)
+        kernels.keep(kept, code)
+
+    def _use(self, code: bytes) -> None:
+        """This kernel, after a trial on this GPU: zeros, and bytes that are all but zeros, which it reads from here."""
+        self._kernel = self._device.kernel(code, blake3_ptx.NAME)
+        base = self._trials
         expected = [zeros(), blake3(memoryview(self._trial)[WINDOW:]).digest()]
         if self.of([base, base + WINDOW, base]) != [*expected, expected[0]]:
             raise CudaError(_UNKNOWN, "another digest than BLAKE3's", blake3_ptx.NAME, 0)

@@ -17,9 +17,6 @@ from rewarm_native.device import Device
 from . import container, library
 from .pieces import WINDOW
 
-KERNELS = "kernels"
-"""What the driver has compiled for rewarm, below the state directory."""
-
 
 class Host:
     """A CUDA context of this process on each of some GPUs, and pinned memory that all of them reach."""
@@ -67,7 +64,7 @@ class Opening:
     def __init__(self, libcuda: str, uuids: Sequence[str], state_dir: str, trace: Trace) -> None:
         """`libcuda` and `state_dir` are the settings."""
         self.uuids = uuids
-        self._state_dir = state_dir
+        self.state_dir = state_dir
         self._libcuda = libcuda
         self._trace = trace
         self._host: Host | None = None
@@ -78,7 +75,7 @@ class Opening:
 
     def start(self) -> None:
         """Raises RestoreError if no thread can be made."""
-        prepare(self.uuids, self._state_dir)
+        prepare(self.uuids)
         self._task.start()
         self._compiler.start()
 
@@ -107,25 +104,12 @@ class Opening:
         self._has_compiler = library.load_compiler(self._libcuda)
 
 
-def prepare(uuids: Sequence[str], state_dir: str) -> None:
-    """Have the driver look at these GPUs only: on a node with eight, the others would take most of the time. And have
-    it keep what it compiles, since all copies wait while it does. To be called while no other thread is in the driver:
-    the environment is not made for several."""
+def prepare(uuids: Sequence[str]) -> None:
+    """Have the driver look at these GPUs only: on a node with eight, the others would take most of the time. While
+    no other thread is in the driver: the environment is not made for several."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
     os.environ.pop("CUDA_DEVICE_ORDER", None)
-    # Rewarm's own, and not in anybody's home. The driver's key is its version, the GPU's kind, and the text.
-    kept = os.path.join(state_dir, KERNELS)
-    with suppress(OSError):  # then it compiles each time
-        os.makedirs(kept, mode=0o700, exist_ok=True)
-    os.environ["CUDA_CACHE_PATH"] = kept
-    os.environ["CUDA_CACHE_DISABLE"] = "0"
-
-
-def forget_kernels() -> None:
-    """Have the driver compile anew: what it has kept may be damaged."""
-    import shutil  # takes milliseconds
-
-    shutil.rmtree(os.environ["CUDA_CACHE_PATH"], ignore_errors=True)
+    os.environ["CUDA_CACHE_DISABLE"] = "1"  # what is compiled for rewarm is kept by kernels.py, and in nobody's home
 
 
 def failed(operation: str, uuid: str, error: Exception) -> GpuError:

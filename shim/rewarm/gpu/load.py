@@ -1,8 +1,8 @@
-"""Device memory on its way back: from the store over pinned memory to the GPU, and verified.
+"""Device memory on its way back: from the store over pinned memory to the GPU, and verified, before there is a process.
 
 It is made and filled by this process, and handed on as descriptors which the restored processes map: so reading begins
-at once, beside CRIU and the driver. They may map it while it is filled, since nothing of their programs runs before all
-of it is there: so mapping costs no time either.
+at once, beside CRIU and the driver, and no byte goes through a place where the container could reach it. Nor are they
+handed on earlier: what the snapshot says of its chunks may be a lie to read those of others.
 """
 
 from __future__ import annotations
@@ -105,34 +105,28 @@ class Load:
         """Raises RestoreError if no thread can be made."""
         self._begun.start()
 
-    def places(self) -> dict[int, list[tuple[Span, int]]]:
-        """As soon as there is memory, whatever is in it by then: by the process's number, its pieces and a descriptor
-        of each, which are the caller's to close. Raises the first failure."""
-        self._begun.wait()
-        self.raise_failure()
-        if len(self._handles) != len(self._pieces):
-            raise GpuError("load device memory of", ", ".join(self._uuids), "the restore has ended")
-        assert self._host is not None
-        found: dict[int, list[tuple[Span, int]]] = {}
-        try:
-            for piece, handle in zip(self._pieces, self._handles, strict=True):
-                device = self._host.devices[piece.gpu]
-                found.setdefault(piece.pid, []).append((piece.span, device.give(handle)))
-        except CudaError as error:
-            for _, fd in (one for places in found.values() for one in places):
-                os.close(fd)
-            raise host.failed("export memory of", self._uuids[0], error) from None
-        return found
-
-    def join(self) -> None:
-        """Wait until all is on the GPUs, and verified: nothing may run before that has access to it. Raises the first
-        failure, or GpuError if anything is missing."""
+    def join(self) -> dict[int, list[tuple[Span, int]]]:
+        """Wait until all is on the GPUs, and verified: by the process's number, its pieces and a descriptor of each,
+        which are the caller's to close. Raises the first failure, or GpuError if anything is missing."""
         self._begun.wait()
         for task in self._tasks:
             task.wait()
         self.raise_failure()
         if missing := self._verified.count(0):
             raise GpuError("load device memory", f"{missing} of {len(self._verified)} chunks", "they were not loaded")
+        assert self._host is not None
+        found: dict[int, list[tuple[Span, int]]] = {}
+        with self._lock:  # who abandons the load closes the GPUs
+            if self._stop.is_set():
+                raise GpuError("load device memory of", ", ".join(self._uuids), "the restore has ended")
+            try:
+                for piece, handle in zip(self._pieces, self._handles, strict=True):
+                    device = self._host.devices[piece.gpu]
+                    found.setdefault(piece.pid, []).append((piece.span, device.give(handle)))
+            except CudaError as error:
+                close(found)
+                raise host.failed("export memory of", self._uuids[0], error) from None
+        return found
 
     def sizes(self) -> dict[int, int]:
         """Bytes by the index of the GPU."""
@@ -154,16 +148,17 @@ class Load:
             self._opening.close()
         if not ended or self._host is None:
             return  # who hangs has streams and buffers of the contexts
-        # A mapping outlives its context, and a cold start may need the memory.
-        for device, address, sizes in self._mapped:
-            with suppress(CudaError):
-                device.enter()
-                device.unmap(address, sizes)
-        for handle in self._handles:
-            with suppress(CudaError):
-                self._host.devices[0].release(handle)
-        self._mapped, self._handles = [], []
-        self._host.close()
+        with self._lock:
+            # A mapping outlives its context, and a cold start may need the memory.
+            for device, address, sizes in self._mapped:
+                with suppress(CudaError):
+                    device.enter()
+                    device.unmap(address, sizes)
+            for handle in self._handles:
+                with suppress(CudaError):
+                    self._host.devices[0].release(handle)
+            self._mapped, self._handles = [], []
+            self._host.close()
 
     def _fail(self, error: Exception, operation: str = "") -> None:
         """`operation` is what the driver was asked for."""
@@ -187,8 +182,9 @@ class Load:
             try:
                 with self._trace.phase("device.pin"):
                     self._buffers = self._host.pin(count * SLOTS + 1, RUN * WINDOW)
-            finally:
-                making.wait()
+            except Exception as error:
+                self._fail(error, "pin memory for")
+            making.wait()
             if self._stop.is_set():
                 return
             work = [Task(partial(self._run, at), "load") for at in range(count)]
@@ -300,11 +296,8 @@ class Load:
         try:
             assert self._host is not None
             # While the first chunks are on their way. If it fails, each of them is verified on this side after all.
-            with self._trace.phase("device.compile"):
-                try:
-                    arrivals.compile(self._host.devices)
-                except CudaError:
-                    host.forget_kernels()
+            with self._trace.phase("device.compile"), suppress(CudaError):
+                arrivals.compile(self._host.devices, self._opening.state_dir)
             self._trace.note("verified_on_gpu", arrivals.compiled)
             bad: list[int] = []
             for batch in arrivals.batches(senders):

@@ -53,7 +53,7 @@ class Save:
     ) -> None:
         """`libcuda` and `state_dir` are the settings; `uuids`: the GPUs by their index; `add` stores a chunk and gives
         its number; `share`: the percentage of a GPU's free memory that a copy may take. Raises GpuError."""
-        host.prepare(uuids, state_dir)
+        host.prepare(uuids)
         self._uuids = uuids
         self._add = add
         self._threads = threads
@@ -67,10 +67,8 @@ class Save:
             raise
         self._digests: list[Digests] = []
         if compiler:
-            try:
-                self._digests = [Digests(device) for device in self._host.devices]
-            except CudaError:  # without it, zeros are looked for on this side
-                host.forget_kernels()
+            with suppress(CudaError):  # without it, zeros are looked for on this side
+                self._digests = [Digests(device, state_dir) for device in self._host.devices]
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None

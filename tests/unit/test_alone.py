@@ -1,0 +1,123 @@
+"""One capture of a container at a time, and the helpers of those that are over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rewarm import alone as module
+from rewarm.alone import alone
+from rewarm.errors import CaptureError
+from rewarm.oci import record
+from rewarm.oci.runc import Container
+
+SOURCES = str(Path(module.__file__).parents[1])
+CAPTURE = """
+import signal, subprocess, sys
+from rewarm.alone import alone
+from rewarm.oci.runc import Container
+container = Container(sys.argv[1] + "/root", "one", 1, 1, "", "", {}, (), "")
+with alone(container, sys.argv[1]) as lock:
+    helper = subprocess.Popen(["sleep", "1000"], pass_fds=(lock,), stdout=subprocess.DEVNULL)
+    print(helper.pid, flush=True)
+    sys.stdin.read()
+print("over", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Container:
+    return Container(f"{tmp_path}/root", "one", 1, 1, "", "", {}, (), "")
+
+
+@pytest.fixture
+def lock(tmp_path: Path, container: Container) -> Path:
+    return Path(f"{record.directory(str(tmp_path), container.root, container.id)}~capture~lock")
+
+
+class Other:
+    """A capture in another process, with a helper that has no end of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        words = [sys.executable, "-c", CAPTURE, str(directory)]
+        env = {**os.environ, "PYTHONPATH": SOURCES}
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, start_new_session=True
+        )
+        assert self.process.stdout is not None
+        self.helper = int(self.process.stdout.readline())
+
+    def end(self) -> None:
+        """The capture has failed; its process is there yet."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        assert self.process.stdout.readline() == "over\n"
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, 9)
+        self.process.wait()
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Other]:
+    found = Other(tmp_path)
+    yield found
+    found.close()
+
+
+def test_nothing_is_left(container: Container, tmp_path: Path, lock: Path) -> None:
+    for _ in range(2):
+        with alone(container, str(tmp_path)) as held:
+            assert lock.exists() and os.get_inheritable(held) is False
+        assert not lock.exists()
+    with pytest.raises(KeyError), alone(container, str(tmp_path)):
+        raise KeyError
+    assert not lock.exists()
+
+
+def test_two_at_once(container: Container, tmp_path: Path, other: Other) -> None:
+    began = time.monotonic()
+    with pytest.raises(CaptureError, match="another capture of it is going on"), alone(container, str(tmp_path)):
+        pass
+    assert time.monotonic() - began < module.PATIENCE / 2
+
+
+@pytest.mark.parametrize("how", ["killed", "failed"])
+def test_a_helper_is_waited_for(container: Container, tmp_path: Path, lock: Path, other: Other, how: str) -> None:
+    if how == "killed":
+        other.process.kill()
+        other.process.wait()
+    else:
+        other.end()
+    assert lock.exists(), "the next one would have a lock of its own"
+    words = f"import os, time; time.sleep(0.7); os.kill({other.helper}, 9)"
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", words]), alone(container, str(tmp_path)):
+        assert time.monotonic() - began > 0.5
+    assert not lock.exists()
+
+
+def test_a_helper_that_does_not_end(
+    container: Container, tmp_path: Path, other: Other, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    other.end()
+    with pytest.raises(CaptureError, match="helper of a capture that has ended"), alone(container, str(tmp_path)):
+        pass
+
+
+def test_a_file_of_another_process(container: Container, tmp_path: Path, lock: Path) -> None:
+    """As a killed one leaves it, or as nobody has written it."""
+    for text in (b"", b"\xff", b"1 2 3", f"{os.getpid()} 1".encode()):
+        lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock.write_bytes(text)
+        with alone(container, str(tmp_path)):
+            pass
+        assert not lock.exists()
