@@ -73,6 +73,27 @@ void *rw_find(const char *name, const char *library, const void *own)
 	return found;
 }
 
+bool rw_is_next(const char *name, const char *library, const void *own)
+{
+	struct search search = { .library = library };
+	void *next = dlsym == NULL ? NULL : dlsym(RTLD_NEXT, name), *found = NULL;
+
+	/* Where none is loaded, somebody has it in his own file. */
+	bool is_next = true;
+	for (size_t skip = 0; next != NULL && next != own && dl_iterate_phdr != NULL && dlopen != NULL; skip++) {
+		search.skip = skip;
+		if (dl_iterate_phdr(note_path, &search) == 0)
+			break;
+		found = find_in(name, search.path);
+		is_next = found == next;
+		if (is_next)
+			break;
+	}
+	if (dlerror != NULL)
+		dlerror();
+	return is_next;
+}
+
 static const char *const names[] = {
 #define NAME(name, parameters) #name,
 	RW_DRIVER(NAME, NAME)

@@ -11,6 +11,7 @@
  *       by dlsym(3) of a handle, cudaGetDriverEntryPoint or cuGetProcAddress
  *     - allocations in another context than the device's primary one, of a device that cannot export its memory, of the
  *       65th device on, and all in the child of a fork
+ *     - allocations that another library, preloaded behind this one, stands in front of as well
  *     - everything after a wish for a legacy IPC handle of such memory, which has none
  *
  * Seen by a program: sizes are rounded up to 2 MiB. cudaFreeAsync of such memory waits for the device. A range that
@@ -26,16 +27,35 @@
 
 #define INTERPOSED __attribute__((visibility("default")))
 
+static const char *library_of(const char *name)
+{
+	return name[2] == 'd' ? "libcudart.so" : "libcuda.so.1";
+}
+
 static void *real(void **cache, const char *name, const void *own)
 {
 	void *found = __atomic_load_n(cache, __ATOMIC_ACQUIRE);
 
 	/* A failure is not kept: CUDA may be loaded later. */
 	if (found == NULL) {
-		found = rw_find(name, name[2] == 'd' ? "libcudart.so" : "libcuda.so.1", own);
+		found = rw_find(name, library_of(name), own);
 		__atomic_store_n(cache, found, __ATOMIC_RELEASE);
 	}
 	return found;
+}
+
+/* One that stands between the program and CUDA as well (torch_memory_saver, limiters of device memory) has its reasons to
+ * see all calls. */
+static bool is_next(int *known, const char *name, const void *own)
+{
+	enum { UNKNOWN, YES, NO };
+	int answer = __atomic_load_n(known, __ATOMIC_RELAXED);
+
+	if (answer == UNKNOWN) {
+		answer = rw_is_next(name, library_of(name), own) ? YES : NO;
+		__atomic_store_n(known, answer, __ATOMIC_RELAXED);
+	}
+	return answer == YES;
 }
 
 /* Defines real_NAME(), which calls the function of that name behind this library; `own` must not be taken for it. */
@@ -106,9 +126,11 @@ static bool runtime_is_ready(void)
 
 INTERPOSED int cudaMalloc(void **pointer, size_t size)
 {
+	static int next;
 	uint64_t address;
 
-	if (pointer == NULL || size < RW_LEAST || !rw_serving() || !runtime_is_ready() || !rw_serve(&address, size))
+	if (pointer == NULL || size < RW_LEAST || !rw_serving() || !is_next(&next, "cudaMalloc", (const void *)cudaMalloc) ||
+	    !runtime_is_ready() || !rw_serve(&address, size))
 		return real_cudaMalloc(pointer, size);
 	*pointer = (void *)(uintptr_t)address;
 	return CUDA_SUCCESS;
@@ -116,9 +138,11 @@ INTERPOSED int cudaMalloc(void **pointer, size_t size)
 
 INTERPOSED int cuMemAlloc_v2(uint64_t *pointer, size_t size)
 {
+	static int next;
 	uint64_t address;
 
-	if (pointer == NULL || size < RW_LEAST || !rw_serve(&address, size))
+	if (pointer == NULL || size < RW_LEAST || !is_next(&next, "cuMemAlloc_v2", (const void *)cuMemAlloc_v2) ||
+	    !rw_serve(&address, size))
 		return real_cuMemAlloc_v2(pointer, size);
 	*pointer = address;
 	return CUDA_SUCCESS;

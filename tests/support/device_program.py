@@ -46,8 +46,9 @@ class Built:
     def library(self) -> Path:
         return self.directory / "rewarm-device-memory.so"
 
-    def environment(self, **more: str) -> dict[str, str]:
-        preload = [str(self.library)]
+    def environment(self, *preloaded: str | Path, **more: str) -> dict[str, str]:
+        """`preloaded`: instead of the library alone."""
+        preload = [str(one) for one in preloaded or [self.library]]
         if self.flavour == "sanitized":
             preload.insert(0, output_of("cc", "-print-file-name=libasan.so"))
         return {
@@ -107,6 +108,7 @@ def build(base: Path, flavour: str) -> Built:
     compile_c("program", "program.c", "./libcudart.so.12")
     compile_c("program-driver", "program.c", "-DWITH_DRIVER", "./libcudart.so.12", "./libcuda.so.1")
     compile_c("plugin.so", "plugin.c", "-shared", "./libcudart.so.12")
+    compile_c("between.so", "between.c", "-shared")
     compile_c("host", "host.c")
     compile_c("bare", "bare.c")
     compile_c("bare-static", "bare.c", "-static")

@@ -122,6 +122,27 @@ assert plugin.plugin_free(pointer) == 0
     assert "rewarm-mem-" in done.stdout
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_another_that_stands_in_front_of_cuda_has_its_calls(plain: Built, first: bool) -> None:
+    """Behind it, what it passes on is served; in front of it, nothing is: it would not see it."""
+    other = plain.directory / "between.so"
+    code = f"""
+import ctypes, pathlib
+other = ctypes.CDLL({str(other)!r})
+plugin = ctypes.CDLL({str(plain.directory / "plugin.so")!r})
+pointer = ctypes.c_void_p()
+for size in (4 << 20, 1000, 8 << 20):
+    assert plugin.plugin_allocate(ctypes.byref(pointer), ctypes.c_size_t(size)) == 0
+    assert plugin.plugin_free(pointer) == 0
+names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+print(other.between_calls(), any(name.startswith("rewarm-mem-") for name in names))
+"""
+    order = [other, plain.library] if first else [plain.library, other]
+    env = plain.environment(*order)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.stdout, done.stderr) == (f"3 {first}\n", "")
+
+
 def test_without_a_cuda_library_the_answer_is_an_error(plain: Built) -> None:
     code = f"""
 import ctypes
