@@ -50,6 +50,10 @@ class Device:
             self._call("cuDeviceGetAttribute", version + at, attribute, self._ordinal)
         self.capability = int(version[0]), int(version[1])
         """Compute capability."""
+        driver = ffi.new("int *")
+        self._call("cuDriverGetVersion", driver)
+        self.version = int(driver[0])
+        """The CUDA version of the driver, 1000 times the major and 10 times the minor one."""
         names = {
             "upload": "cuMemcpyHtoDAsync_v2",
             "download": "cuMemcpyDtoHAsync_v2",

@@ -12,7 +12,7 @@ from rewarm.errors import CaptureError
 from rewarm.oci import record
 from rewarm.oci.runc import Container
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds to wait for the helper of a capture that is over."""
 _PAUSE = 0.02
 
@@ -22,9 +22,9 @@ def alone(container: Container, state_dir: str) -> Iterator[int]:
     """Inside, no other capture of the container begins. The value is a descriptor that whoever inherits it keeps so for
     as long as he lives: a helper that is not done yet (lifeline.py) when its capture has failed or was killed.
 
-    Raises CaptureError if another capture, or the helper of one, is at it.
+    Raises CaptureError if another capture, or the helper of one, is at it, and if the container has ended meanwhile.
     """
-    path = f"{record.directory(state_dir, container.root, container.id)}~capture"
+    path = record.capture_path(state_dir, container.pid, container.start_time)
     end = time.monotonic() + PATIENCE
     while True:
         ours = False
@@ -34,6 +34,7 @@ def alone(container: Container, state_dir: str) -> Iterator[int]:
                     ours = True
                     _sign(lock, f"{os.getpid()} {processes.start_time(os.getpid())}")
                     try:
+                        _check(container)
                         yield lock
                     finally:
                         _sign(lock, "")
@@ -42,19 +43,27 @@ def alone(container: Container, state_dir: str) -> Iterator[int]:
             if ours:
                 _tidy(path)
         if _signer_lives(path):
-            raise _refused(container, "another capture of it is going on")
+            raise CaptureError(
+                "capture container", container.id, "another capture of it is going on", "wait for its end"
+            )
         if time.monotonic() > end:
-            raise _refused(container, "the helper of a capture that has ended is still letting it go on")
+            cause = f"a capture of it has ended, and what it has begun is still being undone, after {PATIENCE:g} s"
+            step = "look for rewarm.lifeline in `ps`: it waits for room on a GPU (`nvidia-smi`), or for `runc resume`"
+            raise CaptureError("capture container", container.id, cause, step)
         time.sleep(_PAUSE)
 
 
-def _refused(container: Container, cause: str) -> CaptureError:
-    return CaptureError("capture container", container.id, cause, "wait for its end")
+def _check(container: Container) -> None:
+    """It may be another one by the time that the lock is there."""
+    if processes.start_time(container.pid) != container.start_time:
+        cause = f"its init, process {container.pid}, has ended"
+        raise CaptureError("capture container", container.id, cause, "capture it while it runs")
 
 
 def _sign(lock: int, text: str) -> None:
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, text.encode(), 0)
+    with suppress(OSError):  # it only chooses the words of an error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, text.encode(), 0)
 
 
 def _signer_lives(path: str) -> bool:

@@ -82,6 +82,7 @@ def capture(
     check_namespace(namespace)
     low_level = Runc(runc.find(settings), container.root, systemd_cgroup)
     criu = node.criu_binary(settings)
+    source.check_status(container, low_level, held=True)
     _check_criu(criu, settings)
     source.check_pid_namespaces(container)
     bundle_spec = spec.load(container.bundle)

@@ -4,7 +4,7 @@ It waits at the end of a socket pair until the capture is over. When rewarm and 
 word, or when the container is still held long after its memory was copied (a store that hangs), the helper resumes it,
 and after a death removes what the capture had gathered.
 
-    python -m rewarm.lifeline JSON      (standard input: the socket)
+    python -m rewarm.lifeline JSON LOCK     (standard input: the socket)
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ _READY = b"ready\n"
 _START = 20.0
 _PATIENCE = 5.0
 _MARGIN = 1.0
-_PAUSE = 0.2
-_LONGEST_PAUSE = 10.0
+_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 _RUNC_TIMEOUT = 30.0
 _SHORT = 60.0
 """Seconds that whatever but a dump may take to its end after rewarm's."""
@@ -83,7 +82,7 @@ class Lifeline:
         self.fd = self._socket.fileno()
         try:
             self._helper = subprocess.Popen(
-                [sys.executable, "-I", "-m", "rewarm.lifeline", json.dumps(asdict(held))],
+                [sys.executable, "-I", "-m", "rewarm.lifeline", json.dumps(asdict(held)), str(lock)],
                 stdin=theirs.fileno(),
                 pass_fds=(lock,),
                 stdout=subprocess.PIPE,
@@ -200,7 +199,6 @@ class _Watch:
             from rewarm.gpu import container, library, room, taking  # noqa: F401
 
             taking.allow_descriptors()
-
             self._driver = library.load(held.libcuda)
             self._nvml = container.nvml(held.libcuda)
         self._frozen = False
@@ -370,6 +368,7 @@ def main(words: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     held = Held(**json.loads(words[0]))
+    os.set_inheritable(int(words[1]), False)  # what the driver runs is not to keep it
     watch = _Watch(held)
     pipe = socket.socket(fileno=os.dup(0))
     owner = [os.pidfd_open(held.owner)]

@@ -39,7 +39,7 @@ class Quiet:
         """Raises CaptureError; the engine goes on then."""
         if self.engine == "none":
             return self
-        directory = record.directory(self._state_dir, self._container.root, self._container.id)
+        directory = record.find_directory(self._state_dir, self._container.root, self._container.id)
         if not waker.wait(directory, self._limit):
             # It would be told to go on in the middle of the capture.
             cause = f"its engine is still being told to go on after its restore, for more than {self._limit:g} s"

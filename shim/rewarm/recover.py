@@ -66,9 +66,8 @@ def forget(path: str) -> None:
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         record.remove(path)
-    for lock in (f"{path}~lock", f"{path}~capture~lock"):
-        with suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(lock)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.unlink(f"{path}~lock")
     parent, own = os.path.split(path)
     for name in _names(parent):
         if name.startswith(f"{own}~"):
@@ -207,6 +206,7 @@ def sweep(state_dir: str, binary: str) -> list[str]:
 
     Returns a line for each restore that could not be undone. What another process is at, it is left to.
     """
+    _forget_captures(os.path.join(state_dir, "captures"))
     problems = []
     base = os.path.join(state_dir, "containers")
     for root in _names(base):
@@ -220,6 +220,15 @@ def sweep(state_dir: str, binary: str) -> list[str]:
             except (RewarmError, OSError) as error:
                 problems.append(str(error))
     return problems
+
+
+def _forget_captures(base: str) -> None:
+    """Locks that captures have left which were killed, of containers that are no more."""
+    for name in _names(base):
+        found = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,20})~lock", name)
+        if found and processes.start_time(int(found[1])) != int(found[2]):
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(base, name))
 
 
 def settle(path: str, binary: str) -> None:

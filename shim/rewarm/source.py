@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from rewarm.gpu.hold import Users
 
 
-def check_status(container: Container, low_level: Runc) -> None:
-    """It runs, and a copy of it could run elsewhere. Raises CaptureError, OciError."""
+def check_status(container: Container, low_level: Runc, *, held: bool = False) -> None:
+    """It runs, and a copy of it could run elsewhere. `held`: another capture may have paused it. Raises CaptureError,
+    OciError."""
     status = low_level.status(container.id)
     if status == "created":
         raise CaptureError("capture container", container.id, "it is created but not started", "start it first")
@@ -26,7 +27,7 @@ def check_status(container: Container, low_level: Runc) -> None:
             f"it is {status or 'gone'}, so it has no memory to capture",
             "capture it while it runs",
         )
-    if status == "paused":
+    if status == "paused" and not held:
         raise CaptureError("capture container", container.id, "it is paused", "resume it first")
     for namespace in (spec.load(container.bundle).get("linux") or {}).get("namespaces") or []:
         if namespace.get("type") == "pid" and namespace.get("path"):

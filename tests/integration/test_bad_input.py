@@ -355,10 +355,10 @@ def test_two_captures_of_one_name(running: Container, node: Node) -> None:
     second = node.rewarm("capture", "another", "--name", "counter", check=False)
     assert second.returncode == 1
     said(second.stderr.strip(), "capture default/counter: another capture of counter is running", f"pid {first.pid}")
-    # The same container under another name: it is held still for the first one.
+    # The same container under another name.
     second = node.rewarm("capture", "source", "--name", "other", check=False)
     assert second.returncode == 1
-    said(second.stderr.strip(), "capture container source", "it is paused")
+    said(second.stderr.strip(), "capture container source", "another capture of it is going on")
     go.touch()
     assert first.wait(60) == 0, first.communicate()
     first.communicate()

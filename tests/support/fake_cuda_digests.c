@@ -1,7 +1,8 @@
 /* The fake driver's compiler and the one kernel that it knows: BLAKE3 of windows of 2 MiB (gpu/blake3_ptx.py), from the
  * specification. Whether the kernel's own text does the same is tests/unit/test_blake3_ptx.py and tests/gpu.
  *
- * Lines of the file `node`: `compiler none`, and `kernel idle` for one that ends and has written nothing, `kernel wrong`
+ * Lines of the file `node`: `compiler none`, `compiler broken` for one that links nothing, `compiler useless` for one of
+ * which comes nothing that can be loaded, and `kernel idle` for one that ends and has written nothing, `kernel wrong`
  * for one whose digests are not those of the memory; `kernel idle-later` and `wrong-later` from its second launch on, `zeros-later`
  * for one that takes everything for zeros from then on. */
 #include "fake_cuda.h"
@@ -112,6 +113,8 @@ EXPORT int cuLinkAddData_v2(char *state, int type, const char *data, size_t size
 		return INVALID_VALUE;
 	if (node_says("compiler", "none"))
 		return NO_COMPILER;
+	if (node_says("compiler", "broken"))
+		return INVALID_PTX;
 	if (strstr(data, ".visible .entry") == NULL)
 		return INVALID_PTX;
 	snprintf(linked, sizeof linked, "%s%s", COMPILED, data);
@@ -121,7 +124,7 @@ EXPORT int cuLinkAddData_v2(char *state, int type, const char *data, size_t size
 EXPORT int cuLinkComplete(char *state, void **code, size_t *size)
 {
 	*code = linked;
-	*size = strlen(linked) + 1;
+	*size = node_says("compiler", "useless") ? 5 : strlen(linked) + 1;
 	return state == NULL ? INVALID_VALUE : OK;
 }
 

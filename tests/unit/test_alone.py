@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rewarm import alone as module
+from rewarm import processes, recover
 from rewarm.alone import alone
 from rewarm.errors import CaptureError
 from rewarm.oci import record
@@ -22,7 +23,7 @@ CAPTURE = """
 import signal, subprocess, sys
 from rewarm.alone import alone
 from rewarm.oci.runc import Container
-container = Container(sys.argv[1] + "/root", "one", 1, 1, "", "", {}, (), "")
+container = Container(sys.argv[1] + "/root", "one", int(sys.argv[2]), int(sys.argv[3]), "", "", {}, (), "")
 with alone(container, sys.argv[1]) as lock:
     helper = subprocess.Popen(["sleep", "1000"], pass_fds=(lock,), stdout=subprocess.DEVNULL)
     print(helper.pid, flush=True)
@@ -34,19 +35,22 @@ signal.pause()
 
 @pytest.fixture
 def container(tmp_path: Path) -> Container:
-    return Container(f"{tmp_path}/root", "one", 1, 1, "", "", {}, (), "")
+    """This very process, as far as its init goes."""
+    start = processes.start_time(os.getpid())
+    assert start is not None
+    return Container(f"{tmp_path}/root", "one", os.getpid(), start, "", "", {}, (), "")
 
 
 @pytest.fixture
 def lock(tmp_path: Path, container: Container) -> Path:
-    return Path(f"{record.directory(str(tmp_path), container.root, container.id)}~capture~lock")
+    return Path(f"{record.capture_path(str(tmp_path), container.pid, container.start_time)}~lock")
 
 
 class Other:
     """A capture in another process, with a helper that has no end of its own."""
 
-    def __init__(self, directory: Path) -> None:
-        words = [sys.executable, "-c", CAPTURE, str(directory)]
+    def __init__(self, directory: Path, container: Container) -> None:
+        words = [sys.executable, "-c", CAPTURE, str(directory), str(container.pid), str(container.start_time)]
         env = {**os.environ, "PYTHONPATH": SOURCES}
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, start_new_session=True
@@ -66,8 +70,8 @@ class Other:
 
 
 @pytest.fixture
-def other(tmp_path: Path) -> Iterator[Other]:
-    found = Other(tmp_path)
+def other(tmp_path: Path, container: Container) -> Iterator[Other]:
+    found = Other(tmp_path, container)
     yield found
     found.close()
 
@@ -109,7 +113,7 @@ def test_a_helper_that_does_not_end(
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE", 0.3)
     other.end()
-    with pytest.raises(CaptureError, match="helper of a capture that has ended"), alone(container, str(tmp_path)):
+    with pytest.raises(CaptureError, match="still being undone"), alone(container, str(tmp_path)):
         pass
 
 
@@ -121,3 +125,59 @@ def test_a_file_of_another_process(container: Container, tmp_path: Path, lock: P
         with alone(container, str(tmp_path)):
             pass
         assert not lock.exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff", b"1 2 3", b"PID 1", b"99999999 1"])
+def test_who_has_it_does_not_live(
+    container: Container, tmp_path: Path, lock: Path, other: Other, monkeypatch: pytest.MonkeyPatch, text: bytes
+) -> None:
+    """Another process with the number of one that was killed is not it."""
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    other.end()
+    lock.write_bytes(text.replace(b"PID", str(os.getpid()).encode()))
+    with pytest.raises(CaptureError, match="still being undone"), alone(container, str(tmp_path)):
+        pass
+
+
+def test_a_container_that_has_ended(tmp_path: Path, container: Container, lock: Path) -> None:
+    gone = container._replace(start_time=container.start_time + 1)
+    with pytest.raises(CaptureError, match="has ended"), alone(gone, str(tmp_path)):
+        pass
+    assert list(lock.parent.iterdir()) == []
+
+
+def test_no_room_for_the_signature(container: Container, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with alone(container, str(tmp_path)):
+        pass
+
+
+def test_what_killed_ones_have_left_is_swept(container: Container, tmp_path: Path, lock: Path) -> None:
+    lock.parent.mkdir(mode=0o700)
+    of_others = [lock.with_name("1-99999~lock"), lock.with_name(f"{container.pid}-1~lock")]
+    for path in (lock, *of_others, lock.with_name("else")):
+        path.touch()
+    recover.sweep(str(tmp_path), "/no/runc")
+    assert sorted(lock.parent.iterdir()) == sorted([lock, lock.with_name("else")])
+
+
+def test_a_container_directory_by_another_name_of_its_root(tmp_path: Path) -> None:
+    """As Docker's, below /var/run."""
+    state, root = str(tmp_path / "state"), tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "link").symlink_to(root)
+    for name in ("one", "two"):
+        made = record.Record(id=name, root=str(tmp_path / "link"), bundle="/b", phase=record.COLD)
+        record.make_directory(record.directory(state, made.root, name), made)
+    wanted = record.directory(state, str(tmp_path / "link"), "one")
+    for called in (root, tmp_path / "link"):
+        assert record.find_directory(state, str(called), "one") == wanted
+    exact = record.directory(state, str(root), "one")
+    assert record.find_directory(state, str(root), "three") == record.directory(state, str(root), "three")
+    (tmp_path / "other").mkdir()
+    assert record.find_directory(state, str(tmp_path / "other"), "one") != wanted
+    record.make_directory(exact, record.Record(id="one", root=str(root), bundle="/b", phase=record.COLD))
+    assert record.find_directory(state, str(root), "one") == exact

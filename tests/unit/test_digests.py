@@ -90,10 +90,18 @@ def test_a_kernel_is_kept(windows: Windows) -> None:
     assert path.read_bytes() == whole, "what was damaged is made anew"
 
 
+@pytest.mark.parametrize("line", ["compiler broken", "compiler useless"])
+def test_what_the_linker_cannot_do_loading_can(windows: Windows, line: str) -> None:
+    """It makes nothing, or nothing that can be loaded; then it is not kept."""
+    windows.gpus.node(fake_gpu.gpus(1), more=[line])
+    assert Digests(windows.device, str(windows.gpus.directory)).of(windows.addresses) == windows.digests
+    assert not (windows.gpus.directory / "kernels").exists()
+
+
 def test_a_kept_kernel_that_the_driver_does_not_take(windows: Windows) -> None:
     """As that of another version may be: it is made anew, too."""
     text = blake3_ptx.text(windows.device.capability)
-    path = kernels.place(str(windows.gpus.directory), windows.device.capability, text)
+    path = kernels.place(str(windows.gpus.directory), windows.device.version, windows.device.capability, text)
     kernels.keep(path, b"of another driver")
     assert Digests(windows.device, str(windows.gpus.directory)).of(windows.addresses) == windows.digests
     assert kernels.find(path) not in (None, b"of another driver")

@@ -15,13 +15,14 @@ TEXT = ".version 7.0"
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
-    return kernels.place(str(tmp_path), (9, 0), TEXT)
+    return kernels.place(str(tmp_path), 13000, (9, 0), TEXT)
 
 
 def test_by_text_and_kind_of_gpu(tmp_path: Path, path: str) -> None:
-    assert path == kernels.place(str(tmp_path), (9, 0), TEXT)
-    assert path != kernels.place(str(tmp_path), (8, 0), TEXT)
-    assert path != kernels.place(str(tmp_path), (9, 0), TEXT + " ")
+    assert path == kernels.place(str(tmp_path), 13000, (9, 0), TEXT)
+    assert path != kernels.place(str(tmp_path), 13000, (8, 0), TEXT)
+    assert path != kernels.place(str(tmp_path), 13000, (9, 0), TEXT + " ")
+    assert path != kernels.place(str(tmp_path), 13010, (9, 0), TEXT)
 
 
 def test_kept_and_forgotten(path: str) -> None:
@@ -56,11 +57,28 @@ def test_what_is_no_file_of_its_own(path: str, tmp_path: Path) -> None:
     os.unlink(path)
     os.mkfifo(path)
     assert kernels.find(path) is None, "nor is it waited for"
+    with open(os.open(path, os.O_RDWR), "wb"):
+        assert kernels.find(path) is None
     os.unlink(path)
     os.mkdir(path)
+    before = os.listdir("/proc/self/fd")
     assert kernels.find(path) is None
+    assert os.listdir("/proc/self/fd") == before
     kernels.keep(path, b"two")
     kernels.forget(path)
+
+
+def test_what_others_can_have_made_is_not_used(path: str) -> None:
+    kernels.keep(path, b"one")
+    os.chmod(path, 0o620)
+    assert kernels.find(path) is None
+    os.chmod(path, 0o600)
+    os.chmod(os.path.dirname(path), 0o770)
+    assert kernels.find(path) is None
+    os.chmod(os.path.dirname(path), 0o700)
+    assert kernels.find(path) == b"one"
+    os.chown(path, 12345, -1)
+    assert kernels.find(path) is None
 
 
 def test_a_directory_that_others_may_write_to_is_not_used(path: str) -> None:

@@ -39,7 +39,7 @@ class Digests:
         self._trial[WINDOW:] = blake3(b"rewarm").digest(length=WINDOW)
         self._trials = device.reach(self._trial)
         text = blake3_ptx.text(device.capability)
-        kept = kernels.place(state_dir, device.capability, text)
+        kept = kernels.place(state_dir, device.version, device.capability, text)
         if (code := kernels.find(kept)) is not None:
             try:
                 self._use(code)
@@ -48,10 +48,10 @@ class Digests:
                 kernels.forget(kept)  # another driver may have made it
         try:
             code = device.compile(text)
+            self._use(code)
         except CudaError:
-            self._use(text.encode("ascii"))  # raises what is wrong
+            self._use(text.encode("ascii"))  # by another way of the driver's, or this raises what is wrong
             return
-        self._use(code)
         kernels.keep(kept, code)
 
     def _use(self, code: bytes) -> None:

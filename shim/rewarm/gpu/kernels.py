@@ -8,6 +8,7 @@ comes into being as a whole, and its bytes are compared with their digest before
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 
 from blake3 import blake3
@@ -19,21 +20,34 @@ _MOST = 4 << 20
 """Bytes of a file; a kernel has some 20 KB."""
 
 
-def place(state_dir: str, capability: tuple[int, int], text: str) -> str:
-    """Where it is kept: by what it was made of, and for which kind of GPU (compute capability)."""
-    name = f"{blake3(text.encode()).hexdigest()[:32]}-{capability[0]}.{capability[1]}"
+def place(state_dir: str, version: int, capability: tuple[int, int], text: str) -> str:
+    """Where it is kept: by what it was made of, by which driver (its CUDA version) and for which kind of GPU (compute
+    capability)."""
+    name = f"{blake3(text.encode()).hexdigest()[:32]}-{version}-{capability[0]}.{capability[1]}"
     return os.path.join(state_dir, "kernels", name)
 
 
 def find(path: str) -> bytes | None:
-    """The kernel; None if none is kept, or if it is damaged."""
+    """The kernel; None if none is kept, if it is damaged, or if others than this user can have made it."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            data = file.read(_MOST)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return None
+    try:
+        kind = os.fstat(fd)
+        if not (stat.S_ISREG(kind.st_mode) and _is_private(kind) and _is_private(os.stat(os.path.dirname(path)))):
+            return None
+        data = os.pread(fd, _MOST, 0)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
     code = data[_DIGEST:]
     return code if code and blake3(code).digest() == data[:_DIGEST] else None
+
+
+def _is_private(kind: os.stat_result) -> bool:
+    return kind.st_uid == os.geteuid() and not kind.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def keep(path: str, code: bytes) -> None:

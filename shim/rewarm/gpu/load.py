@@ -1,4 +1,4 @@
-"""Device memory on its way back: from the store over pinned memory to the GPU, and verified, before there is a process.
+"""Device memory on its way back: from the store over pinned memory to the GPU, and verified before it is handed on.
 
 It is made and filled by this process, and handed on as descriptors which the restored processes map: so reading begins
 at once, beside CRIU and the driver, and no byte goes through a place where the container could reach it. Nor are they
@@ -148,17 +148,19 @@ class Load:
             self._opening.close()
         if not ended or self._host is None:
             return  # who hangs has streams and buffers of the contexts
-        with self._lock:
-            # A mapping outlives its context, and a cold start may need the memory.
-            for device, address, sizes in self._mapped:
-                with suppress(CudaError):
-                    device.enter()
-                    device.unmap(address, sizes)
-            for handle in self._handles:
-                with suppress(CudaError):
-                    self._host.devices[0].release(handle)
-            self._mapped, self._handles = [], []
-            self._host.close()
+        if not self._lock.acquire(timeout=aside.PATIENCE):
+            return  # so has who hangs while he exports
+        # A mapping outlives its context, and a cold start may need the memory.
+        for device, address, sizes in self._mapped:
+            with suppress(CudaError):
+                device.enter()
+                device.unmap(address, sizes)
+        for handle in self._handles:
+            with suppress(CudaError):
+                self._host.devices[0].release(handle)
+        self._mapped, self._handles = [], []
+        self._host.close()
+        self._lock.release()
 
     def _fail(self, error: Exception, operation: str = "") -> None:
         """`operation` is what the driver was asked for."""

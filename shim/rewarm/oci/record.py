@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 from rewarm import private, processes
@@ -35,6 +36,29 @@ def escape(root: str) -> str:
 
 def directory(state_dir: str, root: str, container_id: str) -> str:
     return os.path.join(state_dir, "containers", escape(root), container_id)
+
+
+def find_directory(state_dir: str, root: str, container_id: str) -> str:
+    """`directory`, or where the container directory is if its runc root had another name when it was made: one through
+    a symlink (/var/run)."""
+    exact = directory(state_dir, root, container_id)
+    if os.path.lexists(exact):
+        return exact
+    base = os.path.join(state_dir, "containers")
+    with suppress(OSError):
+        for name in sorted(os.listdir(base)):
+            path = os.path.join(base, name, container_id)
+            with suppress(OciError):
+                kept = load(path)
+                if kept is not None and os.path.realpath(kept.root) == os.path.realpath(root):
+                    return path
+    return exact
+
+
+def capture_path(state_dir: str, pid: int, start_time: int) -> str:
+    """What the lock of captures of a container is named after: its init, since its runc root has several names where
+    there are symlinks (/var/run)."""
+    return os.path.join(state_dir, "captures", f"{pid}-{start_time}")
 
 
 def check_id(container_id: str) -> None:
