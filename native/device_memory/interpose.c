@@ -27,9 +27,10 @@
 
 #define INTERPOSED __attribute__((visibility("default")))
 
+/* How its file name begins: wheels give the runtime one with a hash in it (libcudart-8774224f.so.11.0). */
 static const char *library_of(const char *name)
 {
-	return name[2] == 'd' ? "libcudart.so" : "libcuda.so.1";
+	return name[2] == 'd' ? "libcudart" : "libcuda.so.1";
 }
 
 static void *real(void **cache, const char *name, const void *own)
@@ -39,6 +40,9 @@ static void *real(void **cache, const char *name, const void *own)
 	/* A failure is not kept: CUDA may be loaded later. */
 	if (found == NULL) {
 		found = rw_find(name, library_of(name), own);
+		/* Somebody may have it in his own file, and show it. */
+		if (found == NULL)
+			found = rw_find(name, "", own);
 		__atomic_store_n(cache, found, __ATOMIC_RELEASE);
 	}
 	return found;

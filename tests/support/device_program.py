@@ -22,6 +22,8 @@ SOURCES = Path(__file__).parent / "device_memory"
 SECONDS = 20.0
 MIB = 1 << 20
 GIB = 1 << 30
+HASHED = "libcudart-8774224f.so.12"
+"""The CUDA runtime by a name as wheels give it."""
 FLAVOURS = ("plain", "sanitized", "musl")
 C_FLAGS = ("-std=gnu17", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O1", "-fPIC")
 
@@ -101,13 +103,15 @@ def build(base: Path, flavour: str) -> Built:
         )
         subprocess.run(command, check=True, cwd=built.directory, timeout=60)
 
-    for name in ("libcuda.so.1", "libcudart.so.12"):
+    for name in ("libcuda.so.1", "libcudart.so.12", HASHED):
         # With a version on every symbol, as the real ones have it.
         soname = f"-Wl,-soname,{name},--default-symver"
-        compile_c(name, f"fake_{name.partition('.')[0]}.c", "-shared", "-fvisibility=hidden", soname)
+        compile_c(name, f"fake_{name.partition('.')[0].partition('-')[0]}.c", "-shared", "-fvisibility=hidden", soname)
     compile_c("program", "program.c", "./libcudart.so.12")
     compile_c("program-driver", "program.c", "-DWITH_DRIVER", "./libcudart.so.12", "./libcuda.so.1")
     compile_c("plugin.so", "plugin.c", "-shared", "./libcudart.so.12")
+    compile_c("plugin-hashed.so", "plugin.c", "-shared", f"./{HASHED}")
+    compile_c("plugin-own.so", "plugin.c", "-shared", str(SOURCES / "fake_libcudart.c"))
     compile_c("between.so", "between.c", "-shared")
     compile_c("host", "host.c")
     compile_c("bare", "bare.c")

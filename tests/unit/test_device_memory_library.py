@@ -99,8 +99,9 @@ def test_programs_of_the_machine_run(plain: Built) -> None:
         assert done.returncode == 0 and done.stderr == ""
 
 
-def test_a_plugin_whose_libraries_nobody_else_sees(built: Built) -> None:
-    command = [built.directory / "host", built.directory / "plugin.so"]
+@pytest.mark.parametrize("name", ["plugin.so", "plugin-hashed.so", "plugin-own.so"])
+def test_a_plugin_whose_libraries_nobody_else_sees(built: Built, name: str) -> None:
+    command = [built.directory / "host", built.directory / name]
     done = subprocess.run(command, env=built.environment(), capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0 and done.stderr == ""
     assert any(line.startswith("rewarm-mem-") for line in done.stdout.splitlines())
@@ -141,6 +142,24 @@ print(other.between_calls(), any(name.startswith("rewarm-mem-") for name in name
     env = plain.environment(*order)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=SECONDS)
     assert (done.stdout, done.stderr) == (f"3 {first}\n", "")
+
+
+def test_two_runtimes_of_which_one_has_a_name_of_its_own(plain: Built) -> None:
+    """Neither stands in front of the other."""
+    code = f"""
+import ctypes, pathlib
+first = ctypes.CDLL({str(plain.directory / "plugin-hashed.so")!r}, mode=ctypes.RTLD_GLOBAL)
+second = ctypes.CDLL({str(plain.directory / "plugin.so")!r}, mode=ctypes.RTLD_GLOBAL)
+pointer = ctypes.c_void_p()
+for plugin in (first, second):
+    assert plugin.plugin_allocate(ctypes.byref(pointer), ctypes.c_size_t(4 << 20)) == 0
+    assert plugin.plugin_free(pointer) == 0
+print(any(path.read_text().startswith("rewarm-mem-") for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain.environment(), capture_output=True, text=True, timeout=SECONDS
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_without_a_cuda_library_the_answer_is_an_error(plain: Built) -> None:
