@@ -228,9 +228,7 @@ def test_the_library_of_the_snapshot_comes_back(captured: Place) -> None:
 
 def test_a_damaged_chunk(captured: Place) -> None:
     """None of the processes has run by the time that it is found."""
-    pack, path = faults.memory_pack(captured.node.store)
-    assert pack.raw_size > sum(SIZES) * MIB // 2  # device memory comes first
-    faults.flip(path, MIB)
+    faults.flip(faults.device_pack(captured.node.store), MIB)
     cold(captured, "copy", "read memory chunk", "its bytes are not what its digest says")
 
 

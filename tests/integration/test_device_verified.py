@@ -35,7 +35,8 @@ Made = tuple[Place, Any]
 @contextmanager
 def made(tmp_path: Path, prefix: Path, cache: str) -> Iterator[Made]:
     """A snapshot, the node's cache empty, and what the source has answered after it."""
-    with place(tmp_path, prefix, cache=cache) as where:
+    # Else it is the disk that decides which pack is the largest, and what is where in it.
+    with place(tmp_path, prefix, cache=cache, compression="off") as where:
         where.start("source", served(where, "source"))
         where.ask()
         where.node.rewarm("capture", "source", "--name", "model")
@@ -90,15 +91,13 @@ def is_cold(where: Place, name: str, *parts: str) -> None:
 
 def cached_pack(directory: Path, store: Path) -> Path:
     """The cache's copy of the pack with the device memory."""
-    pack, _ = faults.memory_pack(store)
-    (found,) = (directory / "cache").rglob(pack.digest)
+    (found,) = (directory / "cache").rglob(faults.device_pack(store).name)
     return found
 
 
 def damage(where: Place) -> None:
     """In the store."""
-    _, path = faults.memory_pack(where.node.store)
-    faults.flip(path, MIB)
+    faults.flip(faults.device_pack(where.node.store), MIB)
 
 
 DAMAGED = ("read memory chunk", "its bytes are not what its digest says")

@@ -15,7 +15,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from rewarm.store.chunks import CHUNKS
+from rewarm.store.chunks import CHUNK, CHUNKS, decode
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import ChunkPack, FileEntry, Manifest
 from rewarm.store.materialise import materialise
@@ -69,6 +69,15 @@ def memory_pack(store: Path) -> tuple[ChunkPack, Path]:
     opened, _, manifest = only(store)
     found = max(manifest.packs, key=lambda pack: pack.size)
     return found, opened.pack_path(found.digest)
+
+
+def device_pack(store: Path) -> Path:
+    """A pack of the one snapshot that begins with device memory, whose chunks are the first."""
+    opened, ref, manifest = only(store)
+    table = decode(opened.read_file(manifest, CHUNKS), manifest.packs, str(ref))
+    first = next(chunk for chunk in table if chunk.offset == 0)
+    assert first.size == CHUNK and manifest.cuda.served_bytes
+    return opened.pack_path(manifest.packs[first.pack].digest)
 
 
 def flip(path: Path, offset: int) -> None:
