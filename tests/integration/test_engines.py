@@ -306,15 +306,19 @@ def test_captured_again_before_the_helper_is_done(cluster: Cluster) -> None:
         os.kill(helper, signal.SIGSTOP)  # as one that is slow
         process.kill()
         process.wait()
-    source.state(in_flight=0)
-    proc.wait_for("its call to end", lambda: source.state()["calls"])
-    calls = source.state()["calls"]
-    with capturing(source) as process:
-        time.sleep(1.5)
-        assert process.poll() is None, "it has not waited"
-        assert source.state()["calls"] == calls
-        os.kill(helper, signal.SIGCONT)
-        assert process.wait(60) == 0
+    try:
+        source.state(in_flight=0)
+        proc.wait_for("its call to end", lambda: source.state()["calls"])
+        calls = source.state()["calls"]
+        with capturing(source) as process:
+            time.sleep(1.5)
+            assert process.poll() is None, "it has not waited"
+            assert source.state()["calls"] == calls
+            os.kill(helper, signal.SIGCONT)
+            assert process.wait(60) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(helper, signal.SIGCONT)
     expected = [call for call in LOUD["vllm"] if call.startswith("POST")]
     after = [call for call in source.state()["calls"][len(calls) :] if call in {*expected, "POST /pause"}]
     assert after[: len(expected)] == expected and after.count("POST /pause") == 1, after
