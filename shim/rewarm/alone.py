@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from rewarm import processes, recover
@@ -18,11 +18,12 @@ _PAUSE = 0.02
 
 
 @contextmanager
-def alone(container: Container, state_dir: str) -> Iterator[int]:
+def alone(container: Container, state_dir: str, waiting: Callable[[], None] = lambda: None) -> Iterator[int]:
     """Inside, no other capture of the container begins. The value is a descriptor that whoever inherits it keeps so for
     as long as he lives: a helper that is not done yet (lifeline.py) when its capture has failed or was killed.
 
-    Raises CaptureError if another capture, or the helper of one, is at it, and if the container has ended meanwhile.
+    `waiting` is called while there is a helper to wait for. Raises CaptureError if another capture, or the helper of
+    one, is at it, and if the container has ended meanwhile.
     """
     path = record.capture_path(state_dir, container.pid, container.start_time)
     end = time.monotonic() + PATIENCE
@@ -50,6 +51,7 @@ def alone(container: Container, state_dir: str) -> Iterator[int]:
             cause = f"a capture of it has ended, and what it has begun is still being undone, after {PATIENCE:g} s"
             step = "look for rewarm.lifeline in `ps`: it waits for room on a GPU (`nvidia-smi`), or for `runc resume`"
             raise CaptureError("capture container", container.id, cause, step)
+        waiting()
         time.sleep(_PAUSE)
 
 
@@ -77,6 +79,6 @@ def _signer_lives(path: str) -> bool:
 
 def _tidy(path: str) -> None:
     """Remove the file, unless somebody has inherited the lock: a new file would be another lock."""
-    with recover.locked(path, wait=False) as last, suppress(FileNotFoundError):
+    with suppress(OSError), recover.locked(path, wait=False) as last:  # what stays is swept (recover.py)
         if last >= 0:
             os.unlink(f"{path}~lock")

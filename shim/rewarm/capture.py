@@ -41,6 +41,7 @@ from rewarm.store.writer import SnapshotWriter
 from rewarm.trace import Trace
 from rewarm_hooks.layer import LayerError, write_layer
 
+WAITING = "waiting for the helper of the capture before"
 GPU_MEMORY, DUMP = "moving GPU memory", "dumping memory"
 """Steps that a signal must not end in the middle."""
 _KILL_TIMEOUT = 10.0
@@ -92,7 +93,7 @@ def capture(
     trace = Trace()
     notes: list[str] = []
     with ExitStack() as stack:
-        lock = stack.enter_context(alone(container, settings.state_dir))
+        lock = stack.enter_context(alone(container, settings.state_dir, lambda: step(WAITING)))
         source.check_status(container, low_level)
         gpus, users = _look_at_gpus(container, bundle_spec, low_level.binary, settings)
         threads = node.threads(settings)

@@ -103,9 +103,10 @@ def test_a_helper_is_waited_for(container: Container, tmp_path: Path, lock: Path
     assert lock.exists(), "the next one would have a lock of its own"
     words = f"import os, time; time.sleep(0.7); os.kill({other.helper}, 9)"
     began = time.monotonic()
-    with subprocess.Popen([sys.executable, "-c", words]), alone(container, str(tmp_path)):
+    told: list[None] = []
+    with subprocess.Popen([sys.executable, "-c", words]), alone(container, str(tmp_path), lambda: told.append(None)):
         assert time.monotonic() - began > 0.5
-    assert not lock.exists()
+    assert not lock.exists() and told
 
 
 def test_a_helper_that_does_not_end(
@@ -160,8 +161,26 @@ def test_what_killed_ones_have_left_is_swept(container: Container, tmp_path: Pat
     of_others = [lock.with_name("1-99999~lock"), lock.with_name(f"{container.pid}-1~lock")]
     for path in (lock, *of_others, lock.with_name("else")):
         path.touch()
-    recover.sweep(str(tmp_path), "/no/runc")
-    assert sorted(lock.parent.iterdir()) == sorted([lock, lock.with_name("else")])
+    stays = lock.with_name("1-88888~lock")
+    stays.mkdir()
+    assert recover.sweep(str(tmp_path), "/no/runc") == []
+    assert sorted(lock.parent.iterdir()) == sorted([lock, lock.with_name("else"), stays])
+
+
+def test_a_file_that_stays_fails_no_capture(
+    container: Container, tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refused)
+        with alone(container, str(tmp_path)):
+            pass
+    assert lock.exists()
+    with alone(container, str(tmp_path)):
+        pass
+    assert not lock.exists()
 
 
 def test_a_container_directory_by_another_name_of_its_root(tmp_path: Path) -> None:

@@ -150,17 +150,19 @@ class Load:
             return  # who hangs has streams and buffers of the contexts
         if not self._lock.acquire(timeout=aside.PATIENCE):
             return  # so has who hangs while he exports
-        # A mapping outlives its context, and a cold start may need the memory.
-        for device, address, sizes in self._mapped:
-            with suppress(CudaError):
-                device.enter()
-                device.unmap(address, sizes)
-        for handle in self._handles:
-            with suppress(CudaError):
-                self._host.devices[0].release(handle)
-        self._mapped, self._handles = [], []
-        self._host.close()
-        self._lock.release()
+        try:
+            # A mapping outlives its context, and a cold start may need the memory.
+            for device, address, sizes in self._mapped:
+                with suppress(CudaError):
+                    device.enter()
+                    device.unmap(address, sizes)
+            for handle in self._handles:
+                with suppress(CudaError):
+                    self._host.devices[0].release(handle)
+            self._mapped, self._handles = [], []
+            self._host.close()
+        finally:
+            self._lock.release()
 
     def _fail(self, error: Exception, operation: str = "") -> None:
         """`operation` is what the driver was asked for."""
