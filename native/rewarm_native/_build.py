@@ -61,6 +61,7 @@ struct rw_lane_calls {
 int rw_upload(const struct rw_lane_calls *calls, const uint64_t *devices, size_t count, const void *host, size_t size,
               void *stream, void *event, void *next);
 int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
+int rw_populate(void *start, size_t size);
 size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
 size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);
 size_t rw_pack_pages(void *data, size_t pages, const uint8_t *mask);

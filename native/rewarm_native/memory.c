@@ -5,10 +5,20 @@
 #include <poll.h>
 #include <stdbool.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 enum { PAGE_BYTES = 4096, WINDOW_PAGES = 512, WORDS = PAGE_BYTES / sizeof(uint64_t) };
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+int rw_populate(void *start, size_t size)
+{
+	return madvise(start, size, MADV_POPULATE_WRITE) < 0 ? -errno : 0;
+}
 
 static bool is_zero(const uint64_t *page)
 {

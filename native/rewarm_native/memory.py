@@ -8,6 +8,7 @@ the kernel's errno that name the process and the address.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 
 from ._native import ffi, lib
@@ -36,6 +37,13 @@ def equal_pages(one: Buffer, other: Buffer) -> int:
     mask = bytearray((pages + 7) // 8)
     lib.rw_equal_pages(ffi.from_buffer(one), ffi.from_buffer(other), pages, ffi.from_buffer(mask))
     return int.from_bytes(mask, "little")
+
+
+def populate(space: mmap.mmap) -> None:
+    """Have the kernel find the pages of a mapping now, and not when they are first written. Raises OSError, EINVAL
+    before Linux 5.14."""
+    if error := lib.rw_populate(ffi.from_buffer(space, require_writable=True), len(space)):
+        raise OSError(-error, os.strerror(-error))
 
 
 def pack_pages(data: memoryview | bytearray, mask: int) -> int:

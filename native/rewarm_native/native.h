@@ -70,6 +70,10 @@ int rw_upload(const struct rw_lane_calls *calls, const uint64_t *devices, size_t
 	      void *stream, void *event, void *next);
 int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
 
+/* Has the kernel find the pages of a mapping of this process now (madvise(2), MADV_POPULATE_WRITE: Linux 5.14). Returns 0
+ * or -errno. */
+int rw_populate(void *start, size_t size);
+
 /* Memory, in pages of 4096 bytes. A mask has bit N % 8 of byte N / 8 for page N. Data is page-aligned. */
 
 /* Sets the bits of the pages that hold anything but zeros (that are equal); returns how many. */

@@ -17,6 +17,7 @@ from rewarm.gpu.contexts import Context
 from rewarm.oci.spec import Spec, write_atomically
 from rewarm.settings import Settings
 from rewarm.store.manifest import Manifest
+from rewarm.trace import Trace
 from rewarm_hooks.gpu_pairs import as_objects, pair
 from rewarm_native.cuda import Driver
 
@@ -106,7 +107,7 @@ class Devices:
         _check_view(init, rootfs)
         return nodes.put_right(init, self._spec)
 
-    def resume(self, init: int, stopped: Collection[int], load: Load | None) -> None:
+    def resume(self, init: int, stopped: Collection[int], load: Load | None, trace: Trace) -> None:
         """Let the processes of the tree below `init` (host pid) run, but those `stopped` (numbers in the container),
         and give those that use CUDA their device memory back; `load` is what of it does not go the driver's way.
 
@@ -126,29 +127,37 @@ class Devices:
         going = [pid for pid in reversed(tree) if processes.namespace_pid(pid) not in stopped]
         pairs = [(_bytes(entry["source"]), _bytes(entry["target"])) for entry in self.map]
         if load is not None and self._driver is not None:
-            self._bring_back(self._driver, load, found, numbers, pairs)
+            self._bring_back(self._driver, load, found, numbers, pairs, trace)
         for pid in going:
             processes.send(pid, signal.SIGCONT)
         if load is None and self._driver is not None:
             actions.restore(self._driver, found, pairs)
 
     def _bring_back(
-        self, driver: Driver, load: Load, found: list[Context], numbers: dict[int, int], pairs: actions.Pairs
+        self,
+        driver: Driver,
+        load: Load,
+        found: list[Context],
+        numbers: dict[int, int],
+        pairs: actions.Pairs,
+        trace: Trace,
     ) -> None:
         """The driver's part, then what was loaded meanwhile, in processes of which nothing else runs."""
-        from rewarm.gpu import awake, taking
+        from rewarm.gpu import awake, descriptors, taking
 
         if self.map and [entry["target"] for entry in self.map] != self.targets():
             raise RestoreError("read device map", _RECORD, "it is not the one by which device memory was loaded")
-        taking.allow_descriptors()
         with awake.Awake(driver, [context.pid for context in found]):
-            actions.restore(driver, found, pairs)
-            places = load.join()
+            with trace.phase("device.restore"):
+                actions.restore(driver, found, pairs)
+            with trace.phase("device.wait"):
+                places = load.join()
             try:
-                for number, its in places.items():
-                    taking.fill(driver, numbers[number], its, _LIBRARY, whole=True)
+                with trace.phase("device.map"):
+                    for number, its in places.items():
+                        taking.fill(driver, numbers[number], its, _LIBRARY, whole=True)
             finally:
-                taking.close(places)
+                descriptors.close(places)
 
     def _live(self) -> container.ContainerGpus:
         return container.of_spec(self._spec, self._low_level, self._settings.libcuda)

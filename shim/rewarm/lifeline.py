@@ -196,9 +196,9 @@ class _Watch:
         self._nvml: Nvml | None = None
         if held.cuda:
             # Now: they may be replaced by the time they are needed.
-            from rewarm.gpu import container, library, room, taking  # noqa: F401
+            from rewarm.gpu import container, descriptors, library, room, taking  # noqa: F401
 
-            taking.allow_descriptors()
+            descriptors.allow()
             self._driver = library.load(held.libcuda)
             self._nvml = container.nvml(held.libcuda)
         self._frozen = False

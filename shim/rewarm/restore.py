@@ -118,7 +118,8 @@ def restore(plan: Plan) -> None:
             with plan.trace.phase("restore.cuda"):
                 # The driver works in the processes: from here on the container runs.
                 load = None if memory is None else memory.device
-                aside.run(lambda: devices.resume(container.pid, losses.stopped_pids(plan.manifest.processes), load))
+                stopped = losses.stopped_pids(plan.manifest.processes)
+                aside.run(lambda: devices.resume(container.pid, stopped, load, plan.trace))
                 _check_init(container)
         deadline.disarm()
         with plan.trace.phase("restore.commit"), _unsignalled():

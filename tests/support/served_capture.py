@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from rewarm import processes
-from rewarm.gpu import actions, contexts, library, served, taking
+from rewarm.gpu import actions, contexts, descriptors, library, served, taking
 from rewarm.gpu.contexts import Context
 from rewarm.gpu.pieces import Span
 from rewarm.gpu.served import Listed
@@ -120,7 +120,7 @@ def capture(node: Node, context: Context, directory: Path, at: str, helper: int)
     os.write(helper, f"{lifeline._helper.pid}\n".encode())
     lifeline.holding()
     reached("holding")
-    taking.allow_descriptors()
+    descriptors.allow()
     lifeline.taking([context.pid])
     reached("taking")
     count = [0]

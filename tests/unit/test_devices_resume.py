@@ -13,6 +13,7 @@ from rewarm import processes
 from rewarm.devices import Devices
 from rewarm.errors import GpuError
 from rewarm.gpu import actions, awake, taking
+from rewarm.trace import Trace
 
 INIT, USER = 100, 101
 NUMBERS = {INIT: 1, USER: 7}
@@ -51,7 +52,6 @@ def happened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(processes, "send", lambda pid, number: found.append(f"{number.name} {pid}"))
     monkeypatch.setattr(awake, "Awake", held)
     monkeypatch.setattr(actions, "restore", lambda *given: found.append("driver"))
-    monkeypatch.setattr(taking, "allow_descriptors", lambda: None)
     monkeypatch.setattr(taking, "fill", lambda *given, **more: found.append("mapped"))
     monkeypatch.setattr(Devices, "_check_room", lambda self, there: None)
     return found
@@ -73,23 +73,23 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Devices:
 
 def test_all_of_it_is_there_before_anything_runs(monkeypatch: pytest.MonkeyPatch, happened: list[str]) -> None:
     load: Any = Loaded(happened, None)
-    made(monkeypatch).resume(INIT, set(), load)
+    made(monkeypatch).resume(INIT, set(), load, Trace())
     assert happened == ["held", "driver", "verified", "mapped", "let go", "SIGCONT 101", "SIGCONT 100"]
 
 
 def test_nothing_runs_or_is_handed_on_when_the_load_fails(monkeypatch: pytest.MonkeyPatch, happened: list[str]) -> None:
     load: Any = Loaded(happened, GpuError("load device memory of", "GPU-1", "a chunk is damaged"))
     with pytest.raises(GpuError, match="damaged"):
-        made(monkeypatch).resume(INIT, set(), load)
+        made(monkeypatch).resume(INIT, set(), load, Trace())
     assert not {"mapped", "SIGCONT 100", "SIGCONT 101"} & set(happened)
 
 
 def test_who_was_stopped_stays_so(monkeypatch: pytest.MonkeyPatch, happened: list[str]) -> None:
     load: Any = Loaded(happened, None)
-    made(monkeypatch).resume(INIT, {1}, load)
+    made(monkeypatch).resume(INIT, {1}, load, Trace())
     assert happened[-1] == "SIGCONT 101" and "SIGCONT 100" not in happened
 
 
 def test_without_the_library_the_driver_needs_them_to_run(monkeypatch: pytest.MonkeyPatch, happened: list[str]) -> None:
-    made(monkeypatch).resume(INIT, set(), None)
+    made(monkeypatch).resume(INIT, set(), None, Trace())
     assert happened == ["SIGCONT 101", "SIGCONT 100", "driver"]

@@ -261,31 +261,81 @@ def test_the_kernel_is_kept(gpus: FakeGpus, begin: Callable[[Chunks], Run]) -> N
     assert not kept.exists()
 
 
-@pytest.mark.parametrize("what", ["pin", "make"])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("pin", "pin memory for"), ("create", "allocate memory on"), ("map", "allocate memory on")],
+)
 def test_a_failure_before_there_is_anything(
-    gpus: FakeGpus, begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch, what: str
+    begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch, what: str, words: str
 ) -> None:
-    """The other one of the two is under way."""
-    failing, other = ("pin", "create") if what == "pin" else ("create", "pin")
-    original = getattr(Device, other)
-    done: list[object] = []
-
     def fails(*given: object) -> None:
         raise CudaError(1, "INVALID_VALUE", what, 0)
 
-    def slowly(*given: object) -> object:
-        time.sleep(0.2)
-        done.append(given)
-        return original(*given)
-
-    monkeypatch.setattr(Device, failing, fails)
-    monkeypatch.setattr(Device, other, slowly)
+    monkeypatch.setattr(Device, what, fails)
     run = begin(Chunks(DATA, range(COUNT)))
-    with pytest.raises(GpuError, match="pin memory for" if what == "pin" else "allocate memory on"):
+    with pytest.raises(GpuError, match=words):
         run.join()
-    assert len(done) == 1, "not waited for, or not ended"
-    run.load.abandon()
     assert not run.load._tasks
+    run.load.abandon()
+
+
+def test_zeros_that_fail_while_others_are_loaded(
+    gpus: FakeGpus, begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object) -> None:
+        time.sleep(0.2)
+        raise CudaError(1, "INVALID_VALUE", "cuMemsetD8Async", 0)
+
+    monkeypatch.setattr(Lane, "zero", fails)
+    run = begin(Chunks(DATA, range(COUNT)))
+    with pytest.raises(GpuError, match="cuMemsetD8Async"):
+        run.join()
+    run.load.abandon()
+    assert not list((gpus.directory / "devices").glob("*/*"))
+
+
+def test_zeros_are_waited_for(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Lane.zero
+
+    def slowly(lane: Lane, address: int, size: int) -> None:
+        time.sleep(0.2)
+        original(lane, address, size)
+
+    monkeypatch.setattr(Lane, "zero", slowly)
+    assert begin(Chunks(DATA, range(COUNT))).join()
+
+
+@pytest.mark.parametrize("nth", range(len(PATTERN)))
+def test_a_piece_that_cannot_be_exported(
+    gpus: FakeGpus, begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """None of those before it stays open."""
+    original = Device.give
+    given: list[int] = []
+
+    def fails(device: Device, handle: int) -> int:
+        if len(given) == nth:
+            raise CudaError(999, "UNKNOWN", "cuMemExportToShareableHandle", 0)
+        given.append(original(device, handle))
+        return given[-1]
+
+    monkeypatch.setattr(Device, "give", fails)
+    run = begin(Chunks(DATA, range(COUNT)))
+    with pytest.raises(GpuError, match="export memory of"):
+        run.join()
+    run.load.abandon()
+    assert len(given) == nth
+    for fd in given:
+        with pytest.raises(OSError):
+            os.fstat(fd)
+    assert not list((gpus.directory / "devices").glob("*/*"))
+
+
+def test_no_memory_for_the_ring(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "RUN", 1 << 26)
+    run = begin(Chunks(DATA, range(COUNT)))
+    with pytest.raises(GpuError, match=r"map memory of .* bytes"):
+        run.join()
 
 
 def test_nothing_is_handed_on_once_it_was_ended(begin: Callable[[Chunks], Run]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from rewarm.errors import GpuError
-from rewarm.gpu import actions, taking
+from rewarm.gpu import actions, descriptors, taking
 from rewarm_native import cuda
 from support.fake_gpu import FakeGpus
 from support.lying_library import nothing_stays_open, open_files
@@ -85,7 +85,7 @@ def test_there_and_back(node: Node, program: Workload, expected: Check) -> None:
             assert node.driver.state(program.pid) == cuda.LOCKED and not program.stopped
             assert node.away(program) == len(SIZES)
             taking.put(node.driver, found, places, LIMIT)
-            taking.close(places)
+            descriptors.close(places)
         assert node.driver.state(program.pid) == cuda.RUNNING and node.away(program) == 0
         assert expected(program, step)
 
@@ -95,12 +95,12 @@ def test_there_and_back_by_way_of_a_checkpoint(node: Node, program: Workload, ex
     places = take(node, found)
     actions.checkpoint(node.driver, found, LIMIT)
     taking.put(node.driver, found, places, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert expected(program, 1)
     places = take(node, found)
     actions.checkpoint(node.driver, found, LIMIT)
     taking.go_on(node.driver, found, places, 0.0, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert expected(program, 2)
 
 
@@ -114,7 +114,7 @@ def test_put_twice_stops_nobody_who_runs(node: Node, program: Workload, expected
         taking.put(node.driver, found, places, LIMIT)
         assert not program.was_continued() and not program.stopped
     assert expected(program, 2)
-    taking.close(places)
+    descriptors.close(places)
 
 
 def test_put_lets_a_stopped_one_go_on_that_has_all(node: Node, program: Workload, expected: Check) -> None:
@@ -128,7 +128,7 @@ def test_put_lets_a_stopped_one_go_on_that_has_all(node: Node, program: Workload
         taking.put(node.driver, found, given, LIMIT)
         assert not program.stopped
     assert expected(program, 1)
-    taking.close(places)
+    descriptors.close(places)
 
 
 def test_the_second_has_ended(node: Node, program: Workload, expected: Check) -> None:
@@ -140,7 +140,7 @@ def test_the_second_has_ended(node: Node, program: Workload, expected: Check) ->
         take(node, found, places)
     assert len(places[program.pid]) == len(SIZES) and places[other.pid] == []
     taking.put(node.driver, found, places, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert expected(program, 1)
 
 
@@ -150,7 +150,7 @@ def test_the_second_ends_while_its_memory_is_out(node: Node, program: Workload, 
     places = take(node, found)
     other.close()
     taking.put(node.driver, found, places, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert expected(program, 1)
 
 
@@ -190,7 +190,7 @@ def test_a_debugger_while_the_memory_is_out(node: Node, program: Workload, expec
                 taking.put(node.driver, found, places, LIMIT)
             assert program.stopped
     taking.put(node.driver, found, places, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert expected(program, 1)
 
 
@@ -203,7 +203,7 @@ def test_one_that_is_stuck_holds_up_no_other(node: Node, program: Workload, expe
             taking.put(node.driver, found, places, LIMIT)
         assert expected(other, 1)
     taking.put(node.driver, found, places, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert expected(program, 1)
 
 
@@ -224,7 +224,7 @@ def test_always_in_a_call(node: Node) -> None:
     places = take(node, found[1:])
     assert len(places[held.pid]) == 3
     taking.put(node.driver, found[1:], places, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert held.probe()["step"] == 2
 
 
@@ -246,7 +246,7 @@ def test_a_call_that_ends_is_waited_for(node: Node) -> None:
     assert time.monotonic() - began >= 0.2
     os.waitpid(child, 0)
     taking.put(node.driver, found, places, LIMIT)
-    taking.close(places)
+    descriptors.close(places)
     assert held.probe()["step"] == 1
 
 
@@ -266,12 +266,12 @@ def test_more_pieces_than_descriptors_at_first(
     assert expected(many, 1)
     found = node.contexts(many)
     with nothing_stays_open():
-        taking.allow_descriptors()
+        descriptors.allow()
         places = take(node, found)
         assert len(places[many.pid]) == PIECES and len(open_files()) > PIECES
         assert {span.size for span, _ in places[many.pid]} == {PIECE}
         taking.put(node.driver, found, places, LIMIT)
-        taking.close(places)
+        descriptors.close(places)
     assert expected(many, 2)
 
 

@@ -4,12 +4,13 @@ once, while others are on their way. So the processors have only to read, and ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 
 from rewarm_native.device import Device
 
 from .digests import MOST, Digests
+from .layout import Layout
 
 
 class Arrivals:
@@ -51,9 +52,8 @@ class Arrivals:
                 yield batch
                 batch = []
 
-    def right(self, chunks: Sequence[int], where: Mapping[int, tuple[int, int]]) -> set[int]:
-        """Those whose digest is what it should be; without a kernel none. `where` has the index of the device and the
-        address of each. Raises CudaError."""
+    def right(self, chunks: Sequence[int], where: Layout) -> set[int]:
+        """Those whose digest is what it should be; without a kernel none. Raises CudaError."""
         found: set[int] = set()
         for index, digests in enumerate(self._on):
             here = [chunk for chunk in chunks if where[chunk][0] == index]

@@ -177,11 +177,11 @@ class Hold:
 
     def _take_served(self, driver: Driver, users: list[Context]) -> list[Context]:
         """Take what the library serves; those of which it could not be done."""
-        from . import taking
+        from . import descriptors, taking
 
         if not users:
             return []
-        taking.allow_descriptors()
+        descriptors.allow()
         self.taken = {context.pid: [] for context in users}
         self._guard.taking(self.taken)
         longest = min(self._timeout, _TRIES)
@@ -224,14 +224,14 @@ class Hold:
 
     def _put_back(self, patience: float, limit: float) -> None:
         """Let all go on, with the memory that was taken."""
-        from . import taking
+        from . import descriptors, taking
 
         assert self._users is not None
         places = {pid: [(piece.span, fd) for piece, fd in pieces] for pid, pieces in self.taken.items()}
         users = self._users
         # It waits for what runs in the processes, which may hang; the helper goes on trying then.
         self._ask(lambda: taking.go_on(users.driver, users.contexts, places, patience, limit), limit + _LIBRARY)
-        taking.close(places)
+        descriptors.close(places)
         self.taken = {}
 
     def _ask(self, question: Callable[[], T], limit: float | None = None) -> T:

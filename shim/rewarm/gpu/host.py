@@ -11,11 +11,33 @@ from rewarm import aside
 from rewarm.aside import Task
 from rewarm.errors import GpuError
 from rewarm.trace import Trace
+from rewarm_native import memory
 from rewarm_native.cuda import OUT_OF_MEMORY, CudaError
 from rewarm_native.device import Device
 
 from . import container, library
 from .pieces import WINDOW
+
+
+class Ring:
+    """Buffers that are to be pinned: in huge pages, which take a tenth of the time, and there already, which is most of
+    the rest, and needs no GPU."""
+
+    def __init__(self, count: int, size: int = WINDOW) -> None:
+        """So many buffers of `size` bytes. Raises GpuError."""
+        try:
+            self.space = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise GpuError(
+                "map memory of", f"{count * size} bytes", cause, "see the limits of who calls rewarm"
+            ) from None
+        with suppress(OSError):
+            self.space.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):
+            memory.populate(self.space)
+        view = memoryview(self.space)
+        self.buffers = [view[at : at + size] for at in range(0, len(view), size)]
 
 
 class Host:
@@ -24,7 +46,7 @@ class Host:
     def __init__(self, libcuda: str, uuids: Sequence[str]) -> None:
         """`libcuda` is the setting. Takes some tenths of a second, and some hundred MB on each GPU. Raises GpuError."""
         path = library.find(libcuda)
-        self._spaces: list[mmap.mmap] = []
+        self._rings: list[Ring] = []
         self.devices: list[Device] = []
         for uuid in uuids:
             try:
@@ -34,21 +56,16 @@ class Host:
                 raise failed("use", uuid, error) from None
         self._uuids = uuids
 
-    def pin(self, count: int, size: int = WINDOW) -> list[memoryview]:
-        """So many buffers of `size` bytes. Raises GpuError."""
-        space = mmap.mmap(-1, count * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Pinning goes page by page: with huge ones it takes a hundredth of the time.
-        with suppress(OSError):
-            space.madvise(mmap.MADV_HUGEPAGE)
-        self._spaces.append(space)
+    def pin(self, ring: Ring) -> list[memoryview]:
+        """Its buffers, which all of the GPUs reach from now on. Raises GpuError."""
+        self._rings.append(ring)
         if self.devices:
             try:
                 self.devices[0].enter()
-                self.devices[0].pin(space)
+                self.devices[0].pin(ring.space)
             except CudaError as error:
                 raise failed("pin memory for", self._uuids[0], error) from None
-        view = memoryview(space)
-        return [view[at : at + size] for at in range(0, len(view), size)]
+        return ring.buffers
 
     def close(self) -> None:
         """Let go of the GPUs; what others have of their memory stays."""
@@ -79,14 +96,19 @@ class Opening:
         self._task.start()
         self._compiler.start()
 
-    def wait(self) -> tuple[Host, bool]:
-        """What was opened, and whether the driver can compile. Raises GpuError."""
+    def has_compiler(self) -> bool:
+        """Whether the driver can compile; known before the GPUs are open."""
+        self._compiler.wait()
+        return self._has_compiler
+
+    def wait(self) -> Host:
+        """What was opened, its compiler as well. Raises GpuError."""
         self._task.wait()
         if self._failure is not None:
             raise self._failure
         assert self._host is not None
         self._compiler.wait()
-        return self._host, self._has_compiler
+        return self._host
 
     def close(self) -> None:
         """Let go of the GPUs, unless opening them hangs."""
@@ -109,6 +131,8 @@ def prepare(uuids: Sequence[str]) -> None:
     no other thread is in the driver: the environment is not made for several."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
     os.environ.pop("CUDA_DEVICE_ORDER", None)
+    # Hardware queues of a context: half the time to make one is theirs, and one of them keeps PCIe as busy as eight.
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     os.environ["CUDA_CACHE_DISABLE"] = "1"  # what is compiled for rewarm is kept by kernels.py, and in nobody's home
 
 

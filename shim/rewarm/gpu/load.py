@@ -23,13 +23,14 @@ from rewarm.trace import Trace
 from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device, Lane
 
-from . import host
+from . import descriptors, host
 from .arrivals import Arrivals
+from .layout import Layout
 from .pieces import WINDOW, ZEROS, Piece, Span
 
 RUN = 2
 """Windows of a buffer: read at once where they lie one after the other, so that Python is asked less often."""
-SLOTS = 3
+SLOTS = 2
 """Buffers of each thread: one is filled while the others are on their way to the GPU."""
 _WARM_THREADS = 10
 """At most, where there is nothing to do but reading from memory: so many keep PCIe busy (docs/decisions/0015), and CRIU
@@ -86,11 +87,13 @@ class Load:
         self._stop = stop
         self._trace = trace
         self._uuids = opening.uuids
+        self._at: Layout
+        """Made by `_begin`."""
         self._handles: list[int] = []
         self._mapped: list[tuple[Device, int, list[int]]] = []
-        self._at: dict[int, tuple[int, int]] = {}
-        """By the chunk's number: index of the device, address."""
-        self._sent = bytearray(sum(chunk != ZEROS for piece in pieces for chunk in piece.chunks))
+        self._exported: list[int] = []
+        """A descriptor for each piece."""
+        self._sent = bytearray(sum(len(piece.chunks) - piece.chunks.count(ZEROS) for piece in pieces))
         self._verified = bytearray(len(self._sent))
         self._again = 0
         self._lock = threading.Lock()
@@ -114,18 +117,13 @@ class Load:
         self.raise_failure()
         if missing := self._verified.count(0):
             raise GpuError("load device memory", f"{missing} of {len(self._verified)} chunks", "they were not loaded")
-        assert self._host is not None
-        found: dict[int, list[tuple[Span, int]]] = {}
-        with self._lock:  # who abandons the load closes the GPUs
+        with self._lock:  # who abandons the load closes them
             if self._stop.is_set():
                 raise GpuError("load device memory of", ", ".join(self._uuids), "the restore has ended")
-            try:
-                for piece, handle in zip(self._pieces, self._handles, strict=True):
-                    device = self._host.devices[piece.gpu]
-                    found.setdefault(piece.pid, []).append((piece.span, device.give(handle)))
-            except CudaError as error:
-                close(found)
-                raise host.failed("export memory of", self._uuids[0], error) from None
+            exported, self._exported = self._exported, []
+        found: dict[int, list[tuple[Span, int]]] = {}
+        for piece, fd in zip(self._pieces, exported, strict=True):
+            found.setdefault(piece.pid, []).append((piece.span, fd))
         return found
 
     def sizes(self) -> dict[int, int]:
@@ -148,9 +146,10 @@ class Load:
             self._opening.close()
         if not ended or self._host is None:
             return  # who hangs has streams and buffers of the contexts
-        if not self._lock.acquire(timeout=aside.PATIENCE):
-            return  # so has who hangs while he exports
-        try:
+        with self._lock:
+            for fd in self._exported:
+                with suppress(OSError):
+                    os.close(fd)
             # A mapping outlives its context, and a cold start may need the memory.
             for device, address, sizes in self._mapped:
                 with suppress(CudaError):
@@ -159,10 +158,8 @@ class Load:
             for handle in self._handles:
                 with suppress(CudaError):
                     self._host.devices[0].release(handle)
-            self._mapped, self._handles = [], []
+            self._exported, self._mapped, self._handles = [], [], []
             self._host.close()
-        finally:
-            self._lock.release()
 
     def _fail(self, error: Exception, operation: str = "") -> None:
         """`operation` is what the driver was asked for."""
@@ -174,21 +171,20 @@ class Load:
 
     def _begin(self) -> None:
         try:
-            self._host, has_compiler = self._opening.wait()
-            if self._stop.is_set():
-                return
             count = max(1, min(self._reader.parallel, len(self._sent), _MOST_THREADS))
-            if has_compiler:
+            if self._opening.has_compiler():
                 self._arrivals = Arrivals(self._digests)
                 count = count if self._reader.cold or not self._reader.plain else min(count, _WARM_THREADS)
-            making = Task(partial(self._make, self._host), "make")
-            making.start()
-            try:
-                with self._trace.phase("device.pin"):
-                    self._buffers = self._host.pin(count * SLOTS + 1, RUN * WINDOW)
-            except Exception as error:
-                self._fail(error, "pin memory for")
-            making.wait()
+            # Both while the driver opens the GPUs.
+            ring = host.Ring(count * SLOTS + 1, RUN * WINDOW)
+            self._at = Layout(self._pieces, len(self._uuids))
+            self._host = self._opening.wait()
+            if self._stop.is_set():
+                return
+            with self._trace.phase("device.pin"):
+                self._buffers = self._host.pin(ring)
+            with self._trace.phase("device.make"):
+                self._make(self._host)
             if self._stop.is_set():
                 return
             work = [Task(partial(self._run, at), "load") for at in range(count)]
@@ -197,18 +193,14 @@ class Load:
             for task in work:
                 task.start()
                 self._tasks.append(task)
+            # Beside them; `join` waits for it.
+            self._zero(self._host)
+            self._export(self._host)
         except Exception as error:
             self._fail(error, "allocate memory on")
 
     def _make(self, mine: host.Host) -> None:
-        try:
-            with self._trace.phase("device.make"):
-                self._make_pieces(mine)
-        except Exception as error:
-            self._fail(error, "allocate memory on")
-
-    def _make_pieces(self, mine: host.Host) -> None:
-        """The memory of all pieces, zeros where they are to be."""
+        """The memory of all pieces."""
         for piece in self._pieces:
             if self._stop.is_set():
                 return
@@ -216,21 +208,36 @@ class Load:
         for index, device in enumerate(mine.devices):
             device.enter()
             here = [
-                (piece, handle) for piece, handle in zip(self._pieces, self._handles, strict=True) if piece.gpu == index
+                (handle, piece.size)
+                for piece, handle in zip(self._pieces, self._handles, strict=True)
+                if piece.gpu == index
             ]
-            if not here:
-                continue
-            base = device.map([(handle, piece.size) for piece, handle in here])
-            self._mapped.append((device, base, [piece.size for piece, _ in here]))
-            lane = device.lane()
-            for piece, _ in here:
-                for at, chunk in enumerate(piece.chunks):
-                    if chunk != ZEROS:
-                        self._at[chunk] = index, base + at * WINDOW
-                for start, end in _runs(piece):
-                    lane.zero(base + start * WINDOW, (end - start) * WINDOW)
-                base += piece.size
+            if here:
+                self._at.bases[index] = base = device.map(here)
+                self._mapped.append((device, base, [size for _, size in here]))
+
+    def _zero(self, mine: host.Host) -> None:
+        """All windows that are to be zeros."""
+        lanes = []
+        for device, base, runs in zip(mine.devices, self._at.bases, self._at.zeros, strict=True):
+            device.enter()
+            lanes.append(device.lane())
+            for offset, size in runs:
+                lanes[-1].zero(base + offset, size)
+        for device, lane in zip(mine.devices, lanes, strict=True):
+            device.enter()
             lane.finish()
+
+    def _export(self, mine: host.Host) -> None:
+        """Descriptors of all pieces, which nobody gets before `join`: 0.15 ms each."""
+        descriptors.allow()
+        for piece, handle in zip(self._pieces, self._handles, strict=True):
+            if self._stop.is_set():
+                return
+            try:
+                self._exported.append(mine.devices[piece.gpu].give(handle))
+            except CudaError as error:
+                raise host.failed("export memory of", self._uuids[piece.gpu], error) from None
 
     def _run(self, number: int) -> None:
         began, size = time.monotonic_ns(), 0
@@ -373,23 +380,3 @@ def _lane(device: Device) -> Lane:
     for _ in range(SLOTS):
         lane.event()
     return lane
-
-
-def _runs(piece: Piece) -> list[tuple[int, int]]:
-    """The windows (first, one after the last) that are zeros."""
-    found: list[tuple[int, int]] = []
-    for at, chunk in enumerate(piece.chunks):
-        if chunk == ZEROS:
-            if found and found[-1][1] == at:
-                found[-1] = found[-1][0], at + 1
-            else:
-                found.append((at, at + 1))
-    return found
-
-
-def close(places: dict[int, list[tuple[Span, int]]]) -> None:
-    """Close the descriptors that `join` gave."""
-    for found in places.values():
-        for _, fd in found:
-            with suppress(OSError):
-                os.close(fd)

@@ -59,9 +59,10 @@ class Save:
         self._threads = threads
         self._share = share
         compiler = library.load_compiler(libcuda)
+        ring = host.Ring(threads * SLOTS)
         self._host = host.Host(libcuda, uuids)
         try:
-            self._buffers = self._host.pin(threads * SLOTS)
+            self._buffers = self._host.pin(ring)
         except GpuError:
             self._host.close()
             raise

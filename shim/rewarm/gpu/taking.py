@@ -19,7 +19,7 @@ import os
 import random
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from rewarm import processes
@@ -29,11 +29,9 @@ from rewarm_native.cuda import CudaError, Driver
 
 from . import actions, awake, served
 from .contexts import Context
+from .descriptors import Places
 from .pieces import Span
 from .served import Listed, Served
-
-Places = Mapping[int, Sequence[tuple[Span, int]]]
-"""By the process's host pid: pieces and the descriptors of their memory."""
 
 _SPARE = 64
 """Descriptors beside those of the pieces."""
@@ -69,13 +67,6 @@ def check_own(contexts: Sequence[Context], limit: float) -> None:
                 raise GpuError("take GPU memory of", str(context), cause, "capture it when it does less")
         finally:
             library.close()
-
-
-def allow_descriptors() -> None:
-    """As many as this process may have: each piece is one."""
-    with suppress(OSError, ValueError):
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def take(
@@ -234,14 +225,6 @@ def go_on(driver: Driver, contexts: Sequence[Context], places: Places, patience:
         actions.go_on(driver, others, patience, limit)
     finally:
         put(driver, contexts, places, limit, patience)
-
-
-def close(places: Places) -> None:
-    """Let go of the memory; where it is mapped it stays."""
-    for found in places.values():
-        for _, fd in found:
-            with suppress(OSError):
-                os.close(fd)
 
 
 def _away(pid: int, limit: float) -> bool:

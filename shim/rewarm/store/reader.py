@@ -29,6 +29,8 @@ COLD_STREAMS = 8
 """Streams at least for data that is not in memory: each has one read in flight, and storage needs several."""
 STALLED = 2.0
 """Seconds to wait for a pack that another fetches into the cache and that does not grow: its fetcher hangs."""
+_FEW = 8
+"""Where one chunk of so many is compressed, or fewer, decompressing is not what takes the time."""
 RECAPTURE = "capture it again"
 
 
@@ -115,15 +117,12 @@ class ChunkReader:
 
     @property
     def plain(self) -> bool:
-        """Whether reading is all that there is to do, beside verifying: nothing is compressed, nothing fetched. To be
-        asked before the first stream is."""
+        """Whether reading is nearly all that there is to do, beside verifying: nothing is fetched, and of few chunks
+        only is anything compressed. To be asked before the first stream is."""
         with self._lock:
-            return all(part.where != FETCH for part in self._parts) and all(
-                self.chunks[number].encoding == RAW
-                for part in self._parts
-                if part.where == STORE
-                for number in part.numbers
-            )
+            stored = [number for part in self._parts if part.where == STORE for number in part.numbers]
+            compressed = sum(self.chunks[number].encoding != RAW for number in stored)
+            return all(part.where != FETCH for part in self._parts) and compressed <= len(self.chunks) // _FEW
 
     def stream(self, *, verify: bool = True) -> Stream:
         """One thread's share of the work. Without `verify` what it gives may be anything: the caller compares the bytes
