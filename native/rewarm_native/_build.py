@@ -47,6 +47,7 @@ int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, siz
 int rw_watch_begin(int tid, struct rw_way *way);
 int rw_watch(const struct rw_way *way, uint64_t smallest);
 int rw_get_fd(int pidfd, int fd);
+int rw_load_library(const char *path, char *error, size_t size);
 int rw_rouse(int tid, uint64_t *mask);
 int rw_keep_awake(int *born);
 int rw_let_sleep(int tid, uint64_t mask);
@@ -160,7 +161,7 @@ ffibuilder.set_source(
     "rewarm_native._native",
     _source(),
     extra_compile_args=["-std=gnu17", "-O3", "-Wall", "-Wextra", "-fstack-protector-strong", "-pthread"],
-    extra_link_args=["-pthread", "-Wl,-z,relro,-z,now"],
+    extra_link_args=["-pthread", "-ldl", "-Wl,-z,relro,-z,now"],
 )
 
 cuda = FFI()

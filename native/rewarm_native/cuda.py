@@ -7,10 +7,13 @@ driver with the GIL released.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from ._cuda import ffi
+from ._native import ffi as native_ffi
+from ._native import lib as native
 
 RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
 """CUprocessState."""
@@ -47,12 +50,13 @@ class MissingSymbol(Exception):
 
 def preload(path: str) -> None:
     """Load a library for as long as this process lives: who looks for it by its name afterwards gets this one. Raises
-    OSError."""
-    _kept.append(ffi.dlopen(path))
+    OSError. With the GIL released, which cffi's dlopen keeps: for a large one that is some hundredths of a second."""
+    error = native_ffi.new("char[]", _TEXT)
+    if native.rw_load_library(os.fsencode(path), error, _TEXT) < 0:
+        raise OSError(native_ffi.string(error).decode("utf-8", "replace"))
 
 
-_kept: list[Any] = []
-"""cffi unloads what nobody refers to."""
+_TEXT = 512
 
 
 class Driver:

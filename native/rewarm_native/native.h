@@ -42,6 +42,9 @@ int rw_watch(const struct rw_way *way, uint64_t smallest);
 /* A descriptor of another process, close-on-exec: pidfd_getfd(2), Linux 5.6. */
 int rw_get_fd(int pidfd, int fd);
 
+/* Loads a shared library for good. Returns 0, or -1 with the loader's words in `error`, which has `size` bytes. */
+int rw_load_library(const char *path, char *error, size_t size);
+
 /* In a process that a signal has stopped (group stop), has the thread `tid` run all the same: the calling thread traces
  * it from then on. If that one ends, `tid` stops again, as the others. No signal is delivered to it meanwhile; *mask are
  * those that it blocked before. */

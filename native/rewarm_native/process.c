@@ -1,9 +1,11 @@
-/* Process attributes that os and signal do not offer, and sockets of another network namespace. */
+/* Process attributes that os and signal do not offer, libraries, and sockets of another network namespace. */
 #include "native.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdio.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -24,6 +26,14 @@ int rw_get_fd(int pidfd, int fd)
 	const long result = syscall(SYS_pidfd_getfd, pidfd, fd, 0U);
 
 	return result < 0 ? -errno : (int)result;
+}
+
+int rw_load_library(const char *path, char *error, size_t size)
+{
+	if (dlopen(path, RTLD_NOW | RTLD_LOCAL) != NULL)
+		return 0;
+	snprintf(error, size, "%s", dlerror());
+	return -1;
 }
 
 struct socket_request {

@@ -60,7 +60,8 @@ def decode(data: bytes, name: str = "message") -> Message:
     message: Message = {}
     at, end = 0, len(data)
     while at < end:
-        # Most numbers have one byte. A call for each would take twice the time, and a process has thousands of mappings.
+        # Most numbers have one byte. A call for each would take half as long again, and processes have thousands of
+        # mappings.
         key = data[at]
         at += 1
         if key > 0x7F:
