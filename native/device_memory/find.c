@@ -9,10 +9,36 @@
 #include <string.h>
 
 #pragma weak dlsym
+#pragma weak dlvsym
 #pragma weak dlopen
 #pragma weak dlclose
 #pragma weak dlerror
 #pragma weak dl_iterate_phdr
+
+typedef void *look_up(void *handle, const char *name);
+
+/* The C library's dlsym(3). Limiters of device memory have one of their own, which would look behind them and not behind
+ * this library, so that calls went past them. NULL without libdl; musl has no dlvsym(3), and no such limiters. */
+static look_up *own_dlsym(void)
+{
+	static look_up *known;
+	static const char *const libraries[] = { "libc.so.6", "libdl.so.2" };
+	static const char *const versions[] = { "GLIBC_2.34", "GLIBC_2.17", "GLIBC_2.2.5" };
+	look_up *found = __atomic_load_n(&known, __ATOMIC_ACQUIRE);
+
+	for (size_t at = 0; found == NULL && dlvsym != NULL && dlopen != NULL && at < 2; at++) {
+		void *handle = dlopen(libraries[at], RTLD_NOLOAD | RTLD_LAZY);
+
+		for (size_t version = 0; handle != NULL && found == NULL && version < 3; version++)
+			found = (look_up *)dlvsym(handle, "dlsym", versions[version]);
+		if (handle != NULL)
+			dlclose(handle); /* the program has it for good */
+	}
+	if (found == NULL)
+		found = dlsym;
+	__atomic_store_n(&known, found, __ATOMIC_RELEASE);
+	return found;
+}
 
 struct search {
 	const char *library;
@@ -41,7 +67,7 @@ static int note_path(struct dl_phdr_info *object, size_t size, void *closure)
 static void *find_in(const char *name, const char *path)
 {
 	void *handle = dlopen(path, RTLD_NOLOAD | RTLD_LAZY);
-	void *found = handle == NULL ? NULL : dlsym(handle, name);
+	void *found = handle == NULL ? NULL : own_dlsym()(handle, name);
 
 	/* Where something was found the handle stays, so that the library does too. */
 	if (handle != NULL && found == NULL)
@@ -55,7 +81,7 @@ void *rw_find(const char *name, const char *library, const void *own)
 
 	if (dlsym == NULL)
 		return NULL;
-	void *found = dlsym(RTLD_NEXT, name);
+	void *found = own_dlsym()(RTLD_NEXT, name);
 	if (found != NULL && found != own)
 		return found;
 	found = NULL;
@@ -73,25 +99,34 @@ void *rw_find(const char *name, const char *library, const void *own)
 	return found;
 }
 
-bool rw_is_next(const char *name, const char *library, const void *own)
+static bool is_of(void *function, const char *name, const char *library, const void *own)
 {
 	struct search search = { .library = library };
-	void *next = dlsym == NULL ? NULL : dlsym(RTLD_NEXT, name), *found = NULL;
 
 	/* Where none is loaded, somebody has it in his own file. */
-	bool is_next = true;
-	for (size_t skip = 0; next != NULL && next != own && dl_iterate_phdr != NULL && dlopen != NULL; skip++) {
+	bool is_of = true;
+	for (size_t skip = 0; function != NULL && function != own && dl_iterate_phdr != NULL && dlopen != NULL; skip++) {
 		search.skip = skip;
 		if (dl_iterate_phdr(note_path, &search) == 0)
 			break;
-		found = find_in(name, search.path);
-		is_next = found == next;
-		if (is_next)
+		is_of = find_in(name, search.path) == function;
+		if (is_of)
 			break;
 	}
 	if (dlerror != NULL)
 		dlerror();
-	return is_next;
+	return is_of;
+}
+
+bool rw_is_next(const char *name, const char *library, const void *own)
+{
+	return dlsym == NULL || is_of(own_dlsym()(RTLD_NEXT, name), name, library, own);
+}
+
+bool rw_is_alone(const char *name, const char *library, const void *own)
+{
+	return dlsym == NULL ||
+	       (rw_is_next(name, library, own) && is_of(own_dlsym()(RTLD_DEFAULT, name), name, library, own));
 }
 
 static const char *const names[] = {

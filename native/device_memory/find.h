@@ -12,4 +12,7 @@ void *rw_find(const char *name, const char *library, const void *own);
  * of it. */
 bool rw_is_next(const char *name, const char *library, const void *own);
 
+/* Whether nobody but this library stands in front of it, whatever the order. */
+bool rw_is_alone(const char *name, const char *library, const void *own);
+
 #endif

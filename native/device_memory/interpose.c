@@ -11,7 +11,8 @@
  *       by dlsym(3) of a handle, cudaGetDriverEntryPoint or cuGetProcAddress
  *     - allocations in another context than the device's primary one, of a device that cannot export its memory, of the
  *       65th device on, and all in the child of a fork
- *     - allocations that another library, preloaded behind this one, stands in front of as well
+ *     - allocations that another library, preloaded behind this one, stands in front of as well: of cudaMalloc, or of
+ *       the driver's cuMemAlloc or cuMemCreate
  *     - everything after a wish for a legacy IPC handle of such memory, which has none
  *
  * Seen by a program: sizes are rounded up to 2 MiB. cudaFreeAsync of such memory waits for the device. A range that
@@ -50,17 +51,21 @@ static void *real(void **cache, const char *name, const void *own)
 
 /* One that stands between the program and CUDA as well (torch_memory_saver, limiters of device memory) has its reasons to
  * see all calls. */
-static bool is_next(int *known, const char *name, const void *own)
+static bool holds(int *known, bool (*question)(const char *, const char *, const void *), const char *name,
+		  const void *own)
 {
 	enum { UNKNOWN, YES, NO };
 	int answer = __atomic_load_n(known, __ATOMIC_RELAXED);
 
 	if (answer == UNKNOWN) {
-		answer = rw_is_next(name, library_of(name), own) ? YES : NO;
+		answer = question(name, library_of(name), own) ? YES : NO;
 		__atomic_store_n(known, answer, __ATOMIC_RELAXED);
 	}
 	return answer == YES;
 }
+
+/* So has one that stands in front of the driver; before this library, it would not even see what that asks for. */
+static bool is_alone_with_driver(void);
 
 /* Defines real_NAME(), which calls the function of that name behind this library; `own` must not be taken for it. */
 #define REAL(name, own, parameters, arguments)                                     \
@@ -94,6 +99,14 @@ INTERPOSE(cuCtxDisablePeerAccess, (void *peer), (peer))
 INTERPOSE(cuDevicePrimaryCtxReset, (int device), (device))
 INTERPOSE(cuDevicePrimaryCtxReset_v2, (int device), (device))
 REAL(cudaGetDevice, NULL, (int *device), (device))
+
+static bool is_alone_with_driver(void)
+{
+	static int alloc, create;
+
+	return holds(&alloc, rw_is_alone, "cuMemAlloc_v2", (const void *)cuMemAlloc_v2) &&
+	       holds(&create, rw_is_alone, "cuMemCreate", NULL);
+}
 
 static uint64_t number(const void *pointer)
 {
@@ -133,8 +146,10 @@ INTERPOSED int cudaMalloc(void **pointer, size_t size)
 	static int next;
 	uint64_t address;
 
-	if (pointer == NULL || size < RW_LEAST || !rw_serving() || !is_next(&next, "cudaMalloc", (const void *)cudaMalloc) ||
-	    !runtime_is_ready() || !rw_serve(&address, size))
+	/* Who stands in front is asked once a runtime is there: some load it when they are first called. */
+	if (pointer == NULL || size < RW_LEAST || !rw_serving() || !runtime_is_ready() ||
+	    !holds(&next, rw_is_next, "cudaMalloc", (const void *)cudaMalloc) || !is_alone_with_driver() ||
+	    !rw_serve(&address, size))
 		return real_cudaMalloc(pointer, size);
 	*pointer = (void *)(uintptr_t)address;
 	return CUDA_SUCCESS;
@@ -142,10 +157,9 @@ INTERPOSED int cudaMalloc(void **pointer, size_t size)
 
 INTERPOSED int cuMemAlloc_v2(uint64_t *pointer, size_t size)
 {
-	static int next;
 	uint64_t address;
 
-	if (pointer == NULL || size < RW_LEAST || !is_next(&next, "cuMemAlloc_v2", (const void *)cuMemAlloc_v2) ||
+	if (pointer == NULL || size < RW_LEAST || rw_find_driver() == NULL || !is_alone_with_driver() ||
 	    !rw_serve(&address, size))
 		return real_cuMemAlloc_v2(pointer, size);
 	*pointer = address;

@@ -113,6 +113,10 @@ def build(base: Path, flavour: str) -> Built:
     compile_c("plugin-hashed.so", "plugin.c", "-shared", f"./{HASHED}")
     compile_c("plugin-own.so", "plugin.c", "-shared", str(SOURCES / "fake_libcudart.c"))
     compile_c("between.so", "between.c", "-shared")
+    if flavour == "plain":  # musl has no dlvsym
+        compile_c("host-linked", "host.c", "-Wl,--no-as-needed", "./libcudart.so.12", "./libcuda.so.1")
+        compile_c("limiter.so", "limiter.c", "-shared")
+        compile_c("limiter-create.so", "limiter.c", "-shared", "-DCREATE")
     compile_c("host", "host.c")
     compile_c("bare", "bare.c")
     compile_c("bare-static", "bare.c", "-static")

@@ -38,7 +38,7 @@ NEEDED = {
     "sigprocmask", "socketpair", "strlen", "strncmp", "strrchr", "syscall", "write",
 }  # fmt: skip
 WEAK = {
-    "__register_atfork", "dl_iterate_phdr", "dlclose", "dlerror", "dlopen", "dlsym", "pthread_atfork",
+    "__register_atfork", "dl_iterate_phdr", "dlclose", "dlerror", "dlopen", "dlsym", "dlvsym", "pthread_atfork",
     "pthread_attr_destroy", "pthread_attr_init", "pthread_attr_setdetachstate", "pthread_attr_setstacksize",
     "pthread_create",
 }  # fmt: skip
@@ -142,6 +142,25 @@ print(other.between_calls(), any(name.startswith("rewarm-mem-") for name in name
     env = plain.environment(*order)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=SECONDS)
     assert (done.stdout, done.stderr) == (f"3 {first}\n", "")
+
+
+@pytest.mark.parametrize("library", ["limiter.so", "limiter-create.so"])
+@pytest.mark.parametrize("program", ["host", "host-linked"])
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_limiter_of_device_memory_sees_what_it_saw(plain: Built, library: str, program: str, behind: bool) -> None:
+    """One that stands in front of the driver, be the program linked to that or not, and whoever is preloaded first."""
+    limiter = plain.directory / library
+    command = [plain.directory / program, plain.directory / "plugin.so"]
+
+    def said(*order: Path) -> list[str]:
+        env = plain.environment(*order)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS)
+        assert done.returncode == 0 and "rewarm-mem-" not in done.stdout
+        return done.stderr.splitlines()
+
+    alone = said(limiter)
+    assert alone and all(line.startswith("limiter: ") for line in alone)
+    assert said(*([plain.library, limiter] if behind else [limiter, plain.library])) == alone
 
 
 def test_two_runtimes_of_which_one_has_a_name_of_its_own(plain: Built) -> None:
