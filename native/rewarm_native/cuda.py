@@ -57,6 +57,7 @@ def preload(path: str) -> None:
 
 
 _TEXT = 512
+"""Bytes for what the loader has to say."""
 
 
 class Driver:

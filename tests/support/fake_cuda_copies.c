@@ -92,8 +92,9 @@ EXPORT int cuMemHostRegister_v2(void *memory, size_t size, unsigned flags)
 struct copy {
 	struct copy *next;
 	void *to;
-	const void *from;
+	const void *from; /* NULL: bytes of `value` */
 	size_t size;
+	unsigned char value;
 };
 
 struct queue {
@@ -125,19 +126,24 @@ static struct queue *queue_of(void *stream)
 	return found;
 }
 
-int fake_copy(void *stream, void *to, const void *from, size_t size)
+static int begin(void *stream, struct copy wanted)
 {
 	if (stream == NULL)
 		return INVALID_VALUE;
 	pthread_mutex_lock(&queues_lock);
 	struct queue *queue = queue_of(stream);
 	struct copy *copy = malloc(sizeof *copy);
-	*copy = (struct copy){.to = to, .from = from, .size = size};
+	*copy = wanted;
 	*queue->last = copy;
 	queue->last = &copy->next;
 	queue->begun++;
 	pthread_mutex_unlock(&queues_lock);
 	return OK;
+}
+
+int fake_copy(void *stream, void *to, const void *from, size_t size)
+{
+	return begin(stream, (struct copy){.to = to, .from = from, .size = size});
 }
 
 static void finish_copies(void *stream, uint64_t until)
@@ -147,7 +153,10 @@ static void finish_copies(void *stream, uint64_t until)
 	while (queue->first != NULL && queue->done < until) {
 		struct copy *copy = queue->first;
 
-		memcpy(copy->to, copy->from, copy->size);
+		if (copy->from != NULL)
+			memcpy(copy->to, copy->from, copy->size);
+		else
+			memset(copy->to, copy->value, copy->size);
 		queue->first = copy->next;
 		if (queue->first == NULL)
 			queue->last = &queue->first;
@@ -200,9 +209,5 @@ EXPORT int cuMemcpyDtoHAsync_v2(void *host, uint64_t device, size_t size, void *
 
 EXPORT int cuMemsetD8Async(uint64_t device, unsigned char value, size_t size, void *stream)
 {
-	if (stream == NULL)
-		return INVALID_VALUE;
-	fake_finish(stream);
-	memset((void *)device, value, size);
-	return OK;
+	return begin(stream, (struct copy){.to = (void *)device, .size = size, .value = value});
 }

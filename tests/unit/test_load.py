@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import resource
 import threading
 import time
 from array import array
@@ -15,9 +16,9 @@ import pytest
 from blake3 import blake3
 
 from rewarm.errors import GpuError, SnapshotDamaged
-from rewarm.gpu import arrivals, host, load
+from rewarm.gpu import arrivals, descriptors, host, load
 from rewarm.gpu.load import Load, Stream
-from rewarm.gpu.pieces import WINDOW, ZEROS, Piece
+from rewarm.gpu.pieces import WINDOW, ZEROS, Piece, Span
 from rewarm.trace import Trace
 from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device, Lane
@@ -71,13 +72,17 @@ class Some:
 
 
 @pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpus]:
     found = FakeGpus(tmp_path / "gpus")
     for name, value in found.environment().items():
         monkeypatch.setenv(name, value)
-    for name, value in (("CUDA_VISIBLE_DEVICES", GPU), ("CUDA_CACHE_DISABLE", "1")):
-        monkeypatch.setenv(name, value)  # taken back afterwards
-    return found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPU)
+    for name in ("CUDA_CACHE_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setenv(name, "")  # taken back afterwards
+    monkeypatch.setenv("FAKE_CUDA_DIRTY", "1")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield found
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 PATTERN = ("xx.x", "." * 3, "x" * 9)
@@ -113,15 +118,20 @@ class Run:
         """Whether what came of it is what it should be."""
         found = self.load.join()
         (places,) = found.values()
-        right = True
-        for piece, (span, fd) in zip(pieces(), places, strict=True):
-            assert span == piece.span
-            with mmap.mmap(fd, piece.size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
-                for at, chunk in enumerate(piece.chunks):
-                    wanted = bytes(WINDOW) if chunk == ZEROS else DATA[chunk]
-                    right = right and memory[at * WINDOW : (at + 1) * WINDOW] == wanted
-            os.close(fd)
-        return right
+        return right(pieces(), places)
+
+
+def right(wanted: Sequence[Piece], places: Sequence[tuple[Span, int]]) -> bool:
+    """Whether each place holds what it should; closes them."""
+    found = True
+    for piece, (span, fd) in zip(wanted, places, strict=True):
+        assert span == piece.span
+        with mmap.mmap(fd, piece.size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
+            for at, chunk in enumerate(piece.chunks):
+                content = bytes(WINDOW) if chunk == ZEROS else DATA[chunk]
+                found = found and memory[at * WINDOW : (at + 1) * WINDOW] == content
+        os.close(fd)
+    return found
 
 
 @pytest.fixture
@@ -288,7 +298,7 @@ def test_zeros_that_fail_while_others_are_loaded(
 
     monkeypatch.setattr(Lane, "zero", fails)
     run = begin(Chunks(DATA, range(COUNT)))
-    with pytest.raises(GpuError, match="cuMemsetD8Async"):
+    with pytest.raises(GpuError, match=r"clear memory on .*cuMemsetD8Async"):
         run.join()
     run.load.abandon()
     assert not list((gpus.directory / "devices").glob("*/*"))
@@ -328,6 +338,88 @@ def test_a_piece_that_cannot_be_exported(
     for fd in given:
         with pytest.raises(OSError):
             os.fstat(fd)
+    assert not list((gpus.directory / "devices").glob("*/*"))
+
+
+def test_more_pieces_than_descriptors_at_first(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    give, allow = Device.give, descriptors.allow
+
+    def giving(device: Device, handle: int) -> int:
+        happened.append("give")
+        return give(device, handle)
+
+    def allowing() -> None:
+        happened.append("allow")
+        allow()
+
+    monkeypatch.setattr(Device, "give", giving)
+    monkeypatch.setattr(descriptors, "allow", allowing)
+    assert begin(Chunks(DATA, range(COUNT))).join()
+    assert happened == ["allow", *["give"] * len(PATTERN)]
+
+
+@pytest.mark.parametrize(
+    ("plain", "cold", "threads"), [(True, False, 2), (True, True, COUNT), (False, False, COUNT), (False, True, COUNT)]
+)
+def test_how_many_threads(
+    begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch, plain: bool, cold: bool, threads: int
+) -> None:
+    monkeypatch.setattr(load, "_WARM_THREADS", 2)
+    reader = Chunks(DATA, range(COUNT), parallel=40)
+    reader.plain, reader.cold = plain, cold
+    run = begin(reader)
+    assert run.join()
+    assert len(reader.verified) == threads
+
+
+def test_what_is_there_before_the_gpu_is(gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ring's pages; and the driver is asked for one hardware queue."""
+    before = resident()
+    ring = host.Ring(4)
+    assert resident() - before >= 3 * (WINDOW >> 10)
+    assert [len(buffer) for buffer in ring.buffers] == [WINDOW] * 4
+    host.Opening(str(gpus.libcuda), [GPU], str(gpus.directory), Trace()).start()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+def resident() -> int:
+    """KiB of anonymous memory of this process."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.parametrize("line", ["", "kernel idle", "compiler none"])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ((0, "x.x"), (1, ".xx"), (0, "..."), (1, "xx")),
+        ((1, "x.x"),),
+        ((0, "...."), (0, ".")),
+        ((0, ".."), (1, "..")),
+    ],
+)
+def test_two_gpus(
+    gpus: FakeGpus, line: str, patterns: Sequence[tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uuids = [fake_gpu.uuid(number) for number in range(2)]
+    gpus.node(fake_gpu.gpus(2), more=[line] if line else [])
+    numbers = iter(range(COUNT))
+    wanted = [
+        Piece(
+            7, gpu, (at + 1) << 32, len(text) * WINDOW, array("I", [next(numbers) if x == "x" else ZEROS for x in text])
+        )
+        for at, (gpu, text) in enumerate(patterns)
+    ]
+    data = DATA[: next(numbers)]
+    trace, stop = Trace(), threading.Event()
+    opening = host.Opening(str(gpus.libcuda), uuids, str(gpus.directory), trace)
+    opening.start()
+    digests = [blake3(one).digest() for one in data]
+    loaded = Load(Chunks(data, range(len(data))), digests, wanted, opening, stop, trace)
+    loaded.start()
+    [places] = loaded.join().values()
+    assert right(wanted, places)
+    loaded.abandon()
     assert not list((gpus.directory / "devices").glob("*/*"))
 
 
@@ -375,9 +467,21 @@ def test_given_up_while_a_read_hangs(begin: Callable[[Chunks], Run], monkeypatch
         original(self, lanes, chunks, data, slot)
 
     monkeypatch.setattr(Load, "_send", send)
+    given: list[int] = []
+    give = Device.give
+
+    def noted(device: Device, handle: int) -> int:
+        given.append(give(device, handle))
+        return given[-1]
+
+    monkeypatch.setattr(Device, "give", noted)
     run = begin(reader)
     assert hangs.wait(10)
     run.load.abandon()
+    assert len(given) == len(PATTERN)
+    for fd in given:
+        with pytest.raises(OSError):
+            os.fstat(fd)
     assert run.load._host is not None and run.load._host.devices, "the contexts are closed under a thread"
     before = list(sent)
     over.set()
@@ -401,5 +505,6 @@ def test_given_up_leaves_no_memory(gpus: FakeGpus, begin: Callable[[Chunks], Run
     run = begin(Chunks(DATA, range(COUNT)))
     assert run.join()
     assert mapped() > before
+    free = run.device.free()
     run.load.abandon()
-    assert mapped() == before
+    assert mapped() == before and run.device.free() - free == sum(piece.size for piece in pieces())

@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 from rewarm.errors import RewarmError, SnapshotDamaged, StoreError
-from rewarm.store.chunks import CHUNK, ZSTD, Chunk
+from rewarm.store.chunks import CHUNK, RAW, ZSTD, Chunk
 from rewarm.store.entries import ChunkPack
 from rewarm.store.parts import PART, STORE, divide
 from rewarm.store.reader import ChunkReader, Stream
@@ -198,6 +198,16 @@ def test_whether_there_is_more_to_do_than_reading(tmp_path: Path, compress: bool
     snapshot = full(tmp_path, compress=compress)
     with ChunkReader(snapshot.store, snapshot.packs, snapshot.chunks, stop=threading.Event(), threads=1) as reader:
         assert reader.plain is not compress
+
+
+@pytest.mark.parametrize("compressed", [0, 2, 3, 16])
+def test_a_few_that_are_compressed_do_not_count(tmp_path: Path, compressed: int) -> None:
+    snapshot = full(tmp_path, compress=False)
+    chunks = [
+        snapshot.chunks[0]._replace(encoding=ZSTD if number < compressed else RAW, stored=4096) for number in range(16)
+    ]
+    with ChunkReader(snapshot.store, snapshot.packs, chunks, stop=threading.Event(), threads=1) as reader:
+        assert reader.plain is (compressed <= 2)
 
 
 def test_stop_ends_a_stream(tmp_path: Path) -> None:

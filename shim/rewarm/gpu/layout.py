@@ -13,14 +13,14 @@ class Layout:
 
     def __init__(self, pieces: Sequence[Piece], gpus: int) -> None:
         """`gpus`: how many the indices of the pieces speak of. Looks at every window: for while there is to wait."""
-        self.count = sum(len(piece.chunks) - piece.chunks.count(ZEROS) for piece in pieces)
-        """Chunks; their numbers are those below it (pieces.py)."""
         self.bases = [0] * gpus
         """By the index of the GPU: the address of its first piece, once there is one."""
         self.zeros: list[list[tuple[int, int]]] = [[] for _ in range(gpus)]
         """By the index of the GPU: offset from its base, and bytes, of windows that are zeros."""
-        self._gpu = bytearray(self.count)
-        self._offset = array("Q", bytes(8 * self.count))
+        # Chunks have the numbers from 0 on, each once (pieces.py).
+        count = sum(len(piece.chunks) - piece.chunks.count(ZEROS) for piece in pieces)
+        self._gpu = bytearray(count)
+        self._offset = array("Q", bytes(8 * count))
         ends = [0] * gpus
         for piece in pieces:
             at = ends[piece.gpu]

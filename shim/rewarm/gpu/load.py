@@ -33,7 +33,7 @@ RUN = 2
 SLOTS = 2
 """Buffers of each thread: one is filled while the others are on their way to the GPU."""
 _WARM_THREADS = 10
-"""At most, where there is nothing to do but reading from memory: so many keep PCIe busy (docs/decisions/0015), and CRIU
+"""At most, where there is little to do but reading from memory: so many keep PCIe busy (docs/decisions/0015), and CRIU
 wants processors too."""
 _MOST_THREADS = 32
 """Of any kind, however many processors there are: each has pinned memory."""
@@ -51,7 +51,7 @@ class Stream(Protocol):
 
 class Reader(Protocol):
     """All chunks of device memory; `parallel` is how many streams pay, `cold` whether they have to wait for storage,
-    `plain` whether they have nothing to do but reading."""
+    `plain` whether they have little to do but reading."""
 
     parallel: int
     cold: bool
@@ -141,15 +141,18 @@ class Load:
     def abandon(self) -> None:
         """Have the threads end, if they can; the memory goes with this process."""
         self._stop.set()
-        ended = aside.wait([self._begun]) and aside.wait(self._tasks)
+        begun = aside.wait([self._begun])
         if self._host is None:
             self._opening.close()
-        if not ended or self._host is None:
+        if begun:
+            with self._lock:
+                for fd in self._exported:
+                    with suppress(OSError):
+                        os.close(fd)
+                self._exported = []
+        if not begun or not aside.wait(self._tasks) or self._host is None:
             return  # who hangs has streams and buffers of the contexts
         with self._lock:
-            for fd in self._exported:
-                with suppress(OSError):
-                    os.close(fd)
             # A mapping outlives its context, and a cold start may need the memory.
             for device, address, sizes in self._mapped:
                 with suppress(CudaError):
@@ -158,7 +161,7 @@ class Load:
             for handle in self._handles:
                 with suppress(CudaError):
                     self._host.devices[0].release(handle)
-            self._exported, self._mapped, self._handles = [], [], []
+            self._mapped, self._handles = [], []
             self._host.close()
 
     def _fail(self, error: Exception, operation: str = "") -> None:
@@ -218,15 +221,15 @@ class Load:
 
     def _zero(self, mine: host.Host) -> None:
         """All windows that are to be zeros."""
-        lanes = []
-        for device, base, runs in zip(mine.devices, self._at.bases, self._at.zeros, strict=True):
-            device.enter()
-            lanes.append(device.lane())
-            for offset, size in runs:
-                lanes[-1].zero(base + offset, size)
-        for device, lane in zip(mine.devices, lanes, strict=True):
-            device.enter()
-            lane.finish()
+        for device, uuid, base, runs in zip(mine.devices, self._uuids, self._at.bases, self._at.zeros, strict=True):
+            try:
+                device.enter()
+                lane = device.lane()
+                for offset, size in runs:
+                    lane.zero(base + offset, size)
+                lane.finish()
+            except CudaError as error:
+                raise host.failed("clear memory on", uuid, error) from None
 
     def _export(self, mine: host.Host) -> None:
         """Descriptors of all pieces, which nobody gets before `join`: 0.15 ms each."""

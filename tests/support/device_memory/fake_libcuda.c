@@ -509,6 +509,10 @@ API int cuMemCreate(struct memory **handle, size_t size, const struct kind *kind
 		close(file);
 		file = -1;
 	}
+	/* What is in new memory nobody says. */
+	for (size_t at = 0; file >= 0 && getenv("FAKE_CUDA_DIRTY") != NULL && at < size; at += GRANULE)
+		if (pwrite(file, "dirty", 5, (off_t)(at + GRANULE / 2)) != 5)
+			return OUT_OF_MEMORY;
 	int result = new_memory(handle, file, size, kind->device, false);
 	if (result == OK)
 		used += size;
