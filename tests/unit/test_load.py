@@ -476,7 +476,7 @@ def test_given_up_while_a_read_hangs(begin: Callable[[Chunks], Run], monkeypatch
 
     monkeypatch.setattr(Device, "give", noted)
     run = begin(reader)
-    assert hangs.wait(10)
+    assert hangs.wait(10) and run.load._begun.wait(10)
     run.load.abandon()
     assert len(given) == len(PATTERN)
     for fd in given:
