@@ -118,6 +118,28 @@ static bool is_of(void *function, const char *name, const char *library, const v
 	return is_of;
 }
 
+/* Whether who asks dlsym(3) gets the function that is in the library: one that has a dlsym of its own need not show its
+ * functions in any other way. */
+static bool is_shown(const char *name, const char *library)
+{
+	struct search search = { .library = library };
+	bool shown = true;
+
+	for (size_t skip = 0; shown && dl_iterate_phdr != NULL && dlopen != NULL; skip++) {
+		search.skip = skip;
+		if (dl_iterate_phdr(note_path, &search) == 0)
+			break;
+		void *handle = dlopen(search.path, RTLD_NOLOAD | RTLD_LAZY);
+		if (handle == NULL)
+			continue;
+		shown = dlsym(handle, name) == own_dlsym()(handle, name);
+		dlclose(handle); /* who has loaded it has it still */
+	}
+	if (dlerror != NULL)
+		dlerror();
+	return shown;
+}
+
 bool rw_is_next(const char *name, const char *library, const void *own)
 {
 	return dlsym == NULL || is_of(own_dlsym()(RTLD_NEXT, name), name, library, own);
@@ -125,8 +147,8 @@ bool rw_is_next(const char *name, const char *library, const void *own)
 
 bool rw_is_alone(const char *name, const char *library, const void *own)
 {
-	return dlsym == NULL ||
-	       (rw_is_next(name, library, own) && is_of(own_dlsym()(RTLD_DEFAULT, name), name, library, own));
+	return dlsym == NULL || (rw_is_next(name, library, own) && is_shown(name, library) &&
+				 is_shown("cuGetProcAddress", library) && is_shown("cuGetProcAddress_v2", library));
 }
 
 static const char *const names[] = {
@@ -160,7 +182,7 @@ const struct rw_driver *rw_find_driver(void)
 	if (rw_driver() != NULL)
 		return &driver;
 	for (size_t at = 0; at < FUNCTIONS; at++) {
-		found[at] = rw_find(names[at], "libcuda.so.1", NULL);
+		found[at] = rw_find(names[at], RW_LIBCUDA, NULL);
 		if (found[at] == NULL && required[at])
 			return NULL;
 	}

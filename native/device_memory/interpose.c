@@ -11,8 +11,8 @@
  *       by dlsym(3) of a handle, cudaGetDriverEntryPoint or cuGetProcAddress
  *     - allocations in another context than the device's primary one, of a device that cannot export its memory, of the
  *       65th device on, and all in the child of a fork
- *     - allocations that another library, preloaded behind this one, stands in front of as well: of cudaMalloc, or of
- *       the driver's cuMemAlloc or cuMemCreate
+ *     - allocations that another library, behind this one, stands in front of as well: of cudaMalloc, or of the driver's
+ *       cuMemAlloc or cuMemCreate, also by a dlsym of its own; it is asked once, at the first large allocation
  *     - everything after a wish for a legacy IPC handle of such memory, which has none
  *
  * Seen by a program: sizes are rounded up to 2 MiB. cudaFreeAsync of such memory waits for the device. A range that
@@ -31,7 +31,7 @@
 /* How its file name begins: wheels give the runtime one with a hash in it (libcudart-8774224f.so.11.0). */
 static const char *library_of(const char *name)
 {
-	return name[2] == 'd' ? "libcudart" : "libcuda.so.1";
+	return name[2] == 'd' ? "libcudart" : RW_LIBCUDA;
 }
 
 static void *real(void **cache, const char *name, const void *own)
@@ -49,12 +49,13 @@ static void *real(void **cache, const char *name, const void *own)
 	return found;
 }
 
+enum { UNKNOWN, YES, NO };
+
 /* One that stands between the program and CUDA as well (torch_memory_saver, limiters of device memory) has its reasons to
  * see all calls. */
 static bool holds(int *known, bool (*question)(const char *, const char *, const void *), const char *name,
 		  const void *own)
 {
-	enum { UNKNOWN, YES, NO };
 	int answer = __atomic_load_n(known, __ATOMIC_RELAXED);
 
 	if (answer == UNKNOWN) {
@@ -64,8 +65,14 @@ static bool holds(int *known, bool (*question)(const char *, const char *, const
 	return answer == YES;
 }
 
-/* So has one that stands in front of the driver; before this library, it would not even see what that asks for. */
+/* So has one that stands in front of the driver. */
 static bool is_alone_with_driver(void);
+static int alloc_is_alone, create_is_alone;
+
+static bool is_no(const int *known)
+{
+	return __atomic_load_n(known, __ATOMIC_RELAXED) == NO;
+}
 
 /* Defines real_NAME(), which calls the function of that name behind this library; `own` must not be taken for it. */
 #define REAL(name, own, parameters, arguments)                                     \
@@ -102,10 +109,8 @@ REAL(cudaGetDevice, NULL, (int *device), (device))
 
 static bool is_alone_with_driver(void)
 {
-	static int alloc, create;
-
-	return holds(&alloc, rw_is_alone, "cuMemAlloc_v2", (const void *)cuMemAlloc_v2) &&
-	       holds(&create, rw_is_alone, "cuMemCreate", NULL);
+	return holds(&alloc_is_alone, rw_is_alone, "cuMemAlloc_v2", (const void *)cuMemAlloc_v2) &&
+	       holds(&create_is_alone, rw_is_alone, "cuMemCreate", NULL);
 }
 
 static uint64_t number(const void *pointer)
@@ -146,8 +151,10 @@ INTERPOSED int cudaMalloc(void **pointer, size_t size)
 	static int next;
 	uint64_t address;
 
-	/* Who stands in front is asked once a runtime is there: some load it when they are first called. */
-	if (pointer == NULL || size < RW_LEAST || !rw_serving() || !runtime_is_ready() ||
+	/* Who stands in front is asked once a runtime is there: some load it when they are first called. Where the answer is
+	 * known, nothing is asked of the runtime. */
+	if (pointer == NULL || size < RW_LEAST || !rw_serving() || is_no(&next) || is_no(&alloc_is_alone) ||
+	    is_no(&create_is_alone) || !runtime_is_ready() ||
 	    !holds(&next, rw_is_next, "cudaMalloc", (const void *)cudaMalloc) || !is_alone_with_driver() ||
 	    !rw_serve(&address, size))
 		return real_cudaMalloc(pointer, size);
@@ -159,7 +166,7 @@ INTERPOSED int cuMemAlloc_v2(uint64_t *pointer, size_t size)
 {
 	uint64_t address;
 
-	if (pointer == NULL || size < RW_LEAST || rw_find_driver() == NULL || !is_alone_with_driver() ||
+	if (pointer == NULL || size < RW_LEAST || !rw_serving() || rw_find_driver() == NULL || !is_alone_with_driver() ||
 	    !rw_serve(&address, size))
 		return real_cuMemAlloc_v2(pointer, size);
 	*pointer = address;

@@ -144,11 +144,18 @@ print(other.between_calls(), any(name.startswith("rewarm-mem-") for name in name
     assert (done.stdout, done.stderr) == (f"3 {first}\n", "")
 
 
-@pytest.mark.parametrize("library", ["limiter.so", "limiter-create.so"])
-@pytest.mark.parametrize("program", ["host", "host-linked"])
+@pytest.mark.parametrize(
+    ("library", "program"),
+    [
+        *((f"limiter{kind}.so", program) for kind in ("", "-create", "-hidden") for program in ("host", "host-linked")),
+        ("limiter.so", "address-pie"),
+        ("limiter-direct.so", "address-pie"),
+    ],
+)
 @pytest.mark.parametrize("behind", [True, False])
 def test_a_limiter_of_device_memory_sees_what_it_saw(plain: Built, library: str, program: str, behind: bool) -> None:
-    """One that stands in front of the driver, be the program linked to that or not, and whoever is preloaded first."""
+    """One that stands in front of the driver: whether the program is linked to that, asks it itself, or does not, and
+    whoever is preloaded first."""
     limiter = plain.directory / library
     command = [plain.directory / program, plain.directory / "plugin.so"]
 
@@ -160,7 +167,36 @@ def test_a_limiter_of_device_memory_sees_what_it_saw(plain: Built, library: str,
 
     alone = said(limiter)
     assert alone and all(line.startswith("limiter: ") for line in alone)
+    assert any(line == f"limiter: alloc {4 << 20}" for line in alone)
     assert said(*([plain.library, limiter] if behind else [limiter, plain.library])) == alone
+
+
+@pytest.mark.parametrize("way", ["runtime", "driver"])
+@pytest.mark.parametrize("program", ["address", "address-pie"])
+def test_a_program_that_has_the_addresses_of_the_drivers_functions(plain: Built, program: str, way: str) -> None:
+    command = [plain.directory / program, *(["driver"] if way == "driver" else [])]
+    done = subprocess.run(command, env=plain.environment(), capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rewarm-mem-" in done.stdout
+
+
+def test_a_driver_that_was_loaded_by_another_name(plain: Built, tmp_path: Path) -> None:
+    """The loader knows it by that from then on."""
+    (tmp_path / "libcuda.so").symlink_to(plain.directory / "libcuda.so.1")
+    code = f"""
+import ctypes, pathlib
+ctypes.CDLL({str(tmp_path / "libcuda.so")!r})
+plugin = ctypes.CDLL({str(plain.directory / "plugin.so")!r})
+pointer = ctypes.c_void_p()
+assert plugin.plugin_allocate(ctypes.byref(pointer), ctypes.c_size_t(4 << 20)) == 0
+print(*(path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")))
+assert plugin.plugin_free(pointer) == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain.environment(), capture_output=True, text=True, timeout=SECONDS
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rewarm-mem-" in done.stdout
 
 
 def test_two_runtimes_of_which_one_has_a_name_of_its_own(plain: Built) -> None:

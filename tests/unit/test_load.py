@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 from blake3 import blake3
 
 from rewarm.errors import GpuError, SnapshotDamaged
-from rewarm.gpu import arrivals, descriptors, host, load
+from rewarm.gpu import arrivals, host, load
 from rewarm.gpu.load import Load, Stream
 from rewarm.gpu.pieces import WINDOW, ZEROS, Piece, Span
 from rewarm.trace import Trace
@@ -26,6 +27,8 @@ from support import fake_gpu
 from support.fake_gpu import FakeGpus
 
 GPU = fake_gpu.uuid(0)
+FEW = 200
+"""Descriptors at first; enough for a process with tests in it."""
 Change = Callable[[int, memoryview], None]
 
 
@@ -342,21 +345,18 @@ def test_a_piece_that_cannot_be_exported(
 
 
 def test_more_pieces_than_descriptors_at_first(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    happened: list[str] = []
-    give, allow = Device.give, descriptors.allow
+    """Everything else is open by then."""
+    give = Device.give
 
-    def giving(device: Device, handle: int) -> int:
-        happened.append("give")
+    def few(device: Device, handle: int) -> int:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert soft == hard > FEW
         return give(device, handle)
 
-    def allowing() -> None:
-        happened.append("allow")
-        allow()
-
-    monkeypatch.setattr(Device, "give", giving)
-    monkeypatch.setattr(descriptors, "allow", allowing)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, hard))
+    monkeypatch.setattr(Device, "give", few)
     assert begin(Chunks(DATA, range(COUNT))).join()
-    assert happened == ["allow", *["give"] * len(PATTERN)]
 
 
 @pytest.mark.parametrize(
@@ -373,19 +373,24 @@ def test_how_many_threads(
     assert len(reader.verified) == threads
 
 
-def test_what_is_there_before_the_gpu_is(gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_before_the_gpu_is(gpus: FakeGpus) -> None:
     """The ring's pages; and the driver is asked for one hardware queue."""
-    before = resident()
     ring = host.Ring(4)
-    assert resident() - before >= 3 * (WINDOW >> 10)
+    assert resident(ring.space) == 4 * WINDOW // mmap.PAGESIZE
     assert [len(buffer) for buffer in ring.buffers] == [WINDOW] * 4
-    host.Opening(str(gpus.libcuda), [GPU], str(gpus.directory), Trace()).start()
+    opening = host.Opening(str(gpus.libcuda), [GPU], str(gpus.directory), Trace())
+    opening.start()
+    opening.wait()
+    opening.close()
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
 
 
-def resident() -> int:
-    """KiB of anonymous memory of this process."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+def resident(space: mmap.mmap) -> int:
+    """How many of its pages are in memory: mincore(2)."""
+    pages = (ctypes.c_ubyte * (len(space) // mmap.PAGESIZE))()
+    first = ctypes.byref(ctypes.c_char.from_buffer(space))
+    assert ctypes.CDLL(None).mincore(first, ctypes.c_size_t(len(space)), pages) == 0
+    return sum(page & 1 for page in pages)
 
 
 @pytest.mark.parametrize("line", ["", "kernel idle", "compiler none"])
@@ -417,9 +422,11 @@ def test_two_gpus(
     digests = [blake3(one).digest() for one in data]
     loaded = Load(Chunks(data, range(len(data))), digests, wanted, opening, stop, trace)
     loaded.start()
-    [places] = loaded.join().values()
-    assert right(wanted, places)
-    loaded.abandon()
+    try:
+        [places] = loaded.join().values()
+        assert right(wanted, places)
+    finally:
+        loaded.abandon()
     assert not list((gpus.directory / "devices").glob("*/*"))
 
 
