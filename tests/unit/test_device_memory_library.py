@@ -174,7 +174,7 @@ def test_a_limiter_of_device_memory_sees_what_it_saw(plain: Built, library: str,
 @pytest.mark.parametrize("way", ["runtime", "driver"])
 @pytest.mark.parametrize("program", ["address", "address-pie"])
 def test_a_program_that_has_the_addresses_of_the_drivers_functions(plain: Built, program: str, way: str) -> None:
-    command = [plain.directory / program, *(["driver"] if way == "driver" else [])]
+    command = [str(plain.directory / program), *(["driver"] if way == "driver" else [])]
     done = subprocess.run(command, env=plain.environment(), capture_output=True, text=True, timeout=SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     assert "rewarm-mem-" in done.stdout
