@@ -1,9 +1,9 @@
 /* Takes the addresses of the driver's functions: where it is not position-independent, the loader gives everybody those of
  * jumps in this file then. Allocates by the runtime, or with an argument by the driver. Prints the names of its threads. */
-#include <dirent.h>
+#include "tasks.h"
+
 #include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
 
 int cudaMalloc(void **pointer, size_t size);
 int cudaFree(void *pointer);
@@ -25,16 +25,6 @@ int main(int count, char **arguments)
 		return 1; /* there is a context now */
 	if ((count > 1 ? cuMemAlloc_v2(&address, 4 << 20) : cudaMalloc(&pointer, 4 << 20)) != 0)
 		return 1;
-	DIR *tasks = opendir("/proc/self/task");
-	for (struct dirent *task; (task = readdir(tasks)) != NULL;) {
-		char path[300], name[32] = "";
-		snprintf(path, sizeof(path), "/proc/self/task/%s/comm", task->d_name);
-		FILE *file = fopen(path, "r");
-		if (file != NULL && fgets(name, sizeof(name), file) != NULL)
-			fputs(name, stdout);
-		if (file != NULL)
-			fclose(file);
-	}
-	closedir(tasks);
+	print_tasks();
 	return count > 1 ? cuMemFree_v2(address) : cudaFree(pointer);
 }

@@ -1,7 +1,7 @@
 /* Loads plugin.so, and calls it without CUDA in its own list of libraries. Prints the names of its threads. */
-#include <dirent.h>
+#include "tasks.h"
+
 #include <dlfcn.h>
-#include <stdio.h>
 
 int main(int count, char **arguments)
 {
@@ -11,16 +11,6 @@ int main(int count, char **arguments)
 
 	if (allocate == NULL || release == NULL || allocate(&pointer, 4 << 20) != 0)
 		return 1;
-	DIR *tasks = opendir("/proc/self/task");
-	for (struct dirent *task; (task = readdir(tasks)) != NULL;) {
-		char path[300], name[32] = "";
-		snprintf(path, sizeof(path), "/proc/self/task/%s/comm", task->d_name);
-		FILE *file = fopen(path, "r");
-		if (file != NULL && fgets(name, sizeof(name), file) != NULL)
-			fputs(name, stdout);
-		if (file != NULL)
-			fclose(file);
-	}
-	closedir(tasks);
+	print_tasks();
 	return release(pointer);
 }
