@@ -1,5 +1,6 @@
 /* The thread calls neither the loader nor an allocator: a stopped thread of the program may hold their locks. */
 #include "control.h"
+#include "created.h"
 #include "device.h"
 #include "find.h"
 #include "pieces.h"
@@ -215,6 +216,7 @@ static void in_child(void)
 	rw_stop_serving();
 	set_phase(OVER);
 	rw_forget_all();
+	rw_forget_created();
 	rw_socket_close();
 }
 

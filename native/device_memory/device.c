@@ -70,6 +70,11 @@ bool rw_is_primary(const struct rw_driver *driver, uint32_t device, const void *
 	return primary == context;
 }
 
+void *rw_primary(uint32_t device)
+{
+	return __atomic_load_n(&devices[device].primary, __ATOMIC_RELAXED);
+}
+
 void rw_forget_device(uint32_t device)
 {
 	__atomic_store_n(&devices[device].primary, NULL, __ATOMIC_RELAXED);

@@ -6,9 +6,10 @@
  * driver's way, as if the library were not there:
  *
  *     - allocations below 2 MiB; cudaMallocPitch, 3D, Array, Managed, Host, Async, and all memory pools
- *     - what a program creates with cuMemCreate itself (PyTorch's expandable segments, vLLM's sleep mode)
+ *     - what a program creates with cuMemCreate itself, as long as it is not mapped, or mapped twice, for several
+ *       devices, exported, or has a second handle
  *     - calls of a CUDA runtime that is linked statically (nvcc's default), or of addresses that the program has got
- *       by dlsym(3) of a handle, cudaGetDriverEntryPoint or cuGetProcAddress
+ *       by dlsym(3) of a handle; or by cudaGetDriverEntryPoint or cuGetProcAddress, but for those in virtual.h
  *     - allocations in another context than the device's primary one, of a device that cannot export its memory, of the
  *       65th device on, and all in the child of a fork
  *     - allocations that another library, behind this one, stands in front of as well: of cudaMalloc, or of the driver's
@@ -19,73 +20,12 @@
  * cuPointerGetAttribute gives ends at a GiB from its start. cuDevicePrimaryCtxRelease does not free the memory.
  */
 #include "device.h"
-#include "find.h"
+#include "real.h"
 #include "serve.h"
 #include "table.h"
 
 #include <string.h>
 #include <unistd.h>
-
-#define INTERPOSED __attribute__((visibility("default")))
-
-/* How its file name begins: wheels give the runtime one with a hash in it (libcudart-8774224f.so.11.0). */
-static const char *library_of(const char *name)
-{
-	return name[2] == 'd' ? "libcudart" : RW_LIBCUDA;
-}
-
-static void *real(void **cache, const char *name, const void *own)
-{
-	void *found = __atomic_load_n(cache, __ATOMIC_ACQUIRE);
-
-	/* A failure is not kept: CUDA may be loaded later. */
-	if (found == NULL) {
-		found = rw_find(name, library_of(name), own);
-		/* Somebody may have it in his own file, and show it. */
-		if (found == NULL)
-			found = rw_find(name, "", own);
-		__atomic_store_n(cache, found, __ATOMIC_RELEASE);
-	}
-	return found;
-}
-
-enum { UNKNOWN, YES, NO };
-
-/* One that stands between the program and CUDA as well (torch_memory_saver, limiters of device memory) has its reasons to
- * see all calls. */
-static bool holds(int *known, bool (*question)(const char *, const char *, const void *), const char *name,
-		  const void *own)
-{
-	int answer = __atomic_load_n(known, __ATOMIC_RELAXED);
-
-	if (answer == UNKNOWN) {
-		answer = question(name, library_of(name), own) ? YES : NO;
-		__atomic_store_n(known, answer, __ATOMIC_RELAXED);
-	}
-	return answer == YES;
-}
-
-/* So has one that stands in front of the driver. */
-static bool is_alone_with_driver(void);
-static int alloc_is_alone, create_is_alone;
-
-static bool is_no(const int *known)
-{
-	return __atomic_load_n(known, __ATOMIC_RELAXED) == NO;
-}
-
-/* Defines real_NAME(), which calls the function of that name behind this library; `own` must not be taken for it. */
-#define REAL(name, own, parameters, arguments)                                     \
-	static int real_##name parameters                                          \
-	{                                                                          \
-		static void *cache;                                                \
-		int(*function) parameters = real(&cache, #name, own);              \
-                                                                                   \
-		return function == NULL ? CUDA_ERROR_NOT_INITIALIZED : function arguments; \
-	}
-#define INTERPOSE(name, parameters, arguments) \
-	INTERPOSED int name parameters;        \
-	REAL(name, (const void *)name, parameters, arguments)
 
 INTERPOSE(cudaMalloc, (void **pointer, size_t size), (pointer, size))
 INTERPOSE(cudaFree, (void *pointer), (pointer))
@@ -106,12 +46,6 @@ INTERPOSE(cuCtxDisablePeerAccess, (void *peer), (peer))
 INTERPOSE(cuDevicePrimaryCtxReset, (int device), (device))
 INTERPOSE(cuDevicePrimaryCtxReset_v2, (int device), (device))
 REAL(cudaGetDevice, NULL, (int *device), (device))
-
-static bool is_alone_with_driver(void)
-{
-	return holds(&alloc_is_alone, rw_is_alone, "cuMemAlloc_v2", (const void *)cuMemAlloc_v2) &&
-	       holds(&create_is_alone, rw_is_alone, "cuMemCreate", NULL);
-}
 
 static uint64_t number(const void *pointer)
 {
@@ -148,15 +82,12 @@ static bool runtime_is_ready(void)
 
 INTERPOSED int cudaMalloc(void **pointer, size_t size)
 {
-	static int next;
 	uint64_t address;
 
 	/* Who stands in front is asked once a runtime is there: some load it when they are first called. Where the answer is
 	 * known, nothing is asked of the runtime. */
-	if (pointer == NULL || size < RW_LEAST || !rw_serving() || is_no(&next) || is_no(&alloc_is_alone) ||
-	    is_no(&create_is_alone) || !runtime_is_ready() ||
-	    !holds(&next, rw_is_next, "cudaMalloc", (const void *)cudaMalloc) || !is_alone_with_driver() ||
-	    !rw_serve(&address, size))
+	if (pointer == NULL || size < RW_LEAST || !rw_serving() || rw_is_not_alone() || !runtime_is_ready() ||
+	    !rw_is_alone_with_runtime() || !rw_is_alone_with_driver() || !rw_serve(&address, size))
 		return real_cudaMalloc(pointer, size);
 	*pointer = (void *)(uintptr_t)address;
 	return CUDA_SUCCESS;
@@ -166,7 +97,7 @@ INTERPOSED int cuMemAlloc_v2(uint64_t *pointer, size_t size)
 {
 	uint64_t address;
 
-	if (pointer == NULL || size < RW_LEAST || !rw_serving() || rw_find_driver() == NULL || !is_alone_with_driver() ||
+	if (pointer == NULL || size < RW_LEAST || !rw_serving() || rw_find_driver() == NULL || !rw_is_alone_with_driver() ||
 	    !rw_serve(&address, size))
 		return real_cuMemAlloc_v2(pointer, size);
 	*pointer = address;

@@ -4,6 +4,7 @@
  * stopped. To wait would be to wait for ever, where a stopped thread is inside the driver with one of its locks (seen with
  * 16 threads at work: cuMemFree did not come back). */
 #include "pieces.h"
+#include "created.h"
 #include "device.h"
 
 #include <errno.h>
@@ -32,15 +33,25 @@ static void set_state(const struct rw_piece *piece, uint8_t state)
 	__atomic_store_n(piece->state, state, __ATOMIC_RELEASE);
 }
 
+/* What a program has created is of no context: mappings outlive a reset of the primary one (measured, driver 580). */
+static void *context_of(const struct rw_piece *piece)
+{
+	const struct rw_allocation *allocation = piece->allocation;
+
+	return allocation->created != NULL ? rw_primary(allocation->device) : allocation->context;
+}
+
 /* This thread's own modes: calls that are unsafe in a capture are refused to it by no capture of another. */
 static int enter(const struct rw_driver *driver, const struct rw_piece *piece)
 {
 	static bool relaxed;
 	int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+	void *context = context_of(piece);
 
-	if (!relaxed)
+	/* Nothing but a copy needs one (measured, driver 580). */
+	if (context != NULL && !relaxed)
 		relaxed = driver->cuThreadExchangeStreamCaptureMode(&mode) == CUDA_SUCCESS;
-	return driver->cuCtxSetCurrent(piece->allocation->context);
+	return driver->cuCtxSetCurrent(context);
 }
 
 /* In a stream of its own, which no other thread can have locked. */
@@ -66,6 +77,18 @@ static int hold(struct handle *handle, const struct rw_piece *piece)
 	return result;
 }
 
+/* As it was. */
+static int set_access(const struct rw_driver *driver, const struct rw_piece *piece)
+{
+	const struct rw_allocation *allocation = piece->allocation;
+
+	if (allocation->created == NULL)
+		return rw_set_access(driver, allocation->device, piece->address, piece->size);
+	if (allocation->access == CU_MEM_ACCESS_FLAGS_PROT_NONE)
+		return CUDA_SUCCESS;
+	return rw_set_peer_access(driver, allocation->device, piece->address, piece->size, allocation->access);
+}
+
 /* All or nothing. */
 static int put(const struct handle *handle, const struct rw_piece *piece)
 {
@@ -73,7 +96,7 @@ static int put(const struct handle *handle, const struct rw_piece *piece)
 
 	if (result != CUDA_SUCCESS)
 		return result;
-	result = rw_set_access(handle->driver, piece->allocation->device, piece->address, piece->size);
+	result = set_access(handle->driver, piece);
 	if (result != CUDA_SUCCESS)
 		handle->driver->cuMemUnmap(piece->address, piece->size);
 	return result;
@@ -85,8 +108,12 @@ static int copy_to(const struct handle *handle, const struct rw_piece *piece)
 	const struct rw_driver *driver = handle->driver;
 	uint32_t device = piece->allocation->device;
 	uint64_t scratch;
+	int result = CUDA_SUCCESS;
 
-	int result = driver->cuMemAddressReserve(&scratch, piece->size, 0, 0, 0);
+	if (piece->allocation->created != NULL && piece->allocation->access == CU_MEM_ACCESS_FLAGS_PROT_NONE)
+		result = rw_set_peer_access(driver, device, piece->address, piece->size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+	if (result == CUDA_SUCCESS)
+		result = driver->cuMemAddressReserve(&scratch, piece->size, 0, 0, 0);
 	if (result != CUDA_SUCCESS)
 		return result;
 	result = driver->cuMemMap(scratch, piece->size, 0, handle->value, 0);
@@ -100,11 +127,37 @@ static int copy_to(const struct handle *handle, const struct rw_piece *piece)
 	return result;
 }
 
+/* Whether the program has a handle of the piece's memory. */
+static bool is_held(const struct rw_piece *piece)
+{
+	return piece->allocation->created != NULL && piece->allocation->created->holds > 0;
+}
+
+/* The program's handle is this one from now on. */
+static void hand_over(struct handle *handle, const struct rw_piece *piece)
+{
+	if (!is_held(piece))
+		return;
+	piece->allocation->created->actual = handle->value;
+	handle->held = false;
+}
+
+static struct rw_kind kind_of(const struct rw_piece *piece)
+{
+	struct rw_kind kind;
+
+	if (piece->allocation->created == NULL)
+		return rw_kind_of(piece->allocation->device);
+	kind = piece->allocation->created->kind;
+	kind.handle_types |= CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+	return kind;
+}
+
 int rw_own(const struct rw_piece *piece)
 {
 	const struct rw_driver *driver = rw_driver();
 	autorelease struct handle new = { .driver = driver }, old = { .driver = driver };
-	struct rw_kind kind = rw_kind_of(piece->allocation->device);
+	struct rw_kind kind = kind_of(piece);
 
 	if (state_of(piece) & RW_AWAY)
 		return -ENOENT;
@@ -124,9 +177,14 @@ int rw_own(const struct rw_piece *piece)
 	if (result != CUDA_SUCCESS)
 		return result;
 	result = put(&new, piece);
-	if (result == CUDA_SUCCESS)
+	if (result == CUDA_SUCCESS) {
+		uint64_t before = is_held(piece) ? piece->allocation->created->actual : 0;
+
 		set_state(piece, 0);
-	else if (put(&old, piece) != CUDA_SUCCESS)
+		hand_over(&new, piece);
+		return before == 0 ? CUDA_SUCCESS : driver->cuMemRelease(before);
+	}
+	if (put(&old, piece) != CUDA_SUCCESS)
 		set_state(piece, RW_AWAY);
 	return result;
 }
@@ -155,9 +213,10 @@ int rw_unmap(const struct rw_piece *piece)
 	int result = enter(driver, piece);
 	if (result == CUDA_SUCCESS)
 		result = driver->cuMemUnmap(piece->address, piece->size);
-	if (result == CUDA_SUCCESS)
-		set_state(piece, RW_AWAY);
-	return result;
+	if (result != CUDA_SUCCESS)
+		return result;
+	set_state(piece, RW_AWAY);
+	return is_held(piece) ? driver->cuMemRelease(piece->allocation->created->actual) : CUDA_SUCCESS;
 }
 
 int rw_map(const struct rw_piece *piece, int descriptor)
@@ -177,7 +236,9 @@ int rw_map(const struct rw_piece *piece, int descriptor)
 	}
 	if (result == CUDA_SUCCESS)
 		result = put(&handle, piece);
-	if (result == CUDA_SUCCESS)
-		set_state(piece, RW_IMPORTED);
-	return result;
+	if (result != CUDA_SUCCESS)
+		return result;
+	set_state(piece, RW_IMPORTED);
+	hand_over(&handle, piece);
+	return CUDA_SUCCESS;
 }

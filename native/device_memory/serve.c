@@ -6,6 +6,7 @@
  * allocation has a tag, a few bytes of the driver's own, and is freed by freeing its tag first: the wait, the rules for
  * captures and the errors of a free are the driver's (measured equal in all modes; 7 us for a tag and its end). */
 #include "serve.h"
+#include "change.h"
 #include "control.h"
 #include "device.h"
 #include "table.h"
@@ -54,22 +55,11 @@ static int unmap_pieces(const struct rw_driver *driver, const struct rw_allocati
 	return first;
 }
 
-/* Calls that have begun to change what is mapped, and have not told the table yet, or the other way round. */
-static uint32_t changing;
-
-static void end_change(const int *nothing)
-{
-	(void)nothing;
-	__atomic_sub_fetch(&changing, 1, __ATOMIC_ACQ_REL);
-}
-
-#define CHANGE                                                           \
-	__attribute__((cleanup(end_change), unused)) const int change = 0; \
-	__atomic_add_fetch(&changing, 1, __ATOMIC_ACQ_REL)
+uint32_t rw_change_count;
 
 uint32_t rw_changing(void)
 {
-	return __atomic_load_n(&changing, __ATOMIC_ACQUIRE);
+	return __atomic_load_n(&rw_change_count, __ATOMIC_ACQUIRE);
 }
 
 static int take_apart(const struct rw_driver *driver, struct rw_allocation *allocation)
@@ -99,7 +89,7 @@ static int back_piece(const struct rw_driver *driver, const struct rw_allocation
 
 static bool back(const struct rw_driver *driver, struct rw_allocation *allocation)
 {
-	CHANGE;
+	RW_CHANGE;
 	uint32_t done = 0;
 
 	if (driver->cuMemAddressReserve(&allocation->address, allocation->size, 0, 0, 0) != CUDA_SUCCESS)
@@ -155,7 +145,7 @@ bool rw_serve(uint64_t *address, size_t size)
 
 int rw_free(uint64_t address, int (*free_tag)(uint64_t))
 {
-	CHANGE;
+	RW_CHANGE;
 	const struct rw_driver *driver = rw_driver();
 	struct rw_allocation *found = driver == NULL || address == 0 ? NULL : rw_begin_free(address);
 
@@ -171,7 +161,7 @@ int rw_free(uint64_t address, int (*free_tag)(uint64_t))
 void rw_free_device(uint32_t device)
 {
 	const struct rw_driver *driver = rw_driver();
-	CHANGE;
+	RW_CHANGE;
 	struct rw_allocation *one;
 	bool waited = false;
 

@@ -1,57 +1,23 @@
-/* Open addressing with linear probing, at most half full; what is removed leaves no mark behind. */
 #include "table.h"
-#include "lock.h"
+#include "index.h"
 
 #include <sched.h>
 #include <stdlib.h>
 
-enum { LEAST_SLOTS = 64, PATIENCE_MS = 100 };
+enum { PATIENCE_MS = 100 };
 
-struct slot {
-	uint64_t address; /* 0: empty */
-	struct rw_allocation *allocation;
-};
-
-static struct {
-	struct rw_lock lock;
-	struct slot *slots;
-	size_t room, used;
-} table;
-
-static size_t place(uint64_t address)
-{
-	return (size_t)((address >> 12) * 0x9e3779b97f4a7c15u >> 20) & (table.room - 1);
-}
-
-static size_t find_slot(uint64_t address)
-{
-	size_t at = place(address);
-
-	while (table.slots[at].address != 0 && table.slots[at].address != address)
-		at = (at + 1) & (table.room - 1);
-	return at;
-}
+static struct rw_index table;
+static size_t created_count; /* entries of memory that the program has created itself */
+static uint64_t loose;
 
 static struct rw_allocation *find(uint64_t address)
 {
-	return table.room == 0 || address == 0 ? NULL : table.slots[find_slot(address)].allocation;
+	return rw_index_find(&table, address);
 }
 
-/* Whoever comes behind the gap and belongs before it moves into it. */
-static void remove_slot(uint64_t address)
+static struct rw_allocation *at_slot(size_t at)
 {
-	size_t gap = find_slot(address), mask = table.room - 1;
-
-	for (size_t at = (gap + 1) & mask; table.slots[at].address != 0; at = (at + 1) & mask) {
-		size_t distance = (at - place(table.slots[at].address)) & mask;
-
-		if (distance >= ((at - gap) & mask)) {
-			table.slots[gap] = table.slots[at];
-			gap = at;
-		}
-	}
-	table.slots[gap] = (struct slot){ 0 };
-	table.used--;
+	return table.slots[at].value;
 }
 
 struct rw_allocation *rw_new_allocation(uint64_t size)
@@ -66,53 +32,38 @@ struct rw_allocation *rw_new_allocation(uint64_t size)
 	return new;
 }
 
+struct rw_allocation *rw_new_created(struct rw_created *created, uint64_t address, uint64_t size)
+{
+	struct rw_allocation *new = calloc(1, sizeof(*new) + 1);
+
+	if (new != NULL) {
+		new->created = created;
+		new->address = address;
+		new->size = size;
+		new->pieces = 1;
+	}
+	return new;
+}
+
 uint64_t rw_piece_size(const struct rw_allocation *allocation, uint32_t index)
 {
+	if (allocation->created != NULL)
+		return allocation->size;
 	uint64_t left = allocation->size - index * RW_PIECE;
 
 	return left < RW_PIECE ? left : RW_PIECE;
 }
 
-static void put(uint64_t address, struct rw_allocation *allocation)
-{
-	table.slots[find_slot(address)] = (struct slot){ .address = address, .allocation = allocation };
-	table.used++;
-}
-
 bool rw_insert(struct rw_allocation *allocation)
 {
-	size_t need, room;
-	struct slot *old = NULL, *slots = NULL;
-
 	rw_lock_within(&table.lock, -1);
-	while ((need = 2 * (table.used + allocation->pieces)) > table.room) {
-		for (room = LEAST_SLOTS; room < 2 * need;)
-			room *= 2;
-		rw_unlock(&table.lock);
-		slots = calloc(room, sizeof(*slots));
-		if (slots == NULL)
-			return false;
-		rw_lock_within(&table.lock, -1);
-		old = slots; /* another thread was faster */
-		if (room > table.room) {
-			size_t before = table.room;
-
-			old = table.slots;
-			table.slots = slots;
-			table.room = room;
-			table.used = 0;
-			for (size_t at = 0; at < before; at++)
-				if (old[at].address != 0)
-					put(old[at].address, old[at].allocation);
-		}
-		rw_unlock(&table.lock);
-		free(old);
-		rw_lock_within(&table.lock, -1);
-	}
-	for (uint32_t index = 0; index < allocation->pieces; index++)
-		put(allocation->address + index * RW_PIECE, allocation);
+	bool grown = rw_index_grow(&table, allocation->pieces) && find(allocation->address) == NULL;
+	for (uint32_t index = 0; grown && index < allocation->pieces; index++)
+		rw_index_put(&table, allocation->address + index * RW_PIECE, allocation);
+	if (grown && allocation->created != NULL)
+		__atomic_add_fetch(&created_count, 1, __ATOMIC_RELAXED);
 	rw_unlock(&table.lock);
-	return true;
+	return grown;
 }
 
 struct rw_allocation *rw_begin_free(uint64_t address)
@@ -121,7 +72,7 @@ struct rw_allocation *rw_begin_free(uint64_t address)
 		return NULL;
 	rw_lock_within(&table.lock, -1);
 	struct rw_allocation *found = find(address);
-	if (found != NULL && (found->address != address || found->freeing))
+	if (found != NULL && (found->address != address || found->freeing || found->created != NULL))
 		found = NULL;
 	if (found != NULL)
 		found->freeing = true;
@@ -135,9 +86,9 @@ struct rw_allocation *rw_begin_free_of(uint32_t device)
 
 	rw_lock_within(&table.lock, -1);
 	for (size_t at = 0; at < table.room && found == NULL; at++) {
-		struct rw_allocation *one = table.slots[at].allocation;
+		struct rw_allocation *one = at_slot(at);
 
-		if (one != NULL && one->device == device && !one->freeing)
+		if (one != NULL && one->device == device && !one->freeing && one->created == NULL)
 			found = one;
 	}
 	if (found != NULL)
@@ -153,17 +104,114 @@ void rw_end_free(struct rw_allocation *allocation)
 	rw_unlock(&table.lock);
 }
 
+static bool is_used(const struct rw_allocation *allocation)
+{
+	return __atomic_load_n(&allocation->users, __ATOMIC_ACQUIRE) > 0;
+}
+
+static void wait_outside(void)
+{
+	rw_unlock(&table.lock);
+	sched_yield();
+	rw_lock_within(&table.lock, -1);
+}
+
 void rw_take_out(struct rw_allocation *allocation)
 {
 	rw_lock_within(&table.lock, -1);
-	while (__atomic_load_n(&allocation->users, __ATOMIC_ACQUIRE) > 0) {
-		rw_unlock(&table.lock);
-		sched_yield();
-		rw_lock_within(&table.lock, -1);
-	}
+	while (is_used(allocation))
+		wait_outside();
 	for (uint32_t index = 0; index < allocation->pieces; index++)
-		remove_slot(allocation->address + index * RW_PIECE);
+		rw_index_remove(&table, allocation->address + index * RW_PIECE);
 	rw_unlock(&table.lock);
+}
+
+static bool has_created(void)
+{
+	return __atomic_load_n(&created_count, __ATOMIC_RELAXED) > 0;
+}
+
+static struct rw_allocation *created_at(uint64_t address, uint64_t size)
+{
+	struct rw_allocation *found = find(address);
+
+	return found != NULL && found->created != NULL && found->size == size ? found : NULL;
+}
+
+static bool touches(const struct rw_allocation *one, uint64_t address, uint64_t size)
+{
+	return one->address - address < size || address - one->address < one->size;
+}
+
+static struct rw_allocation *created_in(uint64_t address, uint64_t size)
+{
+	struct rw_allocation *found = NULL;
+
+	for (size_t at = 0; found == NULL && at < table.room; at++) {
+		struct rw_allocation *one = at_slot(at);
+
+		if (one != NULL && one->created != NULL && touches(one, address, size))
+			found = one;
+	}
+	return found;
+}
+
+static void take_out_created(struct rw_allocation *one, struct rw_allocation **list)
+{
+	rw_index_remove(&table, one->address);
+	__atomic_sub_fetch(&created_count, 1, __ATOMIC_RELAXED);
+	one->next = *list;
+	*list = one;
+}
+
+struct rw_allocation *rw_take_out_created(uint64_t address, uint64_t size)
+{
+	struct rw_allocation *list = NULL, *one;
+
+	if (!has_created())
+		return NULL;
+	rw_lock_within(&table.lock, -1);
+	while ((one = created_at(address, size)) != NULL && is_used(one))
+		wait_outside();
+	if (one != NULL)
+		take_out_created(one, &list);
+	while (one == NULL && (one = created_in(address, size)) != NULL) {
+		if (is_used(one))
+			wait_outside();
+		else
+			take_out_created(one, &list);
+		one = NULL;
+	}
+	rw_unlock(&table.lock);
+	return list;
+}
+
+static bool note_access(struct rw_allocation *one, uint64_t address, uint64_t size, int device, int flags)
+{
+	if (one->address - address >= size || one->size > size - (one->address - address) || (int)one->device != device)
+		return false;
+	one->access = flags;
+	return true;
+}
+
+bool rw_note_access(uint64_t address, uint64_t size, int device, int flags)
+{
+	bool noted = true;
+
+	if (!has_created())
+		return true;
+	rw_lock_within(&table.lock, -1);
+	struct rw_allocation *one = created_at(address, size);
+	if (one != NULL)
+		noted = note_access(one, address, size, device, flags);
+	for (size_t at = 0; one == NULL && at < table.room; at++) {
+		struct rw_allocation *touched = at_slot(at);
+
+		if (touched != NULL && touched->created != NULL && touches(touched, address, size))
+			noted = note_access(touched, address, size, device, flags) && noted;
+	}
+	rw_unlock(&table.lock);
+	return noted;
 }
 
 bool rw_around(uint64_t address, uint64_t *start, uint64_t *asked)
@@ -174,9 +222,9 @@ bool rw_around(uint64_t address, uint64_t *start, uint64_t *asked)
 		return false;
 	rw_lock_within(&table.lock, -1);
 	for (size_t at = 0; at < table.room && !found; at++) {
-		const struct rw_allocation *one = table.slots[at].allocation;
+		const struct rw_allocation *one = at_slot(at);
 
-		found = one != NULL && !one->freeing && address - one->address < one->size;
+		found = one != NULL && !one->freeing && one->created == NULL && address - one->address < one->size;
 		if (found) {
 			*start = one->address;
 			*asked = one->asked;
@@ -203,9 +251,9 @@ struct rw_allocation **rw_hold_all(uint32_t device, size_t *count)
 		rw_lock_within(&table.lock, -1);
 	}
 	for (size_t at = 0; at < table.room; at++) {
-		struct rw_allocation *one = table.slots[at].allocation;
+		struct rw_allocation *one = at_slot(at);
 
-		if (one == NULL || one->device != device || one->address != table.slots[at].address)
+		if (one == NULL || one->device != device || one->created != NULL || one->address != table.slots[at].number)
 			continue;
 		__atomic_add_fetch(&one->users, 1, __ATOMIC_RELAXED);
 		all[(*count)++] = one;
@@ -217,6 +265,14 @@ struct rw_allocation **rw_hold_all(uint32_t device, size_t *count)
 void rw_let_go(struct rw_allocation *allocation)
 {
 	__atomic_sub_fetch(&allocation->users, 1, __ATOMIC_RELEASE);
+}
+
+void rw_count_loose(uint64_t bytes, bool more)
+{
+	if (more)
+		__atomic_add_fetch(&loose, bytes, __ATOMIC_RELAXED);
+	else
+		__atomic_sub_fetch(&loose, bytes, __ATOMIC_RELAXED);
 }
 
 int rw_hold_piece(uint64_t address, uint64_t size, struct rw_piece *piece)
@@ -238,24 +294,25 @@ int rw_hold_piece(uint64_t address, uint64_t size, struct rw_piece *piece)
 	return error;
 }
 
-static struct rw_entry entry_at(const struct slot *slot)
+static struct rw_entry entry_at(size_t at)
 {
-	uint32_t index = (uint32_t)((slot->address - slot->allocation->address) / RW_PIECE);
+	const struct rw_allocation *allocation = at_slot(at);
+	uint64_t address = table.slots[at].number;
+	uint32_t index = (uint32_t)((address - allocation->address) / RW_PIECE);
 
-	return (struct rw_entry){ slot->address, rw_piece_size(slot->allocation, index), slot->allocation->device,
-				  slot->allocation->state[index] };
+	return (struct rw_entry){ address, rw_piece_size(allocation, index), allocation->device, allocation->state[index] };
 }
 
 int rw_total(struct rw_totals *totals)
 {
-	*totals = (struct rw_totals){ 0 };
+	*totals = (struct rw_totals){ .imported = __atomic_load_n(&loose, __ATOMIC_RELAXED) };
 	if (!rw_lock_within(&table.lock, PATIENCE_MS))
 		return -EAGAIN;
 	totals->pieces = table.used;
 	for (size_t at = 0; at < table.room; at++) {
-		if (table.slots[at].address == 0)
+		if (table.slots[at].number == 0)
 			continue;
-		struct rw_entry entry = entry_at(&table.slots[at]);
+		struct rw_entry entry = entry_at(at);
 		totals->bytes += entry.size;
 		totals->imported += (entry.state & RW_IMPORTED) != 0 ? entry.size : 0;
 	}
@@ -270,8 +327,8 @@ int rw_copy_entries(struct rw_entry *entries, size_t room, size_t *count)
 	int error = table.used > room ? -ENOSPC : 0;
 	*count = error == 0 ? 0 : table.used;
 	for (size_t at = 0; error == 0 && at < table.room; at++)
-		if (table.slots[at].address != 0)
-			entries[(*count)++] = entry_at(&table.slots[at]);
+		if (table.slots[at].number != 0)
+			entries[(*count)++] = entry_at(at);
 	rw_unlock(&table.lock);
 	return error;
 }
@@ -279,7 +336,7 @@ int rw_copy_entries(struct rw_entry *entries, size_t room, size_t *count)
 void rw_forget_all(void)
 {
 	/* The lock may be held by a thread that the child does not have. The memory stays: no allocator is safe to call. */
-	table.lock = (struct rw_lock){ 0 };
-	table.slots = NULL;
-	table.room = table.used = 0;
+	table = (struct rw_index){ 0 };
+	created_count = 0;
+	loose = 0;
 }

@@ -13,12 +13,17 @@
 #define RW_PIECE (1ull << 30)
 #endif
 
+struct rw_created;
+
 struct rw_allocation {
 	uint64_t address, size, asked;
 	uint64_t tag; /* serve.c */
 	void *context;
+	struct rw_created *created; /* created.h; NULL of what the library has created. It is one piece of any size. */
+	struct rw_allocation *next; /* of those that were taken out together */
 	uint32_t device, pieces;
 	uint32_t users; /* who hold it without the lock; it is not taken out before they are gone */
+	int access;	/* of `created`, for its device: CUmemAccess_flags */
 	bool freeing;	/* a thread is about to take it out */
 	uint8_t state[]; /* enum rw_state of each piece */
 };
@@ -35,27 +40,38 @@ struct rw_entry {
 };
 
 struct rw_totals {
-	uint64_t pieces, bytes, imported;
+	uint64_t pieces, bytes, imported; /* the last also of what no entry tells */
 };
 
 /* NULL if there is no memory. The caller owns it until it is in the table, and again when it was taken out. */
 struct rw_allocation *rw_new_allocation(uint64_t size);
+struct rw_allocation *rw_new_created(struct rw_created *created, uint64_t address, uint64_t size);
 uint64_t rw_piece_size(const struct rw_allocation *allocation, uint32_t index);
 
-/* False if there is no memory. */
+/* False if there is no memory, or one that begins there. */
 bool rw_insert(struct rw_allocation *allocation);
 
-/* The allocation that begins at `address`, or any of `device`. No other thread gets it, until rw_end_free() gives up or
+/* The allocation that begins at `address`, or any of `device`, of those that the library has created. No other thread gets it, until rw_end_free() gives up or
  * rw_take_out() removes it from the table. */
 struct rw_allocation *rw_begin_free(uint64_t address);
 struct rw_allocation *rw_begin_free_of(uint32_t device);
 void rw_end_free(struct rw_allocation *allocation);
 void rw_take_out(struct rw_allocation *allocation);
 
-/* The allocation around `address`, by a look at all of them. */
+/* Those that the program has created which have a byte of the range: a list, which is the caller's. One that is exactly
+ * the range is found at once, and is the only one; else all are looked at. */
+struct rw_allocation *rw_take_out_created(uint64_t address, uint64_t size);
+
+/* For those of `device` inside the range; false if others have a byte of it. */
+bool rw_note_access(uint64_t address, uint64_t size, int device, int flags);
+
+/* Bytes of memory that a restore has brought, and of which no entry tells. */
+void rw_count_loose(uint64_t bytes, bool more);
+
+/* The allocation around `address`, by a look at all that the library has created. */
 bool rw_around(uint64_t address, uint64_t *start, uint64_t *asked);
 
-/* All of a device, each with one user more; NULL and 0 if there are none or no memory. The caller frees the array. */
+/* All of a device that the library has created, each with one user more; NULL and 0 if there are none or no memory. The caller frees the array. */
 struct rw_allocation **rw_hold_all(uint32_t device, size_t *count);
 void rw_let_go(struct rw_allocation *allocation);
 

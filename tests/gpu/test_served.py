@@ -19,7 +19,10 @@ from support.gpu.checkpoints import RUNNING, Checkpoints
 from support.gpu.fleet import Fleet, Running, trace
 from support.proc import command, wait_for
 
-CASES = ("served-server", "served-child", "served-pinned", "served-streams", "served-threads")
+CASES = (
+    *("served-server", "served-child", "served-pinned", "served-streams", "served-pooled", "served-expandable"),
+    "served-threads",
+)
 BEFORE, AFTER = 3, 3
 KILLS = 12
 PLACE = """
@@ -46,7 +49,9 @@ def test_goes_on_bit_for_bit(fleet: Fleet, source: Running, figures: dict[str, A
     snapshot = source.name.removeprefix("source-")
     said = fleet.capture(source, snapshot)
     figures["capture"] = {key: said[key] for key in ("paused_seconds", "total_seconds", "device_bytes", "memory_bytes")}
-    assert said["device_bytes"] > 0, "the library served nothing"
+    state = source.ask("/state")
+    least = state.get("weights", 0) + state.get("kv_bytes", 0)
+    assert said["device_bytes"] > least, "the library did not serve all"
     assert source.answers(AFTER) == expected[BEFORE:], "the source was changed by the capture"
     assert source.ask("/checksum") == checksum
     source.stop()

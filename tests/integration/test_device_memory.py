@@ -12,7 +12,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ KILLS = 50
 
 
 @functools.cache
-def expected(step: int) -> str:
+def expected(step: int, sizes: Sequence[int] = SIZES) -> str:
     """The digest of the served memory after so many steps (workloads/gpu_served.py)."""
     data = []
-    for number, size in enumerate(SIZES):
+    for number, size in enumerate(sizes):
         filled = random.Random(100 + number).randbytes(ZERO_BYTES if number % 2 else size * MIB)
         data.append(bytearray(size * MIB - len(filled)) + filled)
     for at in range(1, step + 1):
@@ -79,9 +79,9 @@ def capture(where: Place, name: str, *flags: str, check: bool = True) -> subproc
     return where.node.rewarm("capture", name, "--name", "model", *flags, check=check)
 
 
-def goes_on(where: Place, step: int) -> None:
+def goes_on(where: Place, step: int, sizes: Sequence[int] = SIZES) -> None:
     answer = where.ask()
-    assert (answer["step"], answer["answers"][1]) == (step, expected(step))
+    assert (answer["step"], answer["answers"][1]) == (step, expected(step, sizes))
 
 
 def restore(where: Place, name: str = "copy", **more: Any) -> Bundle:
@@ -124,6 +124,46 @@ def test_there_and_back(source: Place) -> None:
     # Of the second allocation but the window with its end, and that with the step.
     assert done["device_zero_bytes"] == (4 - 2 - 2) * MIB
     assert "not by way of the driver" in source.node.rewarm("inspect", "model").stdout
+
+
+CREATED = (*SIZES, 6, 2, 4)
+WITH_CREATED = {"CREATED_MIB": "6,2,4"}
+
+
+def test_memory_that_the_program_creates_itself(here: Place) -> None:
+    """It keeps a handle of some, which is another after every capture and restore."""
+    here.start("source", served(here, "source", WITH_CREATED))
+    goes_on(here, 1, CREATED)
+    done = json.loads(capture(here, "source", "--json").stdout)
+    assert done["device_bytes"] == sum(CREATED) * MIB
+    goes_on(here, 2, CREATED)
+    here.end("source")
+    for generation in range(2, 4):
+        restore(here, f"copy-{generation}", env=WITH_CREATED)
+        goes_on(here, generation, CREATED)
+        capture(here, f"copy-{generation}")
+        goes_on(here, generation + 1, CREATED)
+        here.end(f"copy-{generation}")
+
+
+def test_memory_of_a_restore_that_is_not_mapped(here: Place) -> None:
+    """Only the program could take it out: it is refused by name, and as soon as it is mapped again, captured."""
+    here.start("source", served(here, "source", WITH_CREATED))
+    capture(here, "source", "--stop")
+    here.end("source")
+    restore(here, env=WITH_CREATED)
+    here.ask("/unmap")
+    refused = capture(here, "copy", check=False)
+    assert refused.returncode != 0
+    said(
+        refused.stderr.strip(),
+        "take GPU memory of",
+        f"{6 * MIB} bytes that a restore has brought",
+        "are not mapped by its program",
+    )
+    goes_on(here, 1, CREATED)
+    capture(here, "copy")
+    goes_on(here, 2, CREATED)
 
 
 def test_zeros_and_memory_of_several_pieces(here: Place) -> None:

@@ -159,6 +159,7 @@ class Control:
         self.socket = socket.socket(fileno=descriptor)
         self.socket.settimeout(SECONDS)
         self.sequence = 0
+        self.at_end = 0
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -194,6 +195,11 @@ class Control:
         assert answer.status == 0 and len(received) == 1
         return received[0]
 
+    def changing(self) -> int:
+        """Threads in the middle of a call."""
+        self.pieces()
+        return self.at_end
+
     def pieces(self) -> list[Message]:
         self.sequence += 1
         self.send(pack(LIST, self.sequence))
@@ -203,6 +209,7 @@ class Control:
             assert (answer.op, answer.sequence, answer.status, received) == (LIST, self.sequence, 0, [])
             if answer.size == 0:
                 assert answer.count == len(found)
+                self.at_end = answer.address
                 return found
             found.append(answer)
 

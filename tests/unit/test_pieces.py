@@ -39,7 +39,8 @@ def test_round_trip() -> None:
         piece(2, ZEROS, 0, at=BASE + 8 * WINDOW),
         piece(ZEROS, pid=7, gpu=1),
         piece(1, at=BASE),
-        piece(*[ZEROS] * (MAX // WINDOW), at=TOP - MAX),
+        piece(*[ZEROS] * (MAX // WINDOW), at=MAX),
+        piece(ZEROS, at=TOP - WINDOW),
         piece(3, at=WINDOW, pid=7),
     ]
     assert read(*wanted) == wanted
@@ -127,7 +128,7 @@ def test_slots_that_are_cut(missing: int) -> None:
     ],
 )
 def test_a_head_that_is_none(data: bytes) -> None:
-    good = raw(address=4 * MAX)
+    good = raw(address=4 << 30)
     assert len(decode(good, [], GPUS, PIDS)) == 1
     pid, gpu, address, size = struct.unpack_from("<IIQQ", data)
     with pytest.raises(Bad, match=f"piece 1 is of process {pid}, GPU {gpu}, {size} bytes at {address:#x}"):
@@ -152,14 +153,14 @@ def test_an_overlap_in_one_process(second: Piece, turned: bool) -> None:
 
 def test_neighbours_and_other_processes_do_not_overlap() -> None:
     read(piece(ZEROS, ZEROS), piece(ZEROS, at=BASE + 2 * WINDOW), piece(ZEROS, at=BASE - WINDOW))
-    read(piece(ZEROS, ZEROS), piece(ZEROS, ZEROS, ZEROS, at=BASE - WINDOW, pid=7), piece(0, pid=7, at=BASE + 8 * MAX))
+    read(piece(ZEROS, ZEROS), piece(ZEROS, ZEROS, ZEROS, at=BASE - WINDOW, pid=7), piece(0, pid=7, at=BASE + (8 << 30)))
 
 
 @pytest.mark.parametrize(
     ("wanted", "sizes", "names"),
     [
         ([piece(0, 1)], [WINDOW], "piece 0 names chunk 1,"),
-        ([piece(0), piece(ZEROS - 1, at=BASE + MAX)], [WINDOW], "piece 1 names chunk 4294967294,"),
+        ([piece(0), piece(ZEROS - 1, at=BASE + (1 << 30))], [WINDOW], "piece 1 names chunk 4294967294,"),
         ([piece(0)], [], "piece 0 names chunk 0,"),
         ([piece(0, 0)], [WINDOW], "piece 0 names chunk 0,"),
         ([piece(0), piece(0, pid=7)], [WINDOW], "piece 1 names chunk 0,"),

@@ -74,6 +74,43 @@ def expected(node: Node) -> Check:
     return check
 
 
+def test_memory_that_the_program_creates_itself(node: Node) -> None:
+    """Beside the other, with and without a handle that it keeps, and uses with every step."""
+    program, other = (node.start(CREATED_MIB="6,2,4") for _ in range(2))
+    found = node.contexts(program)
+    for _ in range(3):
+        assert program.probe() == other.probe()
+        with nothing_stays_open():
+            assert taking.look(found, LIMIT) == {program.pid: (sum(SIZES) + 12) * MIB}
+            places = take(node, found)
+            assert len(places[program.pid]) == len(SIZES) + 3
+            actions.checkpoint(node.driver, found, LIMIT)
+            taking.put(node.driver, found, places, LIMIT)
+            descriptors.close(places)
+        assert node.away(program) == 0
+
+
+def test_brought_and_not_mapped(node: Node) -> None:
+    """Nobody but the program has it, and only for as long as it is not checkpointed."""
+    program, other = (node.start(SERVED_MIB="1", CREATED_MIB="6") for _ in range(2))
+    found = node.contexts(program)
+    places = take(node, found)
+    taking.put(node.driver, found, places, LIMIT)
+    descriptors.close(places)
+    program.get("/unmap")
+    assert taking.look(found, LIMIT) == {program.pid: 0}, "it is known, though there is no piece"
+    for attempt in (take, lambda node, found, places: taking.check_own(found, LIMIT)):
+        places = {program.pid: []}
+        with pytest.raises(GpuError, match=f"take GPU memory of process {program.pid} "):
+            attempt(node, found, places)
+        taking.put(node.driver, found, places, LIMIT)
+    assert program.probe() == other.probe()
+    places = take(node, found)
+    taking.put(node.driver, found, places, LIMIT)
+    descriptors.close(places)
+    assert program.probe() == other.probe()
+
+
 def test_there_and_back(node: Node, program: Workload, expected: Check) -> None:
     assert expected(program, 1)
     found = node.contexts(program)

@@ -1,6 +1,6 @@
 """The snapshot's file `device/pieces`: which chunk goes where in which device memory.
 
-A piece is device memory at one address of one process, up to MAX bytes. Each of its windows of CHUNK bytes is a chunk
+A piece is device memory at one address of one process. Each of its windows of CHUNK bytes is a chunk
 of `memory/chunks` (the first ones there are those of device memory), or zeros. The file is hostile input.
 """
 
@@ -15,8 +15,8 @@ PIECES = "device/pieces"
 LIBRARY = "device/library.so"
 """The library that serves the memory, as the source had it: the processes have it mapped."""
 WINDOW = 2 << 20
-MAX = 1 << 30
-"""Bytes of the largest piece (native/device_memory)."""
+MAX = 1 << 40
+"""Bytes of the largest piece: the library's own have up to 1 GiB, those that programs create any size."""
 ZEROS = 0xFFFFFFFF
 """In the place of a chunk's number: the window is zeros."""
 TOP = 1 << 47

@@ -25,10 +25,12 @@ from rewarm_native.device import Device, Lane
 
 from . import host, library
 from .digests import MOST, Digests, zeros
-from .pieces import MAX, WINDOW, ZEROS, Piece, Span
+from .pieces import WINDOW, ZEROS, Piece, Span
 
 SLOTS = 2
 """Buffers of each thread: one comes from the GPU while the other is stored."""
+_COPY = 1 << 30
+"""Bytes of a copy's memory that are created at once."""
 _PART = 16
 """Windows that a thread takes at a time: neighbours, which a restore then reads in a row."""
 _SAMPLE = 8
@@ -245,7 +247,7 @@ class Save:
         if not size:
             return 0
         device.enter()
-        sizes = [min(MAX, size - at) for at in range(0, size, MAX)]
+        sizes = [min(_COPY, size - at) for at in range(0, size, _COPY)]
         handles: list[int] = []
         try:
             for one in sizes:

@@ -49,9 +49,10 @@ def look(contexts: Sequence[Context], limit: float) -> dict[int, int]:
         if library is not None:
             try:
                 size, count = library.hello()
+                lost = count == 0 and library.imported()
             finally:
                 library.close()
-            if count:
+            if count or lost:
                 found[context.pid] = size
     return found
 
@@ -144,6 +145,12 @@ def _take(library: Served, found: Sequence[Listed], took: Callable[[int, Listed,
         cause = f"it has {len(spans)} pieces of device memory, and rewarm may have {most} descriptors"
         raise GpuError("take GPU memory of", _name(library.pid), cause, "raise the limit of open files for rewarm")
     library.own([piece.span for piece in found if piece.imported])
+    if imported := library.imported():
+        cause = (
+            f"{imported} bytes that a restore has brought are not mapped by its program, or in more than one place, or "
+            "for more than their own GPU"
+        )
+        raise GpuError("take GPU memory of", _name(library.pid), cause, "capture a container that was started cold")
     library.export(spans, lambda index, fd: took(library.pid, found[index], fd))
     library.unmap(spans)
 

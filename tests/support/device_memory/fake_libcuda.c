@@ -17,14 +17,16 @@
 #define API __attribute__((visibility("default")))
 
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED };
-enum { INVALID_DEVICE = 101, INVALID_CONTEXT = 201, PEER_ALREADY = 704, PEER_NOT = 705, CAPTURE_UNSUPPORTED = 900 };
+enum { INVALID_DEVICE = 101, INVALID_CONTEXT = 201, PEER_ALREADY = 704, PEER_NOT = 705 };
+enum { NOT_FOUND = 500, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900 };
 enum { TINY = 256 }; /* these fit in what the driver has anyway: they count apart */
-enum { DEVICES = 3, GRANULE = 2 << 20, STACK = 16 };
+enum { NEWER = 99000, DEVICES = 3, GRANULE = 2 << 20, STACK = 16 };
 
 struct memory {
+	struct memory *next;
 	int file, device;
 	uint64_t size, handles, maps;
-	bool imported;
+	bool imported, exportable;
 };
 
 struct range {
@@ -41,11 +43,12 @@ struct context {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct range *reserved, *mapped, *allocated;
+static struct memory *memories, *spare;
 static struct context *primary[DEVICES];
 static uint64_t used, handles, syncs, tiny;
 static bool initialised;
 static struct {
-	int sticky, capturing, broken, fail_map, fail_access;
+	int sticky, capturing, broken, fail_map, fail_access, fail_export, fail_release, slow_ms;
 } state;
 static __thread struct context *stack[STACK];
 static __thread int top = -1, mode;
@@ -99,14 +102,42 @@ static void drop(struct range **at)
 	free(old);
 }
 
+/* A handle is the address of something of the driver's, which has no check: one that is gone crashes the program, or is
+ * something else by now (measured). The last that is gone is the next that is made. */
+static struct memory *made(void)
+{
+	struct memory *new = spare != NULL ? spare : malloc(sizeof(*new));
+
+	spare = spare != NULL ? spare->next : NULL;
+	*new = (struct memory){ .next = memories };
+	memories = new;
+	return new;
+}
+
+static void check_handle(const struct memory *memory)
+{
+	struct memory *one = memories;
+
+	while (one != NULL && one != memory)
+		one = one->next;
+	if (one == NULL)
+		abort();
+}
+
 static void let_go(struct memory *memory)
 {
+	struct memory **at = &memories;
+
 	if (memory->handles > 0 || memory->maps > 0)
 		return;
 	if (!memory->imported)
 		used -= memory->size;
 	close(memory->file);
-	free(memory);
+	while (*at != memory)
+		at = &(*at)->next;
+	*at = memory->next;
+	memory->next = spare;
+	spare = memory;
 }
 
 static void *blank(uint64_t address, uint64_t size)
@@ -192,6 +223,12 @@ API void fake_set(const char *what, int value)
 		state.fail_map = value;
 	else if (strcmp(what, "fail_access") == 0)
 		state.fail_access = value;
+	else if (strcmp(what, "slow_ms") == 0)
+		__atomic_store_n(&state.slow_ms, value, __ATOMIC_RELAXED);
+	else if (strcmp(what, "fail_export") == 0)
+		state.fail_export = value;
+	else if (strcmp(what, "fail_release") == 0)
+		state.fail_release = value;
 }
 
 /* --- contexts --- */
@@ -483,23 +520,36 @@ API int cuMemAddressFree(uint64_t address, size_t size)
 	return OK;
 }
 
-static int new_memory(struct memory **made, int file, uint64_t size, int device, bool imported)
+/* So that a test can look into the middle of a call. */
+static void be_slow(void)
+{
+	usleep((unsigned)__atomic_load_n(&state.slow_ms, __ATOMIC_RELAXED) * 1000);
+}
+
+static int new_memory(struct memory **handle, int file, uint64_t size, int device, bool exportable)
 {
 	if (file < 0)
 		return OUT_OF_MEMORY;
-	*made = malloc(sizeof(**made));
-	**made = (struct memory){ .file = file, .size = size, .device = device, .handles = 1, .imported = imported };
+	*handle = made();
+	(*handle)->file = file;
+	(*handle)->size = size;
+	(*handle)->device = device;
+	(*handle)->handles = 1;
+	(*handle)->exportable = exportable;
 	handles++;
 	return OK;
 }
 
 API int cuMemCreate(struct memory **handle, size_t size, const struct kind *kind, uint64_t flags)
 {
+	be_slow();
 	LOCKED;
 	if (size == 0 || size % GRANULE != 0 || flags != 0)
 		return INVALID_VALUE;
-	if (kind->type != 1 || kind->location != 1 || kind->handle_types != 1)
+	if (kind->type != 1 || kind->location != 1 || (kind->handle_types & ~1) != 0)
 		return INVALID_VALUE;
+	if (state.fail_export && kind->handle_types != 0)
+		return NOT_SUPPORTED;
 	if (kind->device < 0 || kind->device >= DEVICES)
 		return INVALID_DEVICE;
 	if (used + size > limit())
@@ -513,7 +563,7 @@ API int cuMemCreate(struct memory **handle, size_t size, const struct kind *kind
 	for (size_t at = 0; file >= 0 && getenv("FAKE_CUDA_DIRTY") != NULL && at < size; at += GRANULE)
 		if (pwrite(file, "dirty", 5, (off_t)(at + GRANULE / 2)) != 5)
 			return OUT_OF_MEMORY;
-	int result = new_memory(handle, file, size, kind->device, false);
+	int result = new_memory(handle, file, size, kind->device, kind->handle_types == 1);
 	if (result == OK)
 		used += size;
 	return result;
@@ -532,17 +582,24 @@ API int cuMemGetInfo_v2(size_t *free, size_t *total)
 
 API int cuMemRelease(struct memory *memory)
 {
+	be_slow();
 	LOCKED;
-	if (memory == NULL || memory->handles == 0)
+	if (memory == NULL)
 		return INVALID_VALUE;
+	check_handle(memory);
+	if (memory->handles == 0)
+		return INVALID_VALUE;
+	if (state.fail_release > 0 && --state.fail_release == 0)
+		return state.sticky;
 	memory->handles--;
 	handles--;
 	let_go(memory);
 	return OK;
 }
 
-API int cuMemMap(uint64_t address, size_t size, size_t offset, struct memory *memory, uint64_t flags)
+static int map(uint64_t address, size_t size, size_t offset, struct memory *memory, uint64_t flags)
 {
+	be_slow();
 	LOCKED;
 	struct range *inside = around(reserved, address);
 
@@ -550,6 +607,7 @@ API int cuMemMap(uint64_t address, size_t size, size_t offset, struct memory *me
 		return OUT_OF_MEMORY;
 	if (inside == NULL || address + size > inside->address + inside->size)
 		return INVALID_VALUE;
+	check_handle(memory);
 	if (offset != 0 || flags != 0 || size != memory->size)
 		return INVALID_VALUE;
 	for (struct range *one = mapped; one != NULL; one = one->next)
@@ -562,28 +620,44 @@ API int cuMemMap(uint64_t address, size_t size, size_t offset, struct memory *me
 	return OK;
 }
 
+API int cuMemMap(uint64_t address, size_t size, size_t offset, struct memory *memory, uint64_t flags)
+{
+	return map(address, size, offset, memory, flags);
+}
+
 API int cuMemUnmap(uint64_t address, size_t size)
 {
+	be_slow();
 	LOCKED;
-	struct range **at = find(&mapped, address, size);
+	struct range **at = &mapped;
+	uint64_t covered = 0;
 
-	if (*at == NULL || blank(address, size) == MAP_FAILED)
+	for (struct range *one = mapped; one != NULL; one = one->next)
+		if (one->address - address < size && one->address + one->size <= address + size)
+			covered += one->size;
+	if (size == 0 || covered != size || blank(address, size) == MAP_FAILED)
 		return INVALID_VALUE;
-	(*at)->memory->maps--;
-	let_go((*at)->memory);
-	drop(at);
+	while (*at != NULL)
+		if ((*at)->address - address < size) {
+			(*at)->memory->maps--;
+			let_go((*at)->memory);
+			drop(at);
+		} else {
+			at = &(*at)->next;
+		}
 	return OK;
 }
 
 API int cuMemSetAccess(uint64_t address, size_t size, const struct access *access, size_t count)
 {
+	be_slow();
 	LOCKED;
 	uint64_t covered = 0;
 
 	for (struct range *one = mapped; one != NULL; one = one->next)
 		if (one->address >= address && one->address + one->size <= address + size)
 			covered += one->size;
-	if (covered != size || count == 0)
+	if (size == 0 || covered != size || count == 0)
 		return INVALID_VALUE;
 	if (state.fail_access > 0 && --state.fail_access == 0)
 		return OUT_OF_MEMORY;
@@ -596,7 +670,8 @@ API int cuMemSetAccess(uint64_t address, size_t size, const struct access *acces
 			one->access &= ~(1ull << access[at].device);
 			one->access |= (uint64_t)(access[at].flags == 3) << access[at].device;
 			bool owner = one->access >> one->memory->device & 1;
-			mprotect((void *)one->address, one->size, owner ? PROT_READ | PROT_WRITE : PROT_NONE);
+			int protection = owner ? PROT_READ | PROT_WRITE : access[at].flags == 1 ? PROT_READ : PROT_NONE;
+			mprotect((void *)one->address, one->size, protection);
 		}
 	}
 	return OK;
@@ -604,6 +679,7 @@ API int cuMemSetAccess(uint64_t address, size_t size, const struct access *acces
 
 API int cuMemRetainAllocationHandle(struct memory **handle, uint64_t address)
 {
+	be_slow();
 	LOCKED;
 	struct range *one = around(mapped, address);
 
@@ -617,8 +693,10 @@ API int cuMemRetainAllocationHandle(struct memory **handle, uint64_t address)
 
 API int cuMemExportToShareableHandle(int *shared, struct memory *memory, int type, uint64_t flags)
 {
+	be_slow();
 	LOCKED;
-	if (memory->imported || type != 1 || flags != 0) /* as measured on a real driver */
+	check_handle(memory);
+	if (!memory->exportable || type != 1 || flags != 0) /* nor what is imported, as measured on a real driver */
 		return INVALID_VALUE;
 	*shared = dup(memory->file);
 	return *shared < 0 ? OUT_OF_MEMORY : OK;
@@ -626,13 +704,52 @@ API int cuMemExportToShareableHandle(int *shared, struct memory *memory, int typ
 
 API int cuMemImportFromShareableHandle(struct memory **handle, void *shared, int type)
 {
+	be_slow();
 	LOCKED;
 	int number = (int)(uintptr_t)shared;
 	off_t size = lseek(number, 0, SEEK_END);
 
 	if (type != 1 || size <= 0 || size % GRANULE != 0)
 		return INVALID_VALUE;
-	return new_memory(handle, dup(number), (uint64_t)size, 0, true);
+	int result = new_memory(handle, dup(number), (uint64_t)size, 0, false);
+	if (result == OK)
+		(*handle)->imported = true;
+	return result;
+}
+
+/* As measured: what is imported, or not made for it, has no handle types. */
+API int cuMemGetAllocationPropertiesFromHandle(struct kind *kind, struct memory *memory)
+{
+	be_slow();
+	LOCKED;
+	check_handle(memory);
+	*kind = (struct kind){ .type = 1, .handle_types = memory->exportable, .location = 1, .device = memory->device };
+	return OK;
+}
+
+API int cuMulticastCreate(struct memory **handle, const void *kind)
+{
+	LOCKED;
+	(void)kind;
+	return new_memory(handle, memfd_create("multicast", MFD_CLOEXEC), 0, 0, false);
+}
+
+API int cuMulticastBindMem(struct memory *group, size_t offset, struct memory *memory, size_t from, size_t size,
+			   uint64_t flags)
+{
+	LOCKED;
+	check_handle(group);
+	check_handle(memory);
+	return offset == 0 && from == 0 && size == memory->size && flags == 0 ? OK : INVALID_VALUE;
+}
+
+API int cuMulticastBindAddr(struct memory *group, size_t offset, uint64_t address, size_t size, uint64_t flags)
+{
+	LOCKED;
+	struct range **one = find(&mapped, address, size);
+
+	check_handle(group);
+	return *one != NULL && offset == 0 && flags == 0 ? OK : INVALID_VALUE;
 }
 
 API int cuStreamCreate(void **stream, unsigned flags)
@@ -662,4 +779,43 @@ API int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t size, void
 		return fake_copy(stream, (void *)target, (const void *)source, size);
 	memcpy((void *)target, (const void *)source, size);
 	return OK;
+}
+
+/* --- by name --- */
+
+/* Other code, that it be at another address. */
+static int newer_map(uint64_t address, size_t size, size_t offset, struct memory *memory, uint64_t flags)
+{
+	return size == 0 ? INVALID_VALUE : map(address, size, offset, memory, flags);
+}
+
+API int cuGetProcAddress_v2(const char *name, void **found, int version, uint64_t flags, int *status)
+{
+	static const struct {
+		const char *name;
+		void *function;
+	} functions[] = {
+#define FUNCTION(name) { #name, (void *)name }
+		FUNCTION(cuMemAddressReserve), FUNCTION(cuMemAddressFree), FUNCTION(cuMemCreate), FUNCTION(cuMemRelease),
+		FUNCTION(cuMemMap), FUNCTION(cuMemUnmap), FUNCTION(cuMemSetAccess), FUNCTION(cuMemRetainAllocationHandle),
+		FUNCTION(cuMemExportToShareableHandle), FUNCTION(cuMemImportFromShareableHandle),
+		FUNCTION(cuMemGetAllocationPropertiesFromHandle), FUNCTION(cuMulticastCreate), FUNCTION(cuMulticastBindMem),
+		FUNCTION(cuMulticastBindAddr),
+	};
+
+	*found = NULL;
+	for (size_t at = 0; at < sizeof(functions) / sizeof(functions[0]); at++)
+		if (strcmp(name, functions[at].name) == 0)
+			*found = functions[at].function;
+	/* As if it had got other parameters. */
+	if (version >= NEWER && *found == (void *)cuMemMap)
+		*found = (void *)newer_map;
+	if (status != NULL)
+		*status = *found == NULL;
+	return flags != 0 ? INVALID_VALUE : *found == NULL ? NOT_FOUND : OK;
+}
+
+API int cuGetProcAddress(const char *name, void **found, int version, uint64_t flags)
+{
+	return cuGetProcAddress_v2(name, found, version, flags, NULL);
 }

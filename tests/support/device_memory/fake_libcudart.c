@@ -128,3 +128,16 @@ API int cudaDeviceReset(void)
 	current = NULL;
 	return note(result);
 }
+
+API int cudaGetDriverEntryPointByVersion(const char *name, void **found, unsigned version, unsigned long long flags,
+					 int *status)
+{
+	int result = begin();
+
+	return note(result != 0 ? result : CALL(cuGetProcAddress_v2, name, found, (int)version, (uint64_t)flags, status));
+}
+
+API int cudaGetDriverEntryPoint(const char *name, void **found, unsigned long long flags, int *status)
+{
+	return cudaGetDriverEntryPointByVersion(name, found, 12000, flags, status);
+}

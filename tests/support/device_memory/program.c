@@ -21,6 +21,40 @@ extern int cudaDeviceEnablePeerAccess(int, unsigned), cudaDeviceDisablePeerAcces
 extern int cuMemAlloc_v2(uint64_t *, size_t), cuMemFree_v2(uint64_t);
 extern int cuMemGetAddressRange_v2(uint64_t *, size_t *, uint64_t);
 extern int cuCtxCreate_v2(void **, unsigned, int), cuCtxPopCurrent_v2(void **), cuIpcGetMemHandle(void *, uint64_t);
+struct kind {
+	int type, handle_types, location, device;
+	void *windows;
+	uint8_t compression, rdma, usage[2], reserved[4];
+};
+struct access {
+	int location, device, flags;
+};
+#define VIRTUAL(FUNCTION) \
+	FUNCTION(cuMemAddressReserve, (uint64_t *, size_t, size_t, uint64_t, uint64_t)) \
+	FUNCTION(cuMemAddressFree, (uint64_t, size_t)) \
+	FUNCTION(cuMemCreate, (uint64_t *, size_t, const struct kind *, uint64_t)) \
+	FUNCTION(cuMemRelease, (uint64_t)) \
+	FUNCTION(cuMemMap, (uint64_t, size_t, size_t, uint64_t, uint64_t)) \
+	FUNCTION(cuMemUnmap, (uint64_t, size_t)) \
+	FUNCTION(cuMemSetAccess, (uint64_t, size_t, const struct access *, size_t)) \
+	FUNCTION(cuMemRetainAllocationHandle, (uint64_t *, void *)) \
+	FUNCTION(cuMemExportToShareableHandle, (void *, uint64_t, int, uint64_t)) \
+	FUNCTION(cuMemImportFromShareableHandle, (uint64_t *, void *, int)) \
+	FUNCTION(cuMemGetAllocationPropertiesFromHandle, (struct kind *, uint64_t)) \
+	FUNCTION(cuMulticastCreate, (uint64_t *, const void *)) \
+	FUNCTION(cuMulticastBindMem, (uint64_t, size_t, uint64_t, size_t, size_t, uint64_t)) \
+	FUNCTION(cuMulticastBindAddr, (uint64_t, size_t, uint64_t, size_t, uint64_t))
+#define DECLARE(name, parameters) extern int name parameters;
+#define MEMBER(name, parameters) int(*name) parameters;
+#define LINKED(name, parameters) name,
+VIRTUAL(DECLARE)
+static struct {
+	VIRTUAL(MEMBER)
+} use = { VIRTUAL(LINKED) };
+extern int cudaGetDriverEntryPoint(const char *, void **, unsigned long long, int *);
+extern int cudaGetDriverEntryPointByVersion(const char *, void **, unsigned, unsigned long long, int *);
+extern int cuGetProcAddress(const char *, void **, int, uint64_t);
+extern int cuGetProcAddress_v2(const char *, void **, int, uint64_t, int *);
 #endif
 
 enum { THREADS = 4, ROUNDS = 1500, KEPT = 64, MIB = 1 << 20 };
@@ -68,13 +102,90 @@ static void *stir(void *seed)
 	return (void *)wrong;
 }
 
-static uint64_t stir_all(void)
+#ifdef WITH_DRIVER
+struct own {
+	uint64_t address, handle, second;
+};
+
+static uintptr_t make_own(struct own *own, unsigned random)
+{
+	struct kind kind = { .type = 1, .location = 1 };
+	struct access access = { 1, 0, 3 };
+	uintptr_t wrong = 0;
+
+	wrong += use.cuMemCreate(&own->handle, 2 * MIB, &kind, 0) != 0;
+	wrong += use.cuMemMap(own->address, 2 * MIB, 0, own->handle, 0) != 0;
+	wrong += use.cuMemSetAccess(own->address, 2 * MIB, &access, 1) != 0;
+	*(uint64_t *)own->address = own->address;
+	if (random % 4 == 0) {
+		wrong += use.cuMemRelease(own->handle) != 0;
+		own->handle = 0;
+	} else if (random % 4 == 1) {
+		wrong += use.cuMemMap(own->second, 2 * MIB, 0, own->handle, 0) != 0;
+		wrong += use.cuMemUnmap(own->second, 2 * MIB) != 0;
+	}
+	return wrong;
+}
+
+static uintptr_t drop_own(struct own *own, unsigned random)
+{
+	uintptr_t wrong = *(uint64_t *)own->address != own->address;
+
+	if (own->handle != 0 && random % 2 == 0) {
+		wrong += use.cuMemRelease(own->handle) != 0;
+		own->handle = 0;
+	}
+	wrong += use.cuMemUnmap(own->address, 2 * MIB) != 0;
+	wrong += own->handle != 0 && use.cuMemRelease(own->handle) != 0;
+	own->handle = 0;
+	return wrong;
+}
+
+static void *stir_created(void *seed)
+{
+	unsigned random = (unsigned)(uintptr_t)seed;
+	struct own all[KEPT];
+	bool made[KEPT] = { false };
+	uintptr_t wrong = 0;
+
+	for (int at = 0; at < KEPT; at++) {
+		wrong += use.cuMemAddressReserve(&all[at].address, 2 * MIB, 0, 0, 0) != 0;
+		wrong += use.cuMemAddressReserve(&all[at].second, 2 * MIB, 0, 0, 0) != 0;
+	}
+	for (int round = 0; round < ROUNDS; round++) {
+		int at = rand_r(&random) % KEPT;
+		wrong += made[at] ? drop_own(&all[at], rand_r(&random)) : make_own(&all[at], rand_r(&random));
+		made[at] = !made[at];
+	}
+	for (int at = 0; at < KEPT; at++)
+		wrong += made[at] ? drop_own(&all[at], rand_r(&random)) : 0;
+	return (void *)wrong;
+}
+
+/* What the kernel lets this process do there: a CUmemAccess_flags, as the fake has it. */
+static int protection(uint64_t address)
+{
+	char line[512], mode[8];
+	uint64_t start, end;
+	int found = -1;
+	FILE *maps = fopen("/proc/self/maps", "re");
+
+	while (maps != NULL && fgets(line, sizeof(line), maps) != NULL)
+		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %7s", &start, &end, mode) == 3 && start <= address && address < end)
+			found = mode[1] == 'w' ? 3 : mode[0] == 'r';
+	if (maps != NULL)
+		fclose(maps);
+	return found;
+}
+#endif
+
+static uint64_t stir_all(void *(*stir_one)(void *))
 {
 	pthread_t threads[THREADS];
 	uint64_t wrong = 0;
 
 	for (uintptr_t at = 0; at < THREADS; at++)
-		pthread_create(&threads[at], NULL, stir, (void *)(at + 1));
+		pthread_create(&threads[at], NULL, stir_one, (void *)(at + 1));
 	for (int at = 0; at < THREADS; at++) {
 		void *result;
 		pthread_join(threads[at], &result);
@@ -140,6 +251,83 @@ static int set_mode(int mode)
 	return exchange(&mode);
 }
 
+#ifdef WITH_DRIVER
+/* Has the functions by asking for them, in one of four ways. */
+static int by_name(uint64_t way, int version)
+{
+	int result = 0, status = -1;
+
+#define ASK(name, parameters)                                                                           \
+	result |= way == 0 ? cudaGetDriverEntryPoint(#name, (void **)&use.name, 0, &status)             \
+		: way == 1 ? cudaGetDriverEntryPointByVersion(#name, (void **)&use.name, (unsigned)version, 0, &status) \
+		: way == 2 ? cuGetProcAddress(#name, (void **)&use.name, version, 0)                    \
+			   : cuGetProcAddress_v2(#name, (void **)&use.name, version, 0, &status);
+	VIRTUAL(ASK)
+	return result;
+}
+
+static bool answer_virtual(const char *word, uint64_t a, uint64_t b, uint64_t c)
+{
+	struct kind kind = { .type = 1, .handle_types = (int)b, .location = 1, .device = (int)c };
+	struct access access[] = { { 1, 0, (int)c }, { 1, 1, (int)c } };
+	uint64_t found = 0;
+	int result, shared = -1;
+
+	if (strcmp(word, "reserve") == 0) {
+		result = use.cuMemAddressReserve(&found, a, 0, 0, 0);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "unreserve") == 0)
+		printf("%d\n", use.cuMemAddressFree(a, b));
+	else if (strcmp(word, "create") == 0) {
+		result = use.cuMemCreate(&found, a, &kind, 0);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "release") == 0)
+		printf("%d\n", use.cuMemRelease(a));
+	else if (strcmp(word, "map") == 0)
+		printf("%d\n", use.cuMemMap(a, b, 0, c, 0));
+	else if (strcmp(word, "unmap") == 0)
+		printf("%d\n", use.cuMemUnmap(a, b));
+	else if (strcmp(word, "set_access") == 0)
+		printf("%d\n", use.cuMemSetAccess(a, b, access, 1));
+	else if (strcmp(word, "set_access_of_two") == 0)
+		printf("%d\n", use.cuMemSetAccess(a, b, access, 2));
+	else if (strcmp(word, "set_access_of_another") == 0)
+		printf("%d\n", use.cuMemSetAccess(a, b, &access[1], 1));
+	else if (strcmp(word, "by_name") == 0)
+		printf("%d\n", by_name(a, (int)b));
+	else if (strcmp(word, "unseen_release") == 0)
+		printf("%d\n", ((int (*)(uint64_t))driver("cuMemRelease"))(a));
+	else if (strcmp(word, "unseen_unmap") == 0)
+		printf("%d\n", ((int (*)(uint64_t, size_t))driver("cuMemUnmap"))(a, b));
+	else if (strcmp(word, "protection") == 0)
+		printf("%d\n", protection(a));
+	else if (strcmp(word, "stir_created") == 0)
+		printf("%" PRIu64 "\n", stir_all(stir_created));
+	else if (strcmp(word, "retain") == 0) {
+		result = use.cuMemRetainAllocationHandle(&found, (void *)a);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "export") == 0) {
+		result = use.cuMemExportToShareableHandle(&shared, a, 1, 0);
+		printf("%d %d\n", result, shared);
+	} else if (strcmp(word, "import") == 0) {
+		result = use.cuMemImportFromShareableHandle(&found, (void *)a, 1);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "properties") == 0) {
+		result = use.cuMemGetAllocationPropertiesFromHandle(&kind, a);
+		printf("%d %d %d %d\n", result, kind.type, kind.handle_types, kind.device);
+	} else if (strcmp(word, "group") == 0) {
+		result = use.cuMulticastCreate(&found, &kind);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "bind") == 0)
+		printf("%d\n", use.cuMulticastBindMem(a, 0, b, 0, c, 0));
+	else if (strcmp(word, "bind_address") == 0)
+		printf("%d\n", use.cuMulticastBindAddr(a, 0, b, c, 0));
+	else
+		return false;
+	return true;
+}
+#endif
+
 static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 {
 	uint64_t found = 0;
@@ -172,9 +360,9 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 		printf("%" PRIu64 "\n", ((uint64_t(*)(uint64_t))driver("fake_access"))(a));
 	else if (strcmp(word, "count") == 0)
 		printf("%" PRId64 "\n", count((int)a));
-	else if (strcmp(word, "set_sticky") == 0 || strcmp(word, "set_capturing") == 0)
+	else if (strcmp(word, "set_sticky") == 0 || strcmp(word, "set_capturing") == 0 || strcmp(word, "set_slow_ms") == 0)
 		printf("%d\n", set(word + 4, a));
-	else if (strcmp(word, "set_fail_map") == 0 || strcmp(word, "set_fail_access") == 0)
+	else if (strncmp(word, "set_fail_", 9) == 0)
 		printf("%d\n", set(word + 4, a));
 	else if (strcmp(word, "mode") == 0)
 		printf("%d\n", set_mode((int)a));
@@ -184,7 +372,7 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 	} else if (strcmp(word, "check") == 0)
 		printf("%d\n", check(a, b, c));
 	else if (strcmp(word, "stir") == 0)
-		printf("%" PRIu64 "\n", stir_all());
+		printf("%" PRIu64 "\n", stir_all(stir));
 	else if (strcmp(word, "fork") == 0)
 		in_child(a);
 	else if (strcmp(word, "close") == 0)
@@ -216,7 +404,8 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 	} else if (strcmp(word, "cu_context") == 0) {
 		void *context;
 		printf("%d\n", a == 0 ? cuCtxPopCurrent_v2(&context) : cuCtxCreate_v2(&context, 0, (int)b));
-	}
+	} else if (answer_virtual(word, a, b, c))
+		return;
 #endif
 	else
 		printf("what is %s?\n", word);

@@ -15,7 +15,7 @@ _support = Path(__file__).resolve().parents[1]
 
 def make(python: str) -> Path:
     """The layer, compiled for `python`, in a directory named by its content: a mounted one never changes."""
-    names = ["__init__.py", "workloads/__init__.py", "workloads/web.py", "workloads/memory.py"]
+    names = ["__init__.py", "workloads/__init__.py", "workloads/web.py", "workloads/memory.py", "workloads/virtual.py"]
     names += [f"workloads/gpu/{item.name}" for item in sorted((_support / "workloads/gpu").glob("*.py"))]
     state = hashlib.sha256(python.encode())
     for name in names:

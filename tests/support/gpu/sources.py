@@ -83,6 +83,10 @@ SOURCES: dict[str, Source] = {
     "served-pinned": Source("pinned", served=True),
     "served-streams": Source("streams", served=True),
     "served-threads": Source("threads", early=False, served=True),
+    "served-expandable": Source(
+        "server", {"GIB": "2", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, served=True
+    ),
+    "served-pooled": Source("pooled", {"GIB": "2.5", "KV_GIB": "2"}, served=True),
     "served-killed": Source("server", {"GIB": "1"}, served=True),
     "served-copied": Source("server", {"GIB": "4", "KV_GIB": "4", "KV_USED_MIB": "64"}, served=True),
     "served-damaged": Source("server", {"GIB": "0.5"}, served=True),

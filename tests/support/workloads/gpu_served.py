@@ -1,8 +1,10 @@
 """The server of gpu_fake.py with device memory by cudaMalloc beside it, as far as the device memory library serves it.
 
-GET /probe as there, the digest is of both; GET /held -> bytes that a cudaMalloc gave. Environment beside that of
-gpu_fake.py: SERVED_MIB, sizes of allocations with commas between (8,4,2); those of an odd number are left zeros but for
-their last page. The libraries are looked for in FAKE_CUDA_DIR.
+GET /probe as there, the digest is of both; GET /held -> bytes of that memory. Environment beside that of gpu_fake.py:
+SERVED_MIB, sizes of allocations with commas between (8,4,2); those of an odd number are left zeros but for their last
+page. CREATED_MIB, the same of memory that it creates itself, after those: every probe maps the first of these anew, and
+of the others it keeps no handle; GET /unmap leaves the first unmapped until the next probe. The libraries are looked
+for in FAKE_CUDA_DIR.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import random
 from typing import Any
 
-from support.workloads import gpu_fake, raw, web
+from support.workloads import gpu_fake, raw, virtual, web
 
 ZERO_BYTES = 4096
 
@@ -26,23 +28,50 @@ class Memory:
         # As Python loads PyTorch's: for itself alone. Who calls is bound to the preloaded library first.
         runtime = ctypes.CDLL(f"{directory}/libcudart.so.12", mode=os.RTLD_LOCAL | os.RTLD_NOW)
         own = ctypes.CDLL(None) if "device-memory" in os.environ.get("LD_PRELOAD", "") else runtime
-        self.sizes = [int(word) * raw.MIB for word in os.environ.get("SERVED_MIB", "8,4,2").split(",")]
+        self.sizes = _sizes("SERVED_MIB", "8,4,2")
         self.addresses = []
-        for number, size in enumerate(self.sizes):
+        for size in self.sizes:
             found = ctypes.c_void_p()
             result = own.cudaMalloc(ctypes.byref(found), ctypes.c_size_t(size))
             assert result == 0, result
             assert found.value is not None
             self.addresses.append(found.value)
+        self._calls = virtual.Calls(f"{directory}/libcuda.so.1")
+        self._first: tuple[int, int, int] | None = None
+        self._mapped = True
+        for size in _sizes("CREATED_MIB", ""):
+            handle, address = self._calls.create(size), self._calls.reserve(size)
+            self._calls.map(address, size, handle)
+            if self._first is None:
+                self._first = address, size, handle
+            else:
+                self._calls.release(handle)
+            self.sizes.append(size)
+            self.addresses.append(address)
+        for number, (address, size) in enumerate(zip(self.addresses, self.sizes, strict=True)):
             data = random.Random(seed * 100 + number).randbytes(ZERO_BYTES if number % 2 else size)
-            ctypes.memmove(found.value + size - len(data), data, len(data))
+            ctypes.memmove(address + size - len(data), data, len(data))
+
+    def unmap(self) -> None:
+        assert self._first is not None
+        self._calls.unmap(*self._first[:2])
+        self._mapped = False
 
     def step(self, number: int) -> str:
+        if self._first is not None:
+            if self._mapped:
+                self.unmap()
+            self._calls.map(*self._first)
+            self._mapped = True
         digest = hashlib.blake2b(digest_size=16)
         for address, size in zip(self.addresses, self.sizes, strict=True):
             ctypes.memmove(address + number * 5 * raw.PAGE % size, number.to_bytes(8, "little"), 8)
             digest.update(ctypes.string_at(address, size))
         return digest.hexdigest()
+
+
+def _sizes(name: str, default: str) -> list[int]:
+    return [int(word) * raw.MIB for word in os.environ.get(name, default).split(",") if word]
 
 
 def serve() -> None:
@@ -55,7 +84,13 @@ def serve() -> None:
             answers.append(memory.step(own.step))
         return {"step": own.step, "answers": answers}
 
-    web.run(web.port(), {"/probe": probe, "/held": lambda _body: {"bytes": sum(memory.sizes)}})
+    def unmap(_body: bytes) -> dict[str, Any]:
+        with own.call():
+            memory.unmap()
+        return {}
+
+    paths = {"/probe": probe, "/held": lambda _body: {"bytes": sum(memory.sizes)}, "/unmap": unmap}
+    web.run(web.port(), paths)
 
 
 if __name__ == "__main__":

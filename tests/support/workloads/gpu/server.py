@@ -5,6 +5,7 @@ Beside them KV_GIB of cache, made as vLLM and SGLang make theirs (zeros), of whi
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -21,13 +22,21 @@ class Server(base.Case):
     """A small network over matrices spread over all weights; its output is the next step's input."""
 
     def __init__(
-        self, gib: float, seed: int = 1, dtype: str = "bfloat16", kv_gib: float = 0, kv_used_mib: int = 0
+        self,
+        gib: float,
+        seed: int = 1,
+        dtype: str = "bfloat16",
+        kv_gib: float = 0,
+        kv_used_mib: int = 0,
+        memory: contextlib.AbstractContextManager[None] | None = None,
     ) -> None:
+        """`memory`: inside it weights and cache are made."""
         kind = getattr(torch, dtype)
-        self.weights = tensors.weights(int(gib * (1 << 30)), seed, kind)
+        with memory or contextlib.nullcontext():
+            self.weights = tensors.weights(int(gib * (1 << 30)), seed, kind)
+            self.cache = [torch.zeros(1 << 29, dtype=torch.bfloat16, device="cuda") for _ in range(int(kv_gib))]
         matrices = [part[: WIDTH * WIDTH].view(WIDTH, WIDTH) for part in self.weights if part.numel() >= WIDTH * WIDTH]
         self.matrices = matrices[:: max(1, len(matrices) // LAYERS)][:LAYERS]
-        self.cache = [torch.zeros(1 << 29, dtype=torch.bfloat16, device="cuda") for _ in range(int(kv_gib))]
         for part, used in zip(self.cache, _shares(kv_used_mib << 20, len(self.cache)), strict=True):
             part[: used // 2].fill_(1.5)
         self.start = torch.linspace(-1, 1, BATCH * WIDTH, device="cuda").to(kind).view(BATCH, WIDTH)
@@ -52,6 +61,9 @@ class Server(base.Case):
 
     def reset(self) -> None:
         self.x.copy_(self.start)
+        # Memory comes and goes, as in a program that goes on for long.
+        torch.zeros(96 << 20, dtype=torch.uint8, device="cuda").add_(1)
+        torch.cuda.empty_cache()
         torch.cuda.synchronize()
 
     def step(self) -> Any:
@@ -75,9 +87,13 @@ def _shares(size: int, count: int) -> list[int]:
     return [size // count] * count if count else []
 
 
+def settings() -> tuple[float, ...]:
+    return tuple(float(os.environ.get(name, default)) for name, default in SETTINGS)
+
+
 def main() -> None:
     tensors.set_up()
-    gib, kv, used = (float(os.environ.get(name, default)) for name, default in SETTINGS)
+    gib, kv, used = settings()
     tensors.serve(Server(gib, dtype=os.environ.get("DTYPE", "bfloat16"), kv_gib=kv, kv_used_mib=int(used)))
 
 
