@@ -1,8 +1,10 @@
 /* The thread calls neither the loader nor an allocator: a stopped thread of the program may hold their locks. */
 #include "control.h"
+#include "change.h"
 #include "created.h"
 #include "device.h"
 #include "find.h"
+#include "ordered.h"
 #include "pieces.h"
 #include "serve.h"
 #include "socket.h"
@@ -215,8 +217,10 @@ static void in_child(void)
 {
 	rw_stop_serving();
 	set_phase(OVER);
+	rw_forget_changes();
 	rw_forget_all();
 	rw_forget_created();
+	rw_forget_ordered();
 	rw_socket_close();
 }
 

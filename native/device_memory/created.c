@@ -15,66 +15,114 @@ static void unlock(void)
 	rw_unlock(&names.lock);
 }
 
-/* With the lock held. */
+/* --- with the lock held --- */
+
 static void drop(struct rw_created *one)
 {
 	if (--one->references == 0)
 		free(one);
 }
 
-static void forget_name(struct rw_created *one)
+/* What a restore has brought only the library can take out: it is told for as long as it may be there. */
+static void settle(struct rw_created *one)
+{
+	bool there = one->imported && !one->entered &&
+		     (one->left || one->address != 0 || one->holds > 0 || one->releasing > 0);
+
+	if (there != one->counted)
+		rw_count_loose(one->size, there);
+	one->counted = there;
+}
+
+static void end_name(struct rw_created *one)
 {
 	rw_index_remove(&names, one->name);
 	one->name = 0;
+	one->holds = 0;
+	settle(one);
+	drop(one);
 }
 
-/* What has `number` for its name, unless the driver has given the number anew: then the program has released it by a call
- * that was not seen. */
+/* What has `number` for its name, unless the driver has given the number anew: then the program has released it, by a call
+ * that was not seen, or that is about to return. */
 static struct rw_created *find_other(uint64_t number)
 {
 	struct rw_created *one = rw_index_find(&names, number);
 
 	if (one == NULL || one->actual != number)
 		return one;
-	forget_name(one);
-	one->holds = 0;
-	drop(one);
+	end_name(one);
 	return NULL;
 }
 
+/* There is room for it. No handle of the driver's is odd: they are addresses of structures. */
+static void put_name(struct rw_created *one)
+{
+	one->name = one->actual;
+	if (rw_index_find(&names, one->name) != NULL)
+		one->name++;
+	while (rw_index_find(&names, one->name) != NULL)
+		one->name += 2;
+	one->holds = 1;
+	one->references++;
+	rw_index_put(&names, one->name, one);
+}
+
+/* --- without --- */
+
 bool rw_name(uint64_t *handle, uint64_t size, const struct rw_kind *kind)
 {
-	struct rw_created *new = NULL;
-
-	if (kind == NULL && __atomic_load_n(&names.used, __ATOMIC_RELAXED) == 0)
+	if (kind == NULL && rw_index_is_empty(&names))
 		return true;
-	new = calloc(1, sizeof(*new));
+	struct rw_created *new = calloc(1, sizeof(*new));
 	if (new == NULL)
 		return false;
 	lock();
 	bool grown = rw_index_grow(&names, 1), taken = find_other(*handle) != NULL;
 	if (grown && (taken || kind != NULL)) {
-		*new = (struct rw_created){ .name = *handle, .actual = *handle, .size = size, .references = 1, .holds = 1 };
-		/* No handle of the driver's is odd: they are addresses of structures. */
-		if (taken)
-			new->name++;
-		while (rw_index_find(&names, new->name) != NULL)
-			new->name += 2;
+		new->actual = *handle;
+		new->size = size;
 		new->left = kind == NULL;
 		if (kind != NULL)
 			new->kind = *kind;
-		rw_index_put(&names, new->name, new);
+		put_name(new);
 		*handle = new->name;
 		new = NULL;
 	}
 	unlock();
 	free(new);
-	return grown || !taken;
+	return grown || (!taken && kind == NULL);
+}
+
+/* One that is held as often as it is known cannot be freed meanwhile; nor is its number another's. */
+bool rw_name_again(uint64_t *handle, uint64_t address)
+{
+	struct rw_allocation *entry = rw_hold_created(address);
+
+	lock();
+	bool grown = rw_index_grow(&names, 1);
+	struct rw_created *one = entry != NULL ? entry->created : NULL;
+	if (one == NULL || one->actual != *handle)
+		one = rw_index_find(&names, *handle);
+	bool known = one != NULL && one->actual == *handle;
+	if (known && one->holds > 0)
+		one->holds++;
+	else if (known && grown)
+		put_name(one);
+	bool named = known && one->holds > 0;
+	if (named) {
+		*handle = one->name;
+		settle(one);
+	}
+	unlock();
+	if (entry != NULL)
+		rw_let_go(entry);
+	return known ? named : rw_name(handle, 0, NULL);
 }
 
 bool rw_is_name(uint64_t handle)
 {
-	if (__atomic_load_n(&names.used, __ATOMIC_RELAXED) == 0)
+	if (rw_index_is_empty(&names))
 		return false;
 	lock();
 	bool taken = find_other(handle) != NULL;
@@ -84,7 +132,7 @@ bool rw_is_name(uint64_t handle)
 
 struct rw_created *rw_find_created(uint64_t handle)
 {
-	if (__atomic_load_n(&names.used, __ATOMIC_RELAXED) == 0)
+	if (rw_index_is_empty(&names))
 		return NULL;
 	lock();
 	struct rw_created *one = rw_index_find(&names, handle);
@@ -101,23 +149,22 @@ void rw_drop_created(struct rw_created *one)
 	unlock();
 }
 
-/* With the lock held: of memory that a restore has brought only the library knows how to take it out. */
-static void count_loose(const struct rw_created *one, bool more)
-{
-	if (one->imported)
-		rw_count_loose(one->size, more);
-}
-
+/* Of one that was taken out, where its bytes were counted. */
 static void end_entry(struct rw_allocation *entry, bool left)
 {
 	struct rw_created *one = entry->created;
 
+	bool imported = (entry->state[0] & RW_IMPORTED) != 0;
+
 	lock();
+	/* It may not have been noted yet that it was entered. */
+	if (imported && one->counted)
+		rw_count_loose(one->size, false);
 	one->address = 0;
-	one->imported = (__atomic_load_n(&entry->state[0], __ATOMIC_ACQUIRE) & RW_IMPORTED) != 0;
+	one->entered = false;
+	one->imported = one->counted = imported;
 	one->left = one->left || left;
-	if (left || one->holds > 0)
-		count_loose(one, true);
+	settle(one);
 	drop(one);
 	unlock();
 	free(entry);
@@ -136,19 +183,45 @@ void rw_leave_created(struct rw_created *one)
 	lock();
 	uint64_t address = one->address;
 	one->left = true;
+	settle(one);
 	unlock();
+	/* Not found is one that is about to be entered, or entered again: who does that looks at `left` afterwards. */
 	if (address != 0)
 		rw_leave(rw_take_out_created(address, one->size));
+}
+
+/* The entry is the table's then, and may be gone; false if there is no memory, or one that begins there. */
+static bool enter(struct rw_created *one, struct rw_allocation *entry)
+{
+	uint64_t address = entry->address, size = entry->size;
+
+	if (!rw_insert(entry))
+		return false;
+	lock();
+	bool left = one->left;
+	unlock();
+	if (left)
+		rw_leave(rw_take_out_created(address, size));
+	return true;
 }
 
 void rw_unmapped(struct rw_allocation *list, bool done)
 {
 	for (struct rw_allocation *next; list != NULL; list = next) {
+		struct rw_created *one = list->created;
+		uint64_t imported = (list->state[0] & RW_IMPORTED) != 0 ? list->size : 0;
+
 		next = list->next;
+		lock();
+		one->references++;
+		unlock();
 		if (done)
 			end_entry(list, false);
-		else if (__atomic_load_n(&list->created->left, __ATOMIC_RELAXED) || !rw_insert(list))
+		else if (enter(one, list))
+			rw_count_loose(imported, false);
+		else
 			end_entry(list, true);
+		rw_drop_created(one);
 	}
 }
 
@@ -160,76 +233,71 @@ static bool begin_entry(struct rw_created *one, struct rw_allocation *entry)
 	if (first) {
 		one->address = entry->address;
 		one->references++;
-		count_loose(one, false);
 		entry->device = (uint32_t)one->kind.location.id;
 		entry->state[0] = one->imported ? RW_IMPORTED : 0;
-		one->imported = false;
 	}
 	unlock();
 	return first;
 }
 
+/* Only now are its bytes told by the table. */
+static void note_entry(struct rw_created *one)
+{
+	lock();
+	if (one->address != 0)
+		one->entered = true;
+	settle(one);
+	unlock();
+}
+
+static void give_up_entry(struct rw_created *one, struct rw_allocation *entry)
+{
+	lock();
+	one->left = true;
+	one->address = 0;
+	settle(one);
+	drop(one);
+	unlock();
+	free(entry);
+}
+
 void rw_mapped(struct rw_created *one, uint64_t address, uint64_t size)
 {
-	struct rw_allocation *entry = one->left ? NULL : rw_new_created(one, address, size);
+	struct rw_allocation *entry = rw_new_created(one, address, size);
 
 	if (!begin_entry(one, entry)) {
 		free(entry);
 		rw_leave_created(one);
 		return;
 	}
-	if (rw_insert(entry))
-		return;
-	/* What the table has there was unmapped by a call that was not seen; or there is no memory. */
-	rw_leave(rw_take_out_created(address, size));
-	if (!rw_insert(entry))
-		end_entry(entry, true);
+	if (!enter(one, entry)) {
+		/* What the table has there was unmapped by a call that was not seen; or there is no memory. */
+		rw_leave(rw_take_out_created(address, size));
+		if (!enter(one, entry)) {
+			give_up_entry(one, entry);
+			return;
+		}
+	}
+	note_entry(one);
 }
 
-bool rw_begin_release(struct rw_created *one)
+void rw_begin_release(struct rw_created *one)
 {
 	lock();
-	bool last = one->holds == 1;
-	if (one->holds > 0)
+	one->releasing++;
+	unlock();
+}
+
+void rw_end_release(struct rw_created *one, bool done)
+{
+	lock();
+	one->releasing--;
+	if (done && one->holds == 1)
+		end_name(one);
+	else if (done && one->holds > 0)
 		one->holds--;
-	if (last)
-		forget_name(one);
+	settle(one);
 	unlock();
-	return last;
-}
-
-void rw_end_release(struct rw_created *one, bool last)
-{
-	if (!last)
-		return;
-	lock();
-	if (one->address == 0 && !one->left)
-		count_loose(one, false);
-	drop(one);
-	unlock();
-}
-
-void rw_undo_release(struct rw_created *one, uint64_t handle, bool last)
-{
-	lock();
-	one->holds++;
-	if (last && rw_index_grow(&names, 1) && rw_index_find(&names, handle) == NULL) {
-		one->name = handle;
-		rw_index_put(&names, handle, one);
-	}
-	unlock();
-}
-
-bool rw_hold_created(struct rw_created *one, uint64_t *handle)
-{
-	lock();
-	bool known = one->holds > 0;
-	if (known) {
-		one->holds++;
-		*handle = one->name;
-	}
-	unlock();
-	return known;
 }
 
 void rw_forget_created(void)

@@ -8,21 +8,6 @@ static struct {
 	bool asked; /* written last */
 } devices[RW_DEVICES];
 
-static bool has(const struct rw_driver *driver, uint32_t device, int attribute)
-{
-	int value = 0;
-
-	return driver->cuDeviceGetAttribute(&value, attribute, (int)device) == CUDA_SUCCESS && value != 0;
-}
-
-static bool is_exclusive(const struct rw_driver *driver, uint32_t device)
-{
-	int mode = 0;
-
-	return driver->cuDeviceGetAttribute(&mode, CU_DEVICE_ATTRIBUTE_COMPUTE_MODE, (int)device) == CUDA_SUCCESS &&
-	       mode == CU_COMPUTEMODE_EXCLUSIVE_PROCESS;
-}
-
 struct rw_kind rw_kind_of(uint32_t device)
 {
 	return (struct rw_kind){
@@ -33,21 +18,30 @@ struct rw_kind rw_kind_of(uint32_t device)
 	};
 }
 
-/* Several threads may find the same out at once, which does no harm. */
+/* Several threads may find the same out at once, which does no harm. What the driver does not tell (yet) is not kept. */
 size_t rw_granularity(const struct rw_driver *driver, uint32_t device)
 {
+	enum { RDMA, VIRTUAL, DESCRIPTORS, MODE, QUESTIONS };
+	static const int attributes[QUESTIONS] = {
+		CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED,
+		CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+		CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
+		CU_DEVICE_ATTRIBUTE_COMPUTE_MODE,
+	};
+	int values[QUESTIONS] = { 0 };
 	size_t granularity = 0;
 
 	if (__atomic_load_n(&devices[device].asked, __ATOMIC_ACQUIRE))
 		return __atomic_load_n(&devices[device].granularity, __ATOMIC_RELAXED);
-	bool rdma = has(driver, device, CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED);
-	__atomic_store_n(&devices[device].rdma, rdma, __ATOMIC_RELAXED);
+	for (size_t at = 0; at < QUESTIONS; at++)
+		if (driver->cuDeviceGetAttribute(&values[at], attributes[at], (int)device) != CUDA_SUCCESS)
+			return 0;
+	__atomic_store_n(&devices[device].rdma, values[RDMA] != 0, __ATOMIC_RELAXED);
 	struct rw_kind kind = rw_kind_of(device);
 	/* With the GPU for itself alone, the program would be in the way of rewarm's own context. */
-	if (is_exclusive(driver, device) || !has(driver, device, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) ||
-	    !has(driver, device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) ||
+	if (values[MODE] != CU_COMPUTEMODE_EXCLUSIVE_PROCESS && values[VIRTUAL] != 0 && values[DESCRIPTORS] != 0 &&
 	    driver->cuMemGetAllocationGranularity(&granularity, &kind, CU_MEM_ALLOC_GRANULARITY_MINIMUM) != CUDA_SUCCESS)
-		granularity = 0;
+		return 0;
 	__atomic_store_n(&devices[device].granularity, granularity, __ATOMIC_RELAXED);
 	__atomic_store_n(&devices[device].asked, true, __ATOMIC_RELEASE);
 	return granularity;
@@ -68,11 +62,6 @@ bool rw_is_primary(const struct rw_driver *driver, uint32_t device, const void *
 	if (primary == context)
 		__atomic_store_n(&devices[device].primary, primary, __ATOMIC_RELAXED);
 	return primary == context;
-}
-
-void *rw_primary(uint32_t device)
-{
-	return __atomic_load_n(&devices[device].primary, __ATOMIC_RELAXED);
 }
 
 void rw_forget_device(uint32_t device)

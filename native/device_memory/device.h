@@ -17,9 +17,6 @@ size_t rw_granularity(const struct rw_driver *driver, uint32_t device);
 /* Never creates a primary context: where none is active, `context` is none. */
 bool rw_is_primary(const struct rw_driver *driver, uint32_t device, const void *context);
 
-/* The primary context that rw_is_primary() has found last; NULL if none. */
-void *rw_primary(uint32_t device);
-
 /* Before a reset: its next primary context is another, and peer access ends with this one. */
 void rw_forget_device(uint32_t device);
 

@@ -36,9 +36,16 @@ static int stand_in_front(int result, const char *name, void **found)
 {
 	if (result != CUDA_SUCCESS || name == NULL || found == NULL || *found == NULL)
 		return result;
-	for (size_t at = 0; at < sizeof(functions) / sizeof(functions[0]); at++)
-		if (strcmp(functions[at].name, name) == 0 && *found == rw_find(name, RW_LIBCUDA, functions[at].own))
-			*found = functions[at].own;
+	for (size_t at = 0; at < sizeof(functions) / sizeof(functions[0]); at++) {
+		/* For a later version it may be the one with a number behind its name. */
+		if (strncmp(functions[at].name, name, strlen(name)) != 0)
+			continue;
+		void *own = functions[at].own;
+		if (*found == rw_find(functions[at].name, RW_LIBCUDA, own)) {
+			*found = own;
+			break;
+		}
+	}
 	return result;
 }
 

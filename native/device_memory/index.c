@@ -24,10 +24,20 @@ void *rw_index_find(const struct rw_index *index, uint64_t number)
 	return index->room == 0 || number == 0 ? NULL : index->slots[find_slot(index, number)].value;
 }
 
-void rw_index_put(struct rw_index *index, uint64_t number, void *value)
+static void place_in(struct rw_index *index, uint64_t number, void *value)
 {
 	index->slots[find_slot(index, number)] = (struct rw_slot){ number, value };
-	index->used++;
+}
+
+void rw_index_put(struct rw_index *index, uint64_t number, void *value)
+{
+	place_in(index, number, value);
+	__atomic_add_fetch(&index->used, 1, __ATOMIC_RELAXED);
+}
+
+bool rw_index_is_empty(const struct rw_index *index)
+{
+	return __atomic_load_n(&index->used, __ATOMIC_RELAXED) == 0;
 }
 
 /* Whoever comes behind the gap and belongs before it moves into it. */
@@ -44,7 +54,7 @@ void rw_index_remove(struct rw_index *index, uint64_t number)
 		}
 	}
 	index->slots[gap] = (struct rw_slot){ 0 };
-	index->used--;
+	__atomic_sub_fetch(&index->used, 1, __ATOMIC_RELAXED);
 }
 
 bool rw_index_grow(struct rw_index *index, size_t more)
@@ -64,10 +74,9 @@ bool rw_index_grow(struct rw_index *index, size_t more)
 			old = index->slots;
 			index->slots = slots;
 			index->room = room;
-			index->used = 0;
 			for (size_t at = 0; at < before; at++)
 				if (old[at].number != 0)
-					rw_index_put(index, old[at].number, old[at].value);
+					place_in(index, old[at].number, old[at].value);
 		}
 		rw_unlock(&index->lock);
 		free(old);

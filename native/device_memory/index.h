@@ -1,5 +1,5 @@
 /* Numbers to pointers: open addressing with linear probing, at most half full; what is removed leaves no mark behind.
- * Whoever has one has a lock for it, too: nothing here takes one. */
+ * With the lock held, all of it but the last. */
 #ifndef REWARM_DEVICE_MEMORY_INDEX_H
 #define REWARM_DEVICE_MEMORY_INDEX_H
 
@@ -21,7 +21,7 @@ struct rw_index {
 /* NULL if it is not there, or 0. */
 void *rw_index_find(const struct rw_index *index, uint64_t number);
 
-/* With the lock held, which it leaves for a moment; false, with the lock held, if there is no memory for `more`. */
+/* Leaves the lock for a moment; false if there is no memory for `more`. */
 bool rw_index_grow(struct rw_index *index, size_t more);
 
 /* A number that is not there, with room for it. */
@@ -29,5 +29,8 @@ void rw_index_put(struct rw_index *index, uint64_t number, void *value);
 
 /* One that is. */
 void rw_index_remove(struct rw_index *index, uint64_t number);
+
+/* Also without the lock: never of an index that has something all the time. */
+bool rw_index_is_empty(const struct rw_index *index);
 
 #endif

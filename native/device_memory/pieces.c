@@ -4,6 +4,7 @@
  * stopped. To wait would be to wait for ever, where a stopped thread is inside the driver with one of its locks (seen with
  * 16 threads at work: cuMemFree did not come back). */
 #include "pieces.h"
+#include "change.h"
 #include "created.h"
 #include "device.h"
 
@@ -33,25 +34,56 @@ static void set_state(const struct rw_piece *piece, uint8_t state)
 	__atomic_store_n(piece->state, state, __ATOMIC_RELEASE);
 }
 
-/* What a program has created is of no context: mappings outlive a reset of the primary one (measured, driver 580). */
-static void *context_of(const struct rw_piece *piece)
+static void set_away(const struct rw_piece *piece)
 {
-	const struct rw_allocation *allocation = piece->allocation;
-
-	return allocation->created != NULL ? rw_primary(allocation->device) : allocation->context;
+	set_state(piece, RW_AWAY);
+	if (piece->allocation->created != NULL)
+		rw_count_away(true);
 }
 
 /* This thread's own modes: calls that are unsafe in a capture are refused to it by no capture of another. */
-static int enter(const struct rw_driver *driver, const struct rw_piece *piece)
+static int set_context(const struct rw_driver *driver, void *context)
 {
 	static bool relaxed;
 	int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
-	void *context = context_of(piece);
+	int result = driver->cuCtxSetCurrent(context);
 
-	/* Nothing but a copy needs one (measured, driver 580). */
-	if (context != NULL && !relaxed)
+	if (!relaxed)
 		relaxed = driver->cuThreadExchangeStreamCaptureMode(&mode) == CUDA_SUCCESS;
-	return driver->cuCtxSetCurrent(context);
+	return result;
+}
+
+/* What a program has created is of no context: mappings outlive a reset of the primary one (measured, driver 580). */
+static int enter(const struct rw_driver *driver, const struct rw_piece *piece)
+{
+	return set_context(driver, piece->allocation->created != NULL ? NULL : piece->allocation->context);
+}
+
+/* But a copy has to be in one. */
+struct primary {
+	const struct rw_driver *driver;
+	int device;
+	bool retained;
+};
+
+static int enter_primary(struct primary *primary, const struct rw_piece *piece)
+{
+	void *context;
+
+	if (piece->allocation->created == NULL)
+		return CUDA_SUCCESS;
+	primary->device = (int)piece->allocation->device;
+	int result = primary->driver->cuDevicePrimaryCtxRetain(&context, primary->device);
+	primary->retained = result == CUDA_SUCCESS;
+	return result != CUDA_SUCCESS ? result : set_context(primary->driver, context);
+}
+
+static void leave_primary(const struct primary *primary)
+{
+	if (!primary->retained)
+		return;
+	primary->driver->cuCtxSetCurrent(NULL);
+	primary->driver->cuDevicePrimaryCtxRelease_v2(primary->device);
 }
 
 /* In a stream of its own, which no other thread can have locked. */
@@ -127,19 +159,34 @@ static int copy_to(const struct handle *handle, const struct rw_piece *piece)
 	return result;
 }
 
-/* Whether the program has a handle of the piece's memory. */
-static bool is_held(const struct rw_piece *piece)
+/* How many handles of the piece's memory the program has: all have one number. */
+static uint32_t holds(const struct rw_piece *piece)
 {
-	return piece->allocation->created != NULL && piece->allocation->created->holds > 0;
+	return piece->allocation->created != NULL ? piece->allocation->created->holds : 0;
 }
 
-/* The program's handle is this one from now on. */
-static void hand_over(struct handle *handle, const struct rw_piece *piece)
+static int release_all(const struct rw_driver *driver, uint64_t handle, uint32_t count)
 {
-	if (!is_held(piece))
-		return;
+	int result = CUDA_SUCCESS;
+
+	while (count-- > 0 && result == CUDA_SUCCESS)
+		result = driver->cuMemRelease(handle);
+	return result;
+}
+
+/* The program's handles are of this one from now on, which is mapped. */
+static int hand_over(struct handle *handle, const struct rw_piece *piece)
+{
+	uint64_t same;
+	int result = CUDA_SUCCESS;
+
+	if (holds(piece) == 0)
+		return CUDA_SUCCESS;
 	piece->allocation->created->actual = handle->value;
 	handle->held = false;
+	for (uint32_t count = 1; count < holds(piece) && result == CUDA_SUCCESS; count++)
+		result = handle->driver->cuMemRetainAllocationHandle(&same, (void *)(uintptr_t)piece->address);
+	return result;
 }
 
 static struct rw_kind kind_of(const struct rw_piece *piece)
@@ -156,6 +203,7 @@ static struct rw_kind kind_of(const struct rw_piece *piece)
 int rw_own(const struct rw_piece *piece)
 {
 	const struct rw_driver *driver = rw_driver();
+	__attribute__((cleanup(leave_primary))) struct primary primary = { .driver = driver };
 	autorelease struct handle new = { .driver = driver }, old = { .driver = driver };
 	struct rw_kind kind = kind_of(piece);
 
@@ -171,6 +219,8 @@ int rw_own(const struct rw_piece *piece)
 		new.held = result == CUDA_SUCCESS;
 	}
 	if (result == CUDA_SUCCESS)
+		result = enter_primary(&primary, piece);
+	if (result == CUDA_SUCCESS)
 		result = copy_to(&new, piece);
 	if (result == CUDA_SUCCESS)
 		result = driver->cuMemUnmap(piece->address, piece->size);
@@ -178,14 +228,14 @@ int rw_own(const struct rw_piece *piece)
 		return result;
 	result = put(&new, piece);
 	if (result == CUDA_SUCCESS) {
-		uint64_t before = is_held(piece) ? piece->allocation->created->actual : 0;
+		uint64_t before = holds(piece) > 0 ? piece->allocation->created->actual : 0;
 
 		set_state(piece, 0);
-		hand_over(&new, piece);
-		return before == 0 ? CUDA_SUCCESS : driver->cuMemRelease(before);
+		result = hand_over(&new, piece);
+		return result != CUDA_SUCCESS ? result : release_all(driver, before, holds(piece));
 	}
 	if (put(&old, piece) != CUDA_SUCCESS)
-		set_state(piece, RW_AWAY);
+		set_away(piece);
 	return result;
 }
 
@@ -199,6 +249,10 @@ int rw_export(const struct rw_piece *piece, int *descriptor)
 	int result = enter(driver, piece);
 	if (result == CUDA_SUCCESS)
 		result = hold(&handle, piece);
+	/* The handle of an address is the one that was mapped (CUDA driver API, cuMemRetainAllocationHandle): else something was
+	 * mapped there by a call that was not seen. */
+	if (result == CUDA_SUCCESS && holds(piece) > 0 && handle.value != piece->allocation->created->actual)
+		return -ESTALE;
 	if (result == CUDA_SUCCESS)
 		result = driver->cuMemExportToShareableHandle(descriptor, handle.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
 	return result;
@@ -215,8 +269,8 @@ int rw_unmap(const struct rw_piece *piece)
 		result = driver->cuMemUnmap(piece->address, piece->size);
 	if (result != CUDA_SUCCESS)
 		return result;
-	set_state(piece, RW_AWAY);
-	return is_held(piece) ? driver->cuMemRelease(piece->allocation->created->actual) : CUDA_SUCCESS;
+	set_away(piece);
+	return release_all(driver, holds(piece) > 0 ? piece->allocation->created->actual : 0, holds(piece));
 }
 
 int rw_map(const struct rw_piece *piece, int descriptor)
@@ -239,6 +293,7 @@ int rw_map(const struct rw_piece *piece, int descriptor)
 	if (result != CUDA_SUCCESS)
 		return result;
 	set_state(piece, RW_IMPORTED);
-	hand_over(&handle, piece);
-	return CUDA_SUCCESS;
+	if (piece->allocation->created != NULL)
+		rw_count_away(false);
+	return hand_over(&handle, piece);
 }

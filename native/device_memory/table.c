@@ -68,7 +68,7 @@ bool rw_insert(struct rw_allocation *allocation)
 
 struct rw_allocation *rw_begin_free(uint64_t address)
 {
-	if (__atomic_load_n(&table.used, __ATOMIC_RELAXED) == 0)
+	if (rw_index_is_empty(&table))
 		return NULL;
 	rw_lock_within(&table.lock, -1);
 	struct rw_allocation *found = find(address);
@@ -143,30 +143,42 @@ static bool touches(const struct rw_allocation *one, uint64_t address, uint64_t 
 	return one->address - address < size || address - one->address < one->size;
 }
 
-static struct rw_allocation *created_in(uint64_t address, uint64_t size)
-{
-	struct rw_allocation *found = NULL;
-
-	for (size_t at = 0; found == NULL && at < table.room; at++) {
-		struct rw_allocation *one = at_slot(at);
-
-		if (one != NULL && one->created != NULL && touches(one, address, size))
-			found = one;
-	}
-	return found;
-}
-
 static void take_out_created(struct rw_allocation *one, struct rw_allocation **list)
 {
 	rw_index_remove(&table, one->address);
 	__atomic_sub_fetch(&created_count, 1, __ATOMIC_RELAXED);
+	if (one->state[0] & RW_IMPORTED)
+		loose += one->size;
 	one->next = *list;
 	*list = one;
 }
 
+/* All that have a byte of the range; NULL if there are none, or if one is used: then the lock was left, and there may be
+ * others now. */
+static struct rw_allocation *find_created(uint64_t address, uint64_t size, bool *again)
+{
+	struct rw_allocation *list = NULL, *used = NULL;
+
+	for (size_t at = 0; at < table.room && used == NULL; at++) {
+		struct rw_allocation *one = at_slot(at);
+
+		if (one == NULL || one->created == NULL || !touches(one, address, size))
+			continue;
+		if (is_used(one))
+			used = one;
+		one->next = list;
+		list = one;
+	}
+	*again = used != NULL;
+	if (used != NULL)
+		wait_outside();
+	return used != NULL ? NULL : list;
+}
+
 struct rw_allocation *rw_take_out_created(uint64_t address, uint64_t size)
 {
-	struct rw_allocation *list = NULL, *one;
+	struct rw_allocation *list = NULL, *one, *next;
+	bool again = true;
 
 	if (!has_created())
 		return NULL;
@@ -174,16 +186,34 @@ struct rw_allocation *rw_take_out_created(uint64_t address, uint64_t size)
 	while ((one = created_at(address, size)) != NULL && is_used(one))
 		wait_outside();
 	if (one != NULL)
+		one->next = NULL;
+	while (one == NULL && again)
+		one = find_created(address, size, &again);
+	for (; one != NULL; one = next) {
+		next = one->next;
 		take_out_created(one, &list);
-	while (one == NULL && (one = created_in(address, size)) != NULL) {
-		if (is_used(one))
-			wait_outside();
-		else
-			take_out_created(one, &list);
-		one = NULL;
 	}
 	rw_unlock(&table.lock);
 	return list;
+}
+
+struct rw_allocation *rw_hold_created(uint64_t address)
+{
+	struct rw_allocation *found = NULL;
+
+	if (!has_created())
+		return NULL;
+	rw_lock_within(&table.lock, -1);
+	for (size_t at = 0; found == NULL && at < table.room; at++) {
+		struct rw_allocation *one = at_slot(at);
+
+		if (one != NULL && one->created != NULL && touches(one, address, 1))
+			found = one;
+	}
+	if (found != NULL)
+		__atomic_add_fetch(&found->users, 1, __ATOMIC_RELAXED);
+	rw_unlock(&table.lock);
+	return found;
 }
 
 static bool note_access(struct rw_allocation *one, uint64_t address, uint64_t size, int device, int flags)
@@ -218,7 +248,7 @@ bool rw_around(uint64_t address, uint64_t *start, uint64_t *asked)
 {
 	bool found = false;
 
-	if (__atomic_load_n(&table.used, __ATOMIC_RELAXED) == 0)
+	if (rw_index_is_empty(&table))
 		return false;
 	rw_lock_within(&table.lock, -1);
 	for (size_t at = 0; at < table.room && !found; at++) {
@@ -269,10 +299,9 @@ void rw_let_go(struct rw_allocation *allocation)
 
 void rw_count_loose(uint64_t bytes, bool more)
 {
-	if (more)
-		__atomic_add_fetch(&loose, bytes, __ATOMIC_RELAXED);
-	else
-		__atomic_sub_fetch(&loose, bytes, __ATOMIC_RELAXED);
+	rw_lock_within(&table.lock, -1);
+	loose = more ? loose + bytes : loose - bytes;
+	rw_unlock(&table.lock);
 }
 
 int rw_hold_piece(uint64_t address, uint64_t size, struct rw_piece *piece)
@@ -305,9 +334,9 @@ static struct rw_entry entry_at(size_t at)
 
 int rw_total(struct rw_totals *totals)
 {
-	*totals = (struct rw_totals){ .imported = __atomic_load_n(&loose, __ATOMIC_RELAXED) };
 	if (!rw_lock_within(&table.lock, PATIENCE_MS))
 		return -EAGAIN;
+	*totals = (struct rw_totals){ .imported = loose };
 	totals->pieces = table.used;
 	for (size_t at = 0; at < table.room; at++) {
 		if (table.slots[at].number == 0)

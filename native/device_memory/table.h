@@ -17,10 +17,11 @@ struct rw_created;
 
 struct rw_allocation {
 	uint64_t address, size, asked;
-	uint64_t tag; /* serve.c */
+	uint64_t tag; /* serve.c; 0 if it is freed in the order of a stream */
+	void *event;  /* ordered.c */
 	void *context;
 	struct rw_created *created; /* created.h; NULL of what the library has created. It is one piece of any size. */
-	struct rw_allocation *next; /* of those that were taken out together */
+	struct rw_allocation *next; /* in a list */
 	uint32_t device, pieces;
 	uint32_t users; /* who hold it without the lock; it is not taken out before they are gone */
 	int access;	/* of `created`, for its device: CUmemAccess_flags */
@@ -59,13 +60,17 @@ void rw_end_free(struct rw_allocation *allocation);
 void rw_take_out(struct rw_allocation *allocation);
 
 /* Those that the program has created which have a byte of the range: a list, which is the caller's. One that is exactly
- * the range is found at once, and is the only one; else all are looked at. */
+ * the range is found at once, and is the only one; else all are looked at. What a restore has brought is counted as loose
+ * from then on. */
 struct rw_allocation *rw_take_out_created(uint64_t address, uint64_t size);
+
+/* The one around `address`, with one user more, by a look at all; or NULL. */
+struct rw_allocation *rw_hold_created(uint64_t address);
 
 /* For those of `device` inside the range; false if others have a byte of it. */
 bool rw_note_access(uint64_t address, uint64_t size, int device, int flags);
 
-/* Bytes of memory that a restore has brought, and of which no entry tells. */
+/* Bytes of memory that a restore has brought, that may be there, and of which no entry tells. */
 void rw_count_loose(uint64_t bytes, bool more);
 
 /* The allocation around `address`, by a look at all that the library has created. */

@@ -39,13 +39,16 @@ static int name(uint64_t *handle, size_t size, const struct rw_kind *kind)
 
 INTERPOSED int cuMemCreate(uint64_t *handle, size_t size, const struct rw_kind *kind, uint64_t flags)
 {
-	RW_CHANGE;
+	RW_CALL;
 	if (handle != NULL && can_serve(size, kind, flags)) {
 		struct rw_kind exportable = *kind;
 
 		exportable.handle_types |= CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-		if (real_cuMemCreate(handle, size, &exportable, 0) == CUDA_SUCCESS)
+		int result = real_cuMemCreate(handle, size, &exportable, 0);
+		if (result == CUDA_SUCCESS)
 			return name(handle, size, kind);
+		if (result == CUDA_ERROR_OUT_OF_MEMORY)
+			return result;
 	}
 	int result = real_cuMemCreate(handle, size, kind, flags);
 	return result != CUDA_SUCCESS ? result : name(handle, 0, NULL);
@@ -53,41 +56,25 @@ INTERPOSED int cuMemCreate(uint64_t *handle, size_t size, const struct rw_kind *
 
 INTERPOSED int cuMemRelease(uint64_t handle)
 {
-	RW_CHANGE;
+	RW_CALL;
 	FOUND(handle);
 	if (found == NULL)
 		return real_cuMemRelease(handle);
-	bool last = rw_begin_release(found);
+	rw_begin_release(found);
 	int result = real_cuMemRelease(found->actual);
-	if (result == CUDA_SUCCESS)
-		rw_end_release(found, last);
-	else
-		rw_undo_release(found, handle, last);
+	rw_end_release(found, result == CUDA_SUCCESS);
 	return result;
-}
-
-/* Of the calling thread, where it is that of a device. */
-static void note_primary(void)
-{
-	const struct rw_driver *driver = rw_driver();
-	void *context = NULL;
-	int device;
-
-	if (driver != NULL && driver->cuCtxGetCurrent(&context) == CUDA_SUCCESS && context != NULL &&
-	    driver->cuCtxGetDevice(&device) == CUDA_SUCCESS && device >= 0 && device < RW_DEVICES)
-		rw_is_primary(driver, (uint32_t)device, context);
 }
 
 INTERPOSED int cuMemMap(uint64_t address, size_t size, size_t offset, uint64_t handle, uint64_t flags)
 {
-	RW_CHANGE;
+	RW_CALL;
 	FOUND(handle);
 	if (found == NULL)
 		return real_cuMemMap(address, size, offset, handle, flags);
 	int result = real_cuMemMap(address, size, offset, found->actual, flags);
 	if (result != CUDA_SUCCESS)
 		return result;
-	note_primary();
 	if (offset == 0 && size == found->size && flags == 0 && address % RW_LEAST == 0)
 		rw_mapped(found, address, size);
 	else
@@ -97,7 +84,7 @@ INTERPOSED int cuMemMap(uint64_t address, size_t size, size_t offset, uint64_t h
 
 INTERPOSED int cuMemUnmap(uint64_t address, size_t size)
 {
-	RW_CHANGE;
+	RW_CALL;
 	/* Another thread may map something there as soon as it is free. */
 	struct rw_allocation *entries = rw_take_out_created(address, size);
 	int result = real_cuMemUnmap(address, size);
@@ -107,7 +94,7 @@ INTERPOSED int cuMemUnmap(uint64_t address, size_t size)
 
 INTERPOSED int cuMemSetAccess(uint64_t address, size_t size, const struct rw_access *access, size_t count)
 {
-	RW_CHANGE;
+	RW_CALL;
 	int result = real_cuMemSetAccess(address, size, access, count);
 	if (result != CUDA_SUCCESS)
 		return result;
@@ -118,43 +105,46 @@ INTERPOSED int cuMemSetAccess(uint64_t address, size_t size, const struct rw_acc
 	return result;
 }
 
-/* Who has one handle more may use it for anything. */
+/* What the library has allocated has no handle, as what it stands for. */
 INTERPOSED int cuMemRetainAllocationHandle(uint64_t *handle, void *address)
 {
-	RW_CHANGE;
+	RW_CALL;
+	uint64_t start, asked;
 	int result = real_cuMemRetainAllocationHandle(handle, address);
 	if (result != CUDA_SUCCESS)
 		return result;
-	struct rw_allocation *entries = rw_take_out_created((uintptr_t)address, 1);
-	if (entries == NULL || !rw_hold_created(entries->created, handle))
-		result = name(handle, 0, NULL);
-	rw_leave(entries);
-	return result;
+	bool allocated = rw_around((uintptr_t)address, &start, &asked);
+	if (!allocated && rw_name_again(handle, (uintptr_t)address))
+		return CUDA_SUCCESS;
+	real_cuMemRelease(*handle);
+	return allocated ? CUDA_ERROR_INVALID_VALUE : CUDA_ERROR_OUT_OF_MEMORY;
 }
 
 /* What another process has, too, cannot be taken out of this one. */
 INTERPOSED int cuMemExportToShareableHandle(void *shared, uint64_t handle, int type, uint64_t flags)
 {
-	RW_CHANGE;
+	RW_CALL;
 	FOUND(handle);
 	if (found == NULL)
 		return real_cuMemExportToShareableHandle(shared, handle, type, flags);
 	if (found->size > 0 && (found->kind.handle_types & type) == 0)
 		return CUDA_ERROR_INVALID_VALUE; /* as the program has made it */
-	rw_leave_created(found);
-	return real_cuMemExportToShareableHandle(shared, found->actual, type, flags);
+	int result = real_cuMemExportToShareableHandle(shared, found->actual, type, flags);
+	if (result == CUDA_SUCCESS)
+		rw_leave_created(found);
+	return result;
 }
 
 INTERPOSED int cuMemImportFromShareableHandle(uint64_t *handle, void *shared, int type)
 {
-	RW_CHANGE;
+	RW_CALL;
 	int result = real_cuMemImportFromShareableHandle(handle, shared, type);
 	return result != CUDA_SUCCESS ? result : name(handle, 0, NULL);
 }
 
 INTERPOSED int cuMemGetAllocationPropertiesFromHandle(struct rw_kind *kind, uint64_t handle)
 {
-	RW_CHANGE;
+	RW_CALL;
 	FOUND(handle);
 	int result = real_cuMemGetAllocationPropertiesFromHandle(kind, found == NULL ? handle : found->actual);
 	/* The driver says other things of memory that was imported. */
@@ -165,7 +155,7 @@ INTERPOSED int cuMemGetAllocationPropertiesFromHandle(struct rw_kind *kind, uint
 
 INTERPOSED int cuMulticastCreate(uint64_t *handle, const void *kind)
 {
-	RW_CHANGE;
+	RW_CALL;
 	int result = real_cuMulticastCreate(handle, kind);
 	if (result != CUDA_SUCCESS || !rw_is_name(*handle))
 		return result;
@@ -177,7 +167,7 @@ INTERPOSED int cuMulticastCreate(uint64_t *handle, const void *kind)
 INTERPOSED int cuMulticastBindMem(uint64_t multicast, size_t offset, uint64_t handle, size_t from, size_t size,
 				  uint64_t flags)
 {
-	RW_CHANGE;
+	RW_CALL;
 	FOUND(handle);
 	if (found != NULL)
 		rw_leave_created(found);
@@ -186,7 +176,26 @@ INTERPOSED int cuMulticastBindMem(uint64_t multicast, size_t offset, uint64_t ha
 
 INTERPOSED int cuMulticastBindAddr(uint64_t multicast, size_t offset, uint64_t address, size_t size, uint64_t flags)
 {
-	RW_CHANGE;
+	RW_CALL;
 	rw_leave(rw_take_out_created(address, size));
 	return real_cuMulticastBindAddr(multicast, offset, address, size, flags);
+}
+
+INTERPOSED int cuMulticastBindMem_v2(uint64_t multicast, int device, size_t offset, uint64_t handle, size_t from,
+				     size_t size, uint64_t flags)
+{
+	RW_CALL;
+	FOUND(handle);
+	if (found != NULL)
+		rw_leave_created(found);
+	handle = found == NULL ? handle : found->actual;
+	return real_cuMulticastBindMem_v2(multicast, device, offset, handle, from, size, flags);
+}
+
+INTERPOSED int cuMulticastBindAddr_v2(uint64_t multicast, int device, size_t offset, uint64_t address, size_t size,
+				      uint64_t flags)
+{
+	RW_CALL;
+	rw_leave(rw_take_out_created(address, size));
+	return real_cuMulticastBindAddr_v2(multicast, device, offset, address, size, flags);
 }

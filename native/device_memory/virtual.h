@@ -1,5 +1,5 @@
-/* The functions of CUDA's virtual memory API that this library stands in front of. A program has to have all of them, or
- * none: each knows what the others have done. */
+/* The functions of CUDA's virtual memory API that this library stands in front of. A program has to have all of them that
+ * it uses, or none: each knows what the others have done. */
 #ifndef REWARM_DEVICE_MEMORY_VIRTUAL_H
 #define REWARM_DEVICE_MEMORY_VIRTUAL_H
 
@@ -24,6 +24,12 @@
 		 (uint64_t multicast, size_t offset, uint64_t handle, size_t from, size_t size, uint64_t flags), \
 		 (multicast, offset, handle, from, size, flags)) \
 	FUNCTION(cuMulticastBindAddr, (uint64_t multicast, size_t offset, uint64_t address, size_t size, uint64_t flags), \
-		 (multicast, offset, address, size, flags))
+		 (multicast, offset, address, size, flags)) \
+	FUNCTION(cuMulticastBindMem_v2, \
+		 (uint64_t multicast, int device, size_t offset, uint64_t handle, size_t from, size_t size, uint64_t flags), \
+		 (multicast, device, offset, handle, from, size, flags)) \
+	FUNCTION(cuMulticastBindAddr_v2, \
+		 (uint64_t multicast, int device, size_t offset, uint64_t address, size_t size, uint64_t flags), \
+		 (multicast, device, offset, address, size, flags))
 
 #endif

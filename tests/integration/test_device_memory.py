@@ -155,12 +155,7 @@ def test_memory_of_a_restore_that_is_not_mapped(here: Place) -> None:
     here.ask("/unmap")
     refused = capture(here, "copy", check=False)
     assert refused.returncode != 0
-    said(
-        refused.stderr.strip(),
-        "take GPU memory of",
-        f"{6 * MIB} bytes that a restore has brought",
-        "are not mapped by its program",
-    )
+    said(refused.stderr.strip(), "take GPU memory of", f"{6 * MIB} bytes of it are not mapped", "that of a restore")
     goes_on(here, 1, CREATED)
     capture(here, "copy")
     goes_on(here, 2, CREATED)

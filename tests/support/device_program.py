@@ -34,7 +34,7 @@ MESSAGE = struct.Struct("<IIQiIQQQ16s")
 PIDFD_GETFD = 438
 
 # What the fake driver counts.
-HANDLES, MAPPED, RESERVED, ALLOCATED, SYNCS, USED, BROKEN, TINY = range(8)
+HANDLES, MAPPED, RESERVED, ALLOCATED, SYNCS, USED, BROKEN, TINY, EVENTS = range(9)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def build(base: Path, flavour: str) -> Built:
         subprocess.run(command, check=True, cwd=built.directory, timeout=60)
 
     for name in ("libcuda.so.1", "libcudart.so.12", HASHED):
-        # With a version on every symbol, as the real ones have it.
-        soname = f"-Wl,-soname,{name},--default-symver"
+        # With a version on every symbol, and calls among them bound to their own, as the real ones have it.
+        soname = f"-Wl,-soname,{name},--default-symver,-Bsymbolic"
         compile_c(name, f"fake_{name.partition('.')[0].partition('-')[0]}.c", "-shared", "-fvisibility=hidden", soname)
     compile_c("program", "program.c", "./libcudart.so.12")
     compile_c("program-driver", "program.c", "-DWITH_DRIVER", "./libcudart.so.12", "./libcuda.so.1")

@@ -5,7 +5,9 @@ handle, and the program, which has the old one, sees nothing of it. The fake dri
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 
@@ -14,6 +16,7 @@ import pytest
 from support import device_program
 from support.device_program import (
     AWAY,
+    EXPORT,
     FLAVOURS,
     GIB,
     HANDLES,
@@ -31,7 +34,7 @@ from support.device_program import (
 from support.proc import wait_for
 
 SIZE = 4 * MIB
-INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, ILLEGAL_ADDRESS = 1, 2, 201, 700
+INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS = 1, 2, 700
 NONE, READ, READ_WRITE = 0, 1, 3
 DESCRIPTOR = 1
 NEWER = 99000
@@ -174,7 +177,7 @@ def test_functions_that_were_asked_for_by_name(program: Program, way: int) -> No
     assert program.do("by_name", way, 12000) == 0
     pairs = [make(program) for _ in range(2)]
     assert served(program) == sorted((address, SIZE) for address, _ in pairs)
-    cycle(program, (1, 0))
+    cycle(program)
     for address, handle in pairs:
         assert is_whole(program, address)
         assert program.tell("properties", handle) == [0, 1, 0, 0]
@@ -270,33 +273,27 @@ def test_new_memory_with_a_number_that_is_known(program: Program) -> None:
         drop(program, address, handle)
 
 
-@pytest.mark.parametrize("way", ["import", "not served", "retain"])
+@pytest.mark.parametrize("way", ["import", "not served"])
 def test_other_memory_with_a_number_that_is_known(program: Program, way: str) -> None:
     """It is used as what it is."""
     shared_handle = create(program, types=DESCRIPTOR)
     result, shared = program.tell("export", shared_handle)
     assert result == 0
     _, second = away_with_one(program)
-    theirs = 0
     if way == "import":
         result, handle = program.tell("import", shared)
-    elif way == "not served":
+    else:
         assert program.do("set_fail_export", 1) == 0
         result, handle = program.tell("create", SIZE)
-    else:
-        theirs = program.malloc(SIZE)
-        result, handle = program.tell("retain", theirs)
     assert result == 0 and handle % 2 == 1 and handle != second[1]
     address = reserve(program)
     assert program.do("map", address, SIZE, handle) == 0 and program.do("set_access", address, SIZE, 3) == 0
     assert program.do("fill", address, SIZE, 9) == 0
     assert is_whole(program, second[0])
-    assert program.do("check", theirs or address, SIZE, 9) == 1
+    assert program.do("check", address, SIZE, 9) == 1
     assert (address, SIZE) not in served(program)
     assert program.tell("properties", handle)[:2] == [0, 1]
     drop(program, address, handle)
-    if theirs:
-        assert program.do("free", theirs) == 0
     assert is_whole(program, second[0])
     drop(program, *second)
     assert program.do("release", shared_handle) == 0 and program.do("close", shared) == 0
@@ -322,6 +319,17 @@ def test_released_by_a_call_that_was_not_seen(program: Program) -> None:
     cycle(program)
     assert is_whole(program, other)
     drop(program, other, again)
+
+
+def test_a_piece_that_is_something_else_is_not_exported(program: Program) -> None:
+    """Since it was mapped by calls that were not seen."""
+    address, handle = make(program)
+    other = create(program)
+    for word, arguments in (("unseen_unmap", (address, SIZE)), ("unseen_map", (address, SIZE, other))):
+        assert program.do(word, *arguments) == 0
+    answer, received = program.connect().ask(EXPORT, address, SIZE)
+    assert answer.status == -errno.ESTALE and received == []
+    drop(program, address, handle, other)
 
 
 def test_unmapped_by_a_call_that_was_not_seen(program: Program) -> None:
@@ -414,12 +422,6 @@ def export(program: Program, address: int, handle: int) -> None:
     assert result == 0 and program.do("close", shared) == 0
 
 
-def retain(program: Program, address: int, handle: int) -> None:
-    for at in (address, address + 4096):
-        assert program.tell("retain", at) == [0, handle]
-        assert program.do("release", handle) == 0
-
-
 def bind(program: Program, address: int, handle: int) -> None:
     result, group = program.tell("group")
     assert result == 0 and program.do("bind", group, handle, SIZE) == 0
@@ -432,7 +434,21 @@ def bind_address(program: Program, address: int, handle: int) -> None:
     assert program.do("release", group) == 0
 
 
-SHARES = [second_mapping, access_of_two, access_of_another, export, retain, bind, bind_address]
+def bind_v2(program: Program, address: int, handle: int) -> None:
+    result, group = program.tell("group")
+    assert result == 0 and program.do("bind_v2", group, handle, SIZE) == 0
+    assert program.do("release", group) == 0
+
+
+def bind_address_v2(program: Program, address: int, handle: int) -> None:
+    result, group = program.tell("group")
+    assert result == 0 and program.do("bind_address_v2", group, address, SIZE) == 0
+    assert program.do("release", group) == 0
+
+
+SHARES = [
+    *(second_mapping, access_of_two, access_of_another, export, bind, bind_address, bind_v2, bind_address_v2),
+]
 
 
 @pytest.mark.parametrize("share", SHARES, ids=lambda share: share.__name__)
@@ -470,23 +486,109 @@ def test_what_a_restore_has_brought_and_nobody_holds_is_told(program: Program) -
 
 
 def test_what_a_restore_has_brought_is_not_exported(program: Program) -> None:
+    """It cannot be, and is served as before."""
     address, handle = make(program, types=DESCRIPTOR)
     cycle(program)
     assert program.tell("export", handle) == [INVALID_VALUE, -1]
+    assert served(program) == [(address, SIZE)]
+    cycle(program)
     assert is_whole(program, address)
     drop(program, address, handle)
+    assert imported(program) == 0
 
 
-def test_a_handle_of_what_was_released(program: Program) -> None:
-    address, handle = make(program)
-    assert program.do("release", handle) == 0
-    result, again = program.tell("retain", address)
-    assert result == 0
-    assert served(program) == []
+@pytest.mark.parametrize("released", [False, True])
+def test_more_handles_of_one_memory(program: Program, released: bool) -> None:
+    """By its address, as often as the program likes, also if it has none any more."""
+    (other, its), (address, handle) = sorted(make(program) for _ in range(2))
+    cycle(program)
+    if released:
+        assert program.do("release", handle) == 0
+    for at in (address, address + 4096):
+        result, again = program.tell("retain", at)
+        assert result == 0 and (again == handle or released)
+    assert served(program) == [(other, SIZE), (address, SIZE)]
+    for _ in range(2):
+        descriptors = out(program)
+        assert program.do("count", HANDLES) == 0
+        back(program, descriptors)
+        assert program.do("count", HANDLES) == (3 if released else 4)
     assert program.do("unmap", address, SIZE) == 0
     assert program.do("map", address, SIZE, again) == 0 and program.do("set_access", address, SIZE, 3) == 0
+    assert is_whole(program, address) and is_whole(program, other)
+    drop(program, address, again, again, *([] if released else [handle]))
+    drop(program, other, its)
+    assert imported(program) == 0
+
+
+def test_a_handle_for_a_moment(program: Program) -> None:
+    """As wrappers free memory of which they know the address only."""
+    pairs = [make(program) for _ in range(2)]
+    for _ in range(2):
+        cycle(program)
+    for address, handle in pairs:
+        assert program.do("release", handle) == 0
+        result, again = program.tell("retain", address)
+        assert result == 0
+        assert program.do("unmap", address, SIZE) == 0 and program.do("release", again) == 0
+    assert served(program) == [] and imported(program) == 0
+
+
+def test_what_the_library_has_allocated_has_no_handle(program: Program) -> None:
+    """As memory of cudaMalloc has none."""
+    theirs = program.malloc(SIZE)
+    assert program.tell("retain", theirs)[0] == INVALID_VALUE
+    assert program.do("count", HANDLES) == 0
+    cycle(program)
+    assert program.tell("retain", theirs + 4096)[0] == INVALID_VALUE
+    assert program.do("free", theirs) == 0
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_released_and_unmapped_at_once(program: Program, failing: bool) -> None:
+    """What is on its way is there until it is gone."""
+    address, handle = make(program)
+    cycle(program)
+    program.do("set_slow_ms", 300)
+    if failing:
+        program.do("set_sticky", ILLEGAL_ADDRESS)
+        program.do("set_fail_release", 1)
+    program.do("beside_release", handle)
+    wait_for("the call", lambda: program.connect().changing() == 1)
+    program.do("set_slow_ms", 0)
+    assert program.do("unmap", address, SIZE) == 0
+    assert imported(program) == SIZE
+    assert program.do("join") == (ILLEGAL_ADDRESS if failing else 0)
+    assert imported(program) == (SIZE if failing else 0)
+    if failing:
+        program.do("set_sticky", 0)
+        assert program.do("release", handle) == 0
+    assert imported(program) == 0
+
+
+def test_while_it_is_unmapped_it_is_told(program: Program) -> None:
+    address, handle = make(program)
+    cycle(program)
+    program.do("set_slow_ms", 300)
+    program.do("beside_unmap", address, SIZE)
+    wait_for("the call", lambda: program.connect().changing() == 1)
+    assert served(program) == [] and imported(program) == SIZE
+    program.do("set_slow_ms", 0)
+    assert program.do("join") == 0 and imported(program) == SIZE
+    assert program.do("release", handle) == 0 and imported(program) == 0
+
+
+def test_shared_while_the_driver_refuses_to_unmap_it(program: Program) -> None:
+    address, handle = make(program, types=DESCRIPTOR)
+    program.do("set_slow_ms", 300)
+    program.do("beside_unmap", address, SIZE // 2)
+    wait_for("the call", lambda: program.connect().changing() == 1)
+    program.do("set_slow_ms", 0)
+    export(program, address, handle)
+    assert program.do("join") == INVALID_VALUE
+    assert served(program) == [] and imported(program) == 0
     assert is_whole(program, address)
-    drop(program, address, again)
+    drop(program, address, handle)
 
 
 def test_only_what_was_made_for_it_is_exported(program: Program) -> None:
@@ -559,7 +661,9 @@ def test_a_release_that_fails(program: Program) -> None:
     assert program.do("release", handle) == ILLEGAL_ADDRESS
     assert program.do("set_sticky", 0) == 0
     assert is_whole(program, address)
-    cycle(program)
+    descriptors = out(program)
+    assert program.do("count", HANDLES) == 0, "it is the program's handle still"
+    back(program, descriptors)
     assert is_whole(program, address)
     drop(program, address, handle)
 
@@ -572,24 +676,25 @@ def test_a_driver_that_cannot_export(program: Program) -> None:
 
 
 def test_a_context_of_its_own(program: Program) -> None:
-    """Mappings are of no context, but the copy of what was imported wants the primary one."""
+    """Mappings are of no context; the copy of what was imported is made in the primary one."""
     assert program.do("cu_context", 1, 0) == 0
     address, handle = make(program)
-    cycle(program)
-    assert is_whole(program, address)
+    for _ in range(2):
+        cycle(program)
+        assert is_whole(program, address)
     assert program.do("cu_context", 0) == 0
     drop(program, address, handle)
 
 
 def test_a_reset_leaves_it(program: Program) -> None:
-    """As the driver does. There is no context then to copy it in, until the next."""
+    """As the driver does."""
     address, handle = make(program)
     theirs = program.malloc(SIZE)
     assert program.do("reset") == 0
     assert served(program) == [(address, SIZE)] and is_whole(program, address)
-    cycle(program)
-    assert program.connect().status(OWN, address, SIZE) == INVALID_CONTEXT
-    assert is_whole(program, address)
+    for _ in range(2):
+        cycle(program)
+        assert is_whole(program, address)
     drop(program, address, handle)
     assert program.do("free", theirs) == INVALID_VALUE
 
@@ -603,33 +708,62 @@ def test_after_a_wish_for_a_legacy_handle(program: Program) -> None:
     assert program.do("free", theirs) == 0
 
 
-@pytest.mark.parametrize("word", ["create", "map", "set_access", "retain", "properties", "import", "unmap", "release"])
-def test_a_thread_in_the_middle_of_a_call_is_told(built: Built, word: str) -> None:
-    """What it does is not in the table yet, or still."""
-    with contextlib.closing(start(built)) as program:
-        in_the_middle(program, word)
-
-
-def in_the_middle(program: Program, word: str) -> None:
+def calls(program: Program) -> dict[str, tuple[int, ...]]:
+    """One of each kind, that is right at any time."""
     address, handle = make(program)
-    other, unmapped = reserve(program), create(program)
-    result, shared = program.tell("export", create(program, types=DESCRIPTOR))
-    assert result == 0 and program.connect().changing() == 0
-    arguments: dict[str, tuple[int, ...]] = {
+    other, held = reserve(program), create(program, types=DESCRIPTOR)
+    (_, shared), (_, group) = program.tell("export", held), program.tell("group")
+    return {
         "create": (SIZE,),
-        "map": (other, SIZE, unmapped),
-        "set_access": (address, SIZE, READ),
+        "map": (other, SIZE, held),
+        "set_access": (address, SIZE, READ_WRITE),
         "retain": (address,),
         "properties": (handle,),
         "import": (shared,),
+        "export": (held,),
+        "group": (),
+        "bind": (group, handle, SIZE),
+        "bind_address": (group, address, SIZE),
+        "bind_v2": (group, handle, SIZE),
+        "bind_address_v2": (group, address, SIZE),
         "unmap": (address, SIZE),
         "release": (handle,),
     }
-    program.tell("set_slow_ms", 300)
-    program.begin(word, *arguments[word])
-    wait_for("the call", lambda: program.connect().changing() == 1)
-    assert program.finish()[0] == 0
-    assert program.connect().changing() == 0
+
+
+WORDS = (
+    *("create", "map", "set_access", "retain", "properties", "import", "export", "group"),
+    *("bind", "bind_address", "bind_v2", "bind_address_v2", "unmap", "release"),
+)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_thread_in_the_middle_of_a_call_is_told(built: Built, word: str) -> None:
+    """What it does is not in the table yet, or still."""
+    with contextlib.closing(start(built)) as program:
+        arguments = calls(program)[word]
+        assert program.connect().changing() == 0
+        program.do("set_slow_ms", 300)
+        program.begin(word, *arguments)
+        wait_for("the call", lambda: program.connect().changing() == 1)
+        assert program.finish()[0] == 0
+        assert program.connect().changing() == 0
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_call_while_memory_is_away_waits_for_it(built: Built, word: str) -> None:
+    """The handle that it would bring is no more: and other memory has its number, which it would be mistaken for."""
+    with contextlib.closing(start(built)) as program:
+        arguments = calls(program)[word]
+        second = make(program)
+        descriptors = out(program)
+        program.begin(word, *arguments)
+        time.sleep(0.25)
+        assert program.busy() and program.connect().changing() == 0
+        assert sum(piece.count == AWAY for piece in program.connect().pieces()) == 2
+        back(program, descriptors)
+        assert program.finish()[0] == 0
+        assert is_whole(program, second[0])
 
 
 def test_many_threads(program: Program) -> None:

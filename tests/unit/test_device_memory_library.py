@@ -17,6 +17,8 @@ EXPORTED = {
     "cuDevicePrimaryCtxReset",
     "cuDevicePrimaryCtxReset_v2",
     "cuIpcGetMemHandle",
+    "cuMemAllocAsync",
+    "cuMemAllocAsync_ptsz",
     "cuMemAlloc_v2",
     "cuMemCreate",
     "cuMemExportToShareableHandle",
@@ -32,7 +34,9 @@ EXPORTED = {
     "cuMemSetAccess",
     "cuMemUnmap",
     "cuMulticastBindAddr",
+    "cuMulticastBindAddr_v2",
     "cuMulticastBindMem",
+    "cuMulticastBindMem_v2",
     "cuMulticastCreate",
     "cuGetProcAddress",
     "cuGetProcAddress_v2",
@@ -48,12 +52,14 @@ EXPORTED = {
     "cudaGetDriverEntryPoint_ptsz",
     "cudaIpcGetMemHandle",
     "cudaMalloc",
+    "cudaMallocAsync",
+    "cudaMallocAsync_ptsz",
 }
 # Functions of every libc from glibc 2.17 on (libpthread and libdl apart until 2.34), and of musl.
 NEEDED = {
     "__errno_location", "__stack_chk_fail", "__stack_chk_guard", "calloc", "close", "fcntl", "free", "memcpy",
     "memset", "mmap", "munmap", "poll", "prctl", "recv", "recvmsg", "sched_yield", "sendmsg", "sigfillset",
-    "sigprocmask", "socketpair", "strcmp", "strlen", "strncmp", "strrchr", "syscall", "write",
+    "sigprocmask", "socketpair", "strlen", "strncmp", "strrchr", "syscall", "write",
 }  # fmt: skip
 WEAK = {
     "__register_atfork", "dl_iterate_phdr", "dlclose", "dlerror", "dlopen", "dlsym", "dlvsym", "pthread_atfork",

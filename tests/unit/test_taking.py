@@ -90,6 +90,30 @@ def test_memory_that_the_program_creates_itself(node: Node) -> None:
         assert node.away(program) == 0
 
 
+def churned(program: Workload, rounds: int) -> int:
+    """So many at least, and nothing wrong in any."""
+    wait_for("the thread", lambda: program.get("/churn")["rounds"] >= rounds)
+    state = program.get("/churn")
+    assert state["wrong"] == []
+    return int(state["rounds"])
+
+
+def test_calls_while_the_memory_is_out(node: Node) -> None:
+    """The program is locked, and not stopped: a thread that maps memory all the time does it before or after."""
+    program = node.start(CHURN_MIB="6,6,6")
+    found = node.contexts(program)
+    rounds = 0
+    for _ in range(5):
+        places = take(node, found)
+        time.sleep(0.05)
+        actions.checkpoint(node.driver, found, LIMIT)
+        time.sleep(0.05)
+        assert node.away(program) == len(SIZES) + 3
+        taking.put(node.driver, found, places, LIMIT)
+        descriptors.close(places)
+        rounds = churned(program, rounds + 3)
+
+
 def test_brought_and_not_mapped(node: Node) -> None:
     """Nobody but the program has it, and only for as long as it is not checkpointed."""
     program, other = (node.start(SERVED_MIB="1", CREATED_MIB="6") for _ in range(2))
@@ -99,11 +123,12 @@ def test_brought_and_not_mapped(node: Node) -> None:
     descriptors.close(places)
     program.get("/unmap")
     assert taking.look(found, LIMIT) == {program.pid: 0}, "it is known, though there is no piece"
-    for attempt in (take, lambda node, found, places: taking.check_own(found, LIMIT)):
-        places = {program.pid: []}
-        with pytest.raises(GpuError, match=f"take GPU memory of process {program.pid} "):
-            attempt(node, found, places)
-        taking.put(node.driver, found, places, LIMIT)
+    places = {program.pid: []}
+    with pytest.raises(Missed):
+        take(node, found, places, timeout=0.2)
+    with pytest.raises(GpuError, match=f"{6 * MIB} bytes of it are not mapped, .* that of a restore"):
+        taking.check_own(found, LIMIT)
+    taking.put(node.driver, found, places, LIMIT)
     assert program.probe() == other.probe()
     places = take(node, found)
     taking.put(node.driver, found, places, LIMIT)

@@ -64,8 +64,15 @@ def check_own(contexts: Sequence[Context], limit: float) -> None:
         library = _find(context.pid, limit)
         try:
             if library.imported():
-                cause = "some thread of it is in a CUDA call all the time, and its memory is that of a restore"
-                raise GpuError("take GPU memory of", str(context), cause, "capture it when it does less")
+                cause, next_step = "some thread of it is in a CUDA call all the time", "capture it when it does less"
+                if loose := _loose(library, library.list()):
+                    cause = (
+                        f"{loose} bytes of it are not mapped, in more than one place, or for more than their own GPU"
+                    )
+                    next_step = "capture a container that was started cold"
+                raise GpuError(
+                    "take GPU memory of", str(context), f"{cause}, and its memory is that of a restore", next_step
+                )
         finally:
             library.close()
 
@@ -79,8 +86,8 @@ def take(
 ) -> list[Context]:
     """Take the memory of processes, which are locked afterwards.
 
-    Returns those of which nothing was taken, since some thread was in a CUDA call whenever it was tried: they are not
-    locked, and their memory can go the driver's way.
+    Returns those of which nothing was taken, since some thread was in a CUDA call whenever it was tried, or memory of a
+    restore was not mapped: they are not locked, and their memory can go the driver's way (`check_own`).
 
     `took` is told pid (host), piece and descriptor of each before the piece is unmapped, and has to close that in the
     end; `timeout` are the seconds for which it is tried, `limit` those for everything the library does. Raises
@@ -128,7 +135,7 @@ def _take_now(
                 found = library.list()
             except served.Busy:
                 return False
-            if library.changing:
+            if library.changing or _loose(library, found):
                 return False
             _take(library, found, took)
         finally:
@@ -145,14 +152,14 @@ def _take(library: Served, found: Sequence[Listed], took: Callable[[int, Listed,
         cause = f"it has {len(spans)} pieces of device memory, and rewarm may have {most} descriptors"
         raise GpuError("take GPU memory of", _name(library.pid), cause, "raise the limit of open files for rewarm")
     library.own([piece.span for piece in found if piece.imported])
-    if imported := library.imported():
-        cause = (
-            f"{imported} bytes that a restore has brought are not mapped by its program, or in more than one place, or "
-            "for more than their own GPU"
-        )
-        raise GpuError("take GPU memory of", _name(library.pid), cause, "capture a container that was started cold")
     library.export(spans, lambda index, fd: took(library.pid, found[index], fd))
     library.unmap(spans)
+
+
+def _loose(library: Served, found: Sequence[Listed]) -> int:
+    """Bytes that a restore has brought, and that cannot be taken out: the program has unmapped them, for a moment or
+    for good, or has them in a way that is the driver's."""
+    return library.imported() - sum(piece.span.size for piece in found if piece.imported)
 
 
 def put(driver: Driver, contexts: Sequence[Context], places: Places, limit: float, patience: float = 0.0) -> None:

@@ -15,10 +15,12 @@
 #include <unistd.h>
 
 #define API __attribute__((visibility("default")))
+/* The larger fake has others. */
+#define OWN __attribute__((visibility("default"), weak))
 
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED };
 enum { INVALID_DEVICE = 101, INVALID_CONTEXT = 201, PEER_ALREADY = 704, PEER_NOT = 705 };
-enum { NOT_FOUND = 500, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900 };
+enum { NOT_FOUND = 500, NOT_READY = 600, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900 };
 enum { TINY = 256 }; /* these fit in what the driver has anyway: they count apart */
 enum { NEWER = 99000, DEVICES = 3, GRANULE = 2 << 20, STACK = 16 };
 
@@ -45,10 +47,10 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct range *reserved, *mapped, *allocated;
 static struct memory *memories, *spare;
 static struct context *primary[DEVICES];
-static uint64_t used, handles, syncs, tiny;
+static uint64_t used, handles, syncs, tiny, events;
 static bool initialised;
 static struct {
-	int sticky, capturing, broken, fail_map, fail_access, fail_export, fail_release, slow_ms;
+	int sticky, capturing, broken, fail_map, fail_access, fail_export, fail_release, slow_ms, unfinished, stream_capturing, other_pool, other_context, fail_record;
 } state;
 static __thread struct context *stack[STACK];
 static __thread int top = -1, mode;
@@ -182,7 +184,8 @@ enum {
 	COUNT_SYNCS,
 	COUNT_USED,
 	COUNT_BROKEN,
-	COUNT_TINY
+	COUNT_TINY,
+	COUNT_EVENTS
 };
 
 API int64_t fake_count(int which)
@@ -196,6 +199,7 @@ API int64_t fake_count(int which)
 	case COUNT_USED: return (int64_t)used;
 	case COUNT_BROKEN: return state.broken;
 	case COUNT_TINY: return (int64_t)tiny;
+	case COUNT_EVENTS: return (int64_t)events;
 	default: break;
 	}
 	struct range *list = which == COUNT_MAPPED ? mapped : which == COUNT_RESERVED ? reserved : allocated;
@@ -223,12 +227,24 @@ API void fake_set(const char *what, int value)
 		state.fail_map = value;
 	else if (strcmp(what, "fail_access") == 0)
 		state.fail_access = value;
+	else if (strcmp(what, "unfinished") == 0)
+		state.unfinished = value;
+	else if (strcmp(what, "stream_capturing") == 0)
+		state.stream_capturing = value;
+	else if (strcmp(what, "fail_record") == 0)
+		state.fail_record = value;
+	else if (strcmp(what, "other_context") == 0)
+		state.other_context = value;
+	else if (strcmp(what, "other_pool") == 0)
+		state.other_pool = value;
 	else if (strcmp(what, "slow_ms") == 0)
 		__atomic_store_n(&state.slow_ms, value, __ATOMIC_RELAXED);
 	else if (strcmp(what, "fail_export") == 0)
 		state.fail_export = value;
 	else if (strcmp(what, "fail_release") == 0)
 		state.fail_release = value;
+	else
+		abort();
 }
 
 /* --- contexts --- */
@@ -440,10 +456,97 @@ API int cuMemFree_v2(uint64_t address)
 	return OK;
 }
 
+/* --- the order of streams: work that is `unfinished` ends when somebody waits for it --- */
+
+enum { LEGACY = 1, PER_THREAD };
+
+struct event {
+	bool waited;
+};
+
+API int cuMemAllocAsync(uint64_t *address, size_t size, void *stream)
+{
+	(void)stream;
+	return cuMemAlloc_v2(address, size);
+}
+
 API int cuMemFreeAsync(uint64_t address, void *stream)
 {
 	(void)stream;
 	return cuMemFree_v2(address);
+}
+
+API int cuDeviceGetDefaultMemPool(void **pool, int device)
+{
+	*pool = &primary[device];
+	return OK;
+}
+
+API int cuDeviceGetMemPool(void **pool, int device)
+{
+	LOCKED;
+	*pool = state.other_pool ? (void *)&state : (void *)&primary[device];
+	return OK;
+}
+
+API int cuStreamGetCtx(void *stream, struct context **context)
+{
+	if ((uintptr_t)stream > PER_THREAD)
+		return INVALID_VALUE;
+	if (state.other_context) {
+		*context = (struct context *)&state;
+		return OK;
+	}
+	return cuCtxGetCurrent(context);
+}
+
+API int cuStreamIsCapturing(void *stream, int *status)
+{
+	LOCKED;
+	*status = stream != NULL && state.stream_capturing;
+	return OK;
+}
+
+OWN int cuEventCreate(struct event **event, unsigned flags)
+{
+	LOCKED;
+	*event = calloc(1, sizeof(**event));
+	events++;
+	return flags == 2 ? OK : INVALID_VALUE;
+}
+
+OWN int cuEventRecord(struct event *event, void *stream)
+{
+	LOCKED;
+	if (state.fail_record)
+		return OUT_OF_MEMORY;
+	event->waited = false;
+	return (uintptr_t)stream == LEGACY || (uintptr_t)stream == PER_THREAD ? OK : INVALID_VALUE;
+}
+
+OWN int cuEventQuery(struct event *event)
+{
+	LOCKED;
+	if (breaks_capture())
+		return CAPTURE_UNSUPPORTED;
+	return state.unfinished && !event->waited ? NOT_READY : OK;
+}
+
+OWN int cuEventSynchronize(struct event *event)
+{
+	LOCKED;
+	if (breaks_capture())
+		return CAPTURE_UNSUPPORTED;
+	event->waited = true;
+	return OK;
+}
+
+OWN int cuEventDestroy_v2(struct event *event)
+{
+	LOCKED;
+	events--;
+	free(event);
+	return OK;
 }
 
 API int cuMemGetAddressRange_v2(uint64_t *base, size_t *size, uint64_t address)
@@ -729,6 +832,7 @@ API int cuMemGetAllocationPropertiesFromHandle(struct kind *kind, struct memory 
 
 API int cuMulticastCreate(struct memory **handle, const void *kind)
 {
+	be_slow();
 	LOCKED;
 	(void)kind;
 	return new_memory(handle, memfd_create("multicast", MFD_CLOEXEC), 0, 0, false);
@@ -737,6 +841,7 @@ API int cuMulticastCreate(struct memory **handle, const void *kind)
 API int cuMulticastBindMem(struct memory *group, size_t offset, struct memory *memory, size_t from, size_t size,
 			   uint64_t flags)
 {
+	be_slow();
 	LOCKED;
 	check_handle(group);
 	check_handle(memory);
@@ -745,6 +850,7 @@ API int cuMulticastBindMem(struct memory *group, size_t offset, struct memory *m
 
 API int cuMulticastBindAddr(struct memory *group, size_t offset, uint64_t address, size_t size, uint64_t flags)
 {
+	be_slow();
 	LOCKED;
 	struct range **one = find(&mapped, address, size);
 
@@ -773,12 +879,24 @@ API int cuStreamDestroy_v2(void *stream)
 
 API int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t size, void *stream)
 {
-	if (top < 0 || stack[top] == NULL || stream == NULL)
+	if (top < 0 || stack[top] == NULL || stream == NULL || breaks_capture())
 		return INVALID_CONTEXT;
 	if (fake_copy != NULL)
 		return fake_copy(stream, (void *)target, (const void *)source, size);
 	memcpy((void *)target, (const void *)source, size);
 	return OK;
+}
+
+API int cuMulticastBindMem_v2(struct memory *group, int device, size_t offset, struct memory *memory, size_t from,
+			      size_t size, uint64_t flags)
+{
+	return device != 0 ? INVALID_DEVICE : cuMulticastBindMem(group, offset, memory, from, size, flags);
+}
+
+API int cuMulticastBindAddr_v2(struct memory *group, int device, size_t offset, uint64_t address, size_t size,
+			       uint64_t flags)
+{
+	return device != 0 ? INVALID_DEVICE : cuMulticastBindAddr(group, offset, address, size, flags);
 }
 
 /* --- by name --- */
@@ -807,6 +925,8 @@ API int cuGetProcAddress_v2(const char *name, void **found, int version, uint64_
 	for (size_t at = 0; at < sizeof(functions) / sizeof(functions[0]); at++)
 		if (strcmp(name, functions[at].name) == 0)
 			*found = functions[at].function;
+	if (version >= 13010 && *found == (void *)cuMulticastBindMem)
+		*found = (void *)cuMulticastBindMem_v2;
 	/* As if it had got other parameters. */
 	if (version >= NEWER && *found == (void *)cuMemMap)
 		*found = (void *)newer_map;

@@ -14,11 +14,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-extern int cudaMalloc(void **, size_t), cudaFree(void *), cudaFreeAsync(void *, void *);
+extern int cudaMalloc(void **, size_t), cudaFree(void *);
+extern int cudaMallocAsync(void **, size_t, void *), cudaFreeAsync(void *, void *);
+extern int cudaMallocAsync_ptsz(void **, size_t, void *), cudaFreeAsync_ptsz(void *, void *);
 extern int cudaSetDevice(int), cudaDeviceReset(void), cudaGetLastError(void), cudaIpcGetMemHandle(void *, void *);
 extern int cudaDeviceEnablePeerAccess(int, unsigned), cudaDeviceDisablePeerAccess(int);
 #ifdef WITH_DRIVER
 extern int cuMemAlloc_v2(uint64_t *, size_t), cuMemFree_v2(uint64_t);
+extern int cuMemAllocAsync(uint64_t *, size_t, void *), cuMemFreeAsync(uint64_t, void *);
 extern int cuMemGetAddressRange_v2(uint64_t *, size_t *, uint64_t);
 extern int cuCtxCreate_v2(void **, unsigned, int), cuCtxPopCurrent_v2(void **), cuIpcGetMemHandle(void *, uint64_t);
 struct kind {
@@ -44,6 +47,8 @@ struct access {
 	FUNCTION(cuMulticastCreate, (uint64_t *, const void *)) \
 	FUNCTION(cuMulticastBindMem, (uint64_t, size_t, uint64_t, size_t, size_t, uint64_t)) \
 	FUNCTION(cuMulticastBindAddr, (uint64_t, size_t, uint64_t, size_t, uint64_t))
+extern int cuMulticastBindMem_v2(uint64_t, int, size_t, uint64_t, size_t, size_t, uint64_t);
+extern int cuMulticastBindAddr_v2(uint64_t, int, size_t, uint64_t, size_t, uint64_t);
 #define DECLARE(name, parameters) extern int name parameters;
 #define MEMBER(name, parameters) int(*name) parameters;
 #define LINKED(name, parameters) name,
@@ -78,28 +83,48 @@ static int64_t count(int which)
 	return ask(which);
 }
 
-/* Allocates and frees in an order of its own, and looks whether what it wrote is there. */
-static void *stir(void *seed)
+static int malloc_async(void **pointer, size_t size)
 {
-	unsigned random = (unsigned)(uintptr_t)seed;
+	return cudaMallocAsync(pointer, size, NULL);
+}
+
+static int free_async(void *pointer)
+{
+	return cudaFreeAsync(pointer, NULL);
+}
+
+/* Allocates and frees in an order of its own, and looks whether what it wrote is there. */
+static uintptr_t stir_by(uintptr_t seed, int (*allocate)(void **, size_t), int (*release)(void *))
+{
+	unsigned random = (unsigned)seed;
 	uint64_t *kept[KEPT] = { NULL };
 	uintptr_t wrong = 0;
 
 	for (int round = 0; round < ROUNDS; round++) {
 		int at = rand_r(&random) % KEPT;
 		if (kept[at] != NULL) {
-			wrong += *kept[at] != (uintptr_t)kept[at] + (uintptr_t)seed;
-			wrong += cudaFree(kept[at]) != 0;
+			wrong += *kept[at] != (uintptr_t)kept[at] + seed;
+			wrong += release(kept[at]) != 0;
 			kept[at] = NULL;
 		} else {
 			size_t size = rand_r(&random) % 4 == 0 ? 1000 : (size_t)(2 + rand_r(&random) % 9) * MIB;
-			wrong += cudaMalloc((void **)&kept[at], size) != 0;
-			*kept[at] = (uintptr_t)kept[at] + (uintptr_t)seed;
+			wrong += allocate((void **)&kept[at], size) != 0;
+			*kept[at] = (uintptr_t)kept[at] + seed;
 		}
 	}
 	for (int at = 0; at < KEPT; at++)
-		wrong += kept[at] != NULL && cudaFree(kept[at]) != 0;
-	return (void *)wrong;
+		wrong += kept[at] != NULL && release(kept[at]) != 0;
+	return wrong;
+}
+
+static void *stir(void *seed)
+{
+	return (void *)stir_by((uintptr_t)seed, cudaMalloc, cudaFree);
+}
+
+static void *stir_async(void *seed)
+{
+	return (void *)stir_by((uintptr_t)seed, malloc_async, free_async);
 }
 
 #ifdef WITH_DRIVER
@@ -229,6 +254,8 @@ static void in_child(uint64_t address)
 		int descriptors = open_descriptors(), freed = cudaFree((void *)address);
 		uint64_t new = 0;
 		int got = cudaMalloc((void **)&new, 4 * MIB);
+		void *small;
+		cudaMallocAsync(&small, 1000, NULL); /* frees what waits, of this process's */
 		printf("%d %d %d %d %d\n", descriptors, freed, got, count(1) == before, count(3) > 0);
 		fflush(stdout);
 		_exit(0);
@@ -252,6 +279,35 @@ static int set_mode(int mode)
 }
 
 #ifdef WITH_DRIVER
+/* A call in a thread of its own. */
+static struct {
+	pthread_t thread;
+	int (*release)(uint64_t);
+	uint64_t a, b;
+} beside;
+
+static void *run_beside(void *nothing)
+{
+	(void)nothing;
+	return (void *)(intptr_t)(beside.release != NULL ? beside.release(beside.a) : use.cuMemUnmap(beside.a, beside.b));
+}
+
+static int begin_beside(const char *word, uint64_t a, uint64_t b)
+{
+	beside.release = strcmp(word, "release") == 0 ? use.cuMemRelease : NULL;
+	beside.a = a;
+	beside.b = b;
+	return pthread_create(&beside.thread, NULL, run_beside, NULL);
+}
+
+static int end_beside(void)
+{
+	void *result;
+
+	pthread_join(beside.thread, &result);
+	return (int)(intptr_t)result;
+}
+
 /* Has the functions by asking for them, in one of four ways. */
 static int by_name(uint64_t way, int version)
 {
@@ -299,6 +355,8 @@ static bool answer_virtual(const char *word, uint64_t a, uint64_t b, uint64_t c)
 		printf("%d\n", ((int (*)(uint64_t))driver("cuMemRelease"))(a));
 	else if (strcmp(word, "unseen_unmap") == 0)
 		printf("%d\n", ((int (*)(uint64_t, size_t))driver("cuMemUnmap"))(a, b));
+	else if (strcmp(word, "unseen_map") == 0)
+		printf("%d\n", ((int (*)(uint64_t, size_t, size_t, uint64_t, uint64_t))driver("cuMemMap"))(a, b, 0, c, 0));
 	else if (strcmp(word, "protection") == 0)
 		printf("%d\n", protection(a));
 	else if (strcmp(word, "stir_created") == 0)
@@ -320,6 +378,14 @@ static bool answer_virtual(const char *word, uint64_t a, uint64_t b, uint64_t c)
 		printf("%d %" PRIu64 "\n", result, found);
 	} else if (strcmp(word, "bind") == 0)
 		printf("%d\n", use.cuMulticastBindMem(a, 0, b, 0, c, 0));
+	else if (strcmp(word, "bind_v2") == 0)
+		printf("%d\n", cuMulticastBindMem_v2(a, 0, 0, b, 0, c, 0));
+	else if (strcmp(word, "bind_address_v2") == 0)
+		printf("%d\n", cuMulticastBindAddr_v2(a, 0, 0, b, c, 0));
+	else if (strncmp(word, "beside_", 7) == 0)
+		printf("%d\n", begin_beside(word + 7, a, b));
+	else if (strcmp(word, "join") == 0)
+		printf("%d\n", end_beside());
 	else if (strcmp(word, "bind_address") == 0)
 		printf("%d\n", use.cuMulticastBindAddr(a, 0, b, c, 0));
 	else
@@ -342,6 +408,16 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 		printf("%d\n", cudaFree((void *)a));
 	else if (strcmp(word, "free_async") == 0)
 		printf("%d\n", cudaFreeAsync((void *)a, NULL));
+	else if (strcmp(word, "malloc_async") == 0) {
+		result = cudaMallocAsync((void **)&found, a, NULL);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "malloc_async_ptsz") == 0) {
+		result = cudaMallocAsync_ptsz((void **)&found, a, NULL);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "free_async_ptsz") == 0)
+		printf("%d\n", cudaFreeAsync_ptsz((void *)a, NULL));
+	else if (strcmp(word, "stir_async") == 0)
+		printf("%" PRIu64 "\n", stir_all(stir_async));
 	else if (strcmp(word, "malloc_null") == 0)
 		printf("%d\n", cudaMalloc(NULL, a));
 	else if (strcmp(word, "last_error") == 0)
@@ -360,9 +436,7 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 		printf("%" PRIu64 "\n", ((uint64_t(*)(uint64_t))driver("fake_access"))(a));
 	else if (strcmp(word, "count") == 0)
 		printf("%" PRId64 "\n", count((int)a));
-	else if (strcmp(word, "set_sticky") == 0 || strcmp(word, "set_capturing") == 0 || strcmp(word, "set_slow_ms") == 0)
-		printf("%d\n", set(word + 4, a));
-	else if (strncmp(word, "set_fail_", 9) == 0)
+	else if (strncmp(word, "set_", 4) == 0 && strncmp(word, "set_access", 10) != 0)
 		printf("%d\n", set(word + 4, a));
 	else if (strcmp(word, "mode") == 0)
 		printf("%d\n", set_mode((int)a));
@@ -393,7 +467,12 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 	else if (strcmp(word, "cu_alloc") == 0) {
 		result = cuMemAlloc_v2(&found, a);
 		printf("%d %" PRIu64 "\n", result, found);
-	} else if (strcmp(word, "cu_free") == 0)
+	} else if (strcmp(word, "cu_alloc_async") == 0) {
+		result = cuMemAllocAsync(&found, a, NULL);
+		printf("%d %" PRIu64 "\n", result, found);
+	} else if (strcmp(word, "cu_free_async") == 0)
+		printf("%d\n", cuMemFreeAsync(a, NULL));
+	else if (strcmp(word, "cu_free") == 0)
 		printf("%d\n", cuMemFree_v2(a));
 	else if (strcmp(word, "cu_ipc") == 0)
 		printf("%d\n", cuIpcGetMemHandle(handle, a));

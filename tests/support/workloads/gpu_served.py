@@ -3,8 +3,9 @@
 GET /probe as there, the digest is of both; GET /held -> bytes of that memory. Environment beside that of gpu_fake.py:
 SERVED_MIB, sizes of allocations with commas between (8,4,2); those of an odd number are left zeros but for their last
 page. CREATED_MIB, the same of memory that it creates itself, after those: every probe maps the first of these anew, and
-of the others it keeps no handle; GET /unmap leaves the first unmapped until the next probe. The libraries are looked
-for in FAKE_CUDA_DIR.
+of the others it keeps no handle; GET /unmap leaves the first unmapped until the next probe. CHURN_MIB: the same of
+memory that a thread maps anew all the time, with no lock but the driver's, and looks into; GET /churn -> how often it
+has done that, and what it has found wrong. The libraries are looked for in FAKE_CUDA_DIR.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import ctypes
 import hashlib
 import os
 import random
+import threading
+import time
 from typing import Any
 
 from support.workloads import gpu_fake, raw, virtual, web
@@ -70,6 +73,42 @@ class Memory:
         return digest.hexdigest()
 
 
+class Churn:
+    """Every piece is known by its first bytes, also by what handle it has."""
+
+    def __init__(self, own: gpu_fake.Context) -> None:
+        self._own = own
+        self._calls = virtual.Calls(f"{os.environ['FAKE_CUDA_DIR']}/libcuda.so.1")
+        self._pieces = []
+        for number, size in enumerate(_sizes("CHURN_MIB", ""), 1):
+            handle, address = self._calls.create(size), self._calls.reserve(size)
+            self._calls.map(address, size, handle)
+            raw.write(address, number.to_bytes(8, "little"))
+            self._pieces.append((address, size, handle))
+        self.rounds = 0
+        self.wrong: list[str] = []
+        if self._pieces:
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                for number, (address, size, handle) in enumerate(self._pieces, 1):
+                    self._calls.unmap(address, size)
+                    self._calls.map(address, size, handle)
+                    with self._own.call():  # else it would not be there at times
+                        found = int.from_bytes(raw.read(address, 8), "little")
+                    if found != number:
+                        self.wrong.append(f"piece {number} is {found}")
+                    time.sleep(0.001)  # the rest is what captures are to find it in
+                self.rounds += 1
+        except RuntimeError as error:
+            self.wrong.append(str(error))
+
+    def state(self, _body: bytes) -> dict[str, Any]:
+        return {"rounds": self.rounds, "wrong": self.wrong}
+
+
 def _sizes(name: str, default: str) -> list[int]:
     return [int(word) * raw.MIB for word in os.environ.get(name, default).split(",") if word]
 
@@ -90,7 +129,7 @@ def serve() -> None:
         return {}
 
     paths = {"/probe": probe, "/held": lambda _body: {"bytes": sum(memory.sizes)}, "/unmap": unmap}
-    web.run(web.port(), paths)
+    web.run(web.port(), {**paths, "/churn": Churn(own).state})
 
 
 if __name__ == "__main__":
