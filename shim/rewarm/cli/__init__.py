@@ -18,6 +18,7 @@ from rewarm.errors import RewarmError
 
 COMMANDS = {
     "capture": "Make a snapshot of a running container.",
+    "ps": "List the containers with an annotation of this node.",
     "ls": "List the snapshots of the store.",
     "inspect": "Show what a snapshot holds and what it needs.",
     "rm": "Remove snapshots.",

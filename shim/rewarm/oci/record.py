@@ -172,7 +172,7 @@ def load(path: str) -> Record | None:
         record = Record(**data, undo=undo)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise OciError("read record", name, repr(error), "remove the directory if its container is gone") from error
     if record.phase not in _PHASES:
         raise OciError("read record", name, f"unknown phase {record.phase!r}")

@@ -1,0 +1,133 @@
+"""rewarm ps: the node's containers, warm or cold, and why."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from rewarm import processes
+from rewarm.errors import OciError
+from rewarm.oci import record, runc, spec
+
+from . import options, output
+
+_POD = (
+    ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri.sandbox-name", "io.kubernetes.cri.container-name"),
+    ("io.kubernetes.pod.namespace", "io.kubernetes.pod.name", "io.kubernetes.container.name"),
+)
+"""What containerd and CRI-O write into a spec: a pod's namespace and name, the container's name in it."""
+_LARGEST = 4 << 20
+
+
+class Row(NamedTuple):
+    """A container that was created with an annotation. `state` is runc's, "restoring" while it is made, or "gone": the
+    container is deleted, and what rewarm has of it is removed by the next create. `outcome` is "warm", "cold", or none
+    yet; `snapshot` is what it was restored from, or what was looked for; `created` is an RFC 3339 time."""
+
+    container: str
+    runtime_root: str
+    pod: dict[str, str] | None
+    state: str
+    outcome: str | None
+    snapshot: str
+    reason: str | None
+    created: str
+
+
+@click.command("ps")
+@options.as_json
+@options.config
+def command(as_json: bool, config: Path | None) -> None:
+    """List the containers with an annotation of this node.
+
+    Each was restored from a snapshot (warm), or started as without rewarm (cold), for a reason. Those without an
+    annotation are runc's alone.
+    """
+    found = _rows(options.load(config, None).state_dir)
+    rows = sorted(found, key=lambda row: (row.created, row.container), reverse=True)
+    if as_json:
+        output.document([row._asdict() for row in rows])
+        return
+    header = ("CONTAINER", "POD", "STATE", "CREATED", "START", "FROM, OR WHY NOT")
+    output.columns(header, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    pod = "-" if row.pod is None else "/".join(row.pod.values())
+    why = row.snapshot if row.outcome == "warm" else row.reason or "-"
+    return row.container[:12], pod, row.state, output.age(row.created), row.outcome or "-", why
+
+
+def _rows(state_dir: str) -> Iterator[Row]:
+    """Raises OSError if the state directory may not be read."""
+    base = os.path.join(state_dir, "containers")
+    with suppress(FileNotFoundError):
+        for root in os.listdir(base):
+            for name in os.listdir(os.path.join(base, root)):
+                # With a `~`: about to be there, or to be gone.
+                if "~" not in name and (row := _row(os.path.join(base, root, name))) is not None:
+                    yield row
+
+
+def _row(directory: str) -> Row | None:
+    try:
+        kept = record.load(directory)
+        if kept is None:
+            return None
+        created = os.stat(os.path.join(directory, "record.json")).st_mtime
+    except FileNotFoundError:
+        return None  # deleted meanwhile
+    except OciError as error:
+        now = datetime.now(UTC).isoformat()
+        return Row(os.path.basename(directory), "", None, "damaged", None, "", str(error), now)
+    outcome = _outcome(directory)
+    wanted = f"{kept.namespace}/{kept.request.get('snapshot', '')}"
+    return Row(
+        kept.id,
+        kept.root,
+        _pod(kept.bundle),
+        _state(kept),
+        outcome.get("outcome"),
+        outcome.get("snapshot") or kept.snapshot or wanted,
+        outcome.get("reason") or kept.reason or None,
+        datetime.fromtimestamp(created, UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+    )
+
+
+def _outcome(directory: str) -> dict[str, str]:
+    """Empty as long as it is not decided."""
+    with suppress(OSError, ValueError), open(os.path.join(directory, "outcome.json"), "rb") as file:
+        found = json.loads(file.read(_LARGEST))
+        if isinstance(found, dict):
+            return {key: value for key, value in found.items() if isinstance(value, str)}
+    return {}
+
+
+def _pod(bundle: str) -> dict[str, str] | None:
+    with suppress(OciError):
+        annotations = spec.spec_annotations(spec.load(bundle))
+        for names in _POD:
+            found = [annotations.get(name, "") for name in names]
+            if all(found):
+                return dict(zip(("namespace", "name", "container"), found, strict=True))
+    return None
+
+
+def _state(kept: record.Record) -> str:
+    if kept.phase == record.RESTORING and kept.owner_lives():
+        return "restoring"
+    try:
+        container = runc.load(kept.root, kept.id)
+    except OciError:
+        return "gone"
+    found = processes.stat(container.pid)
+    if found is None or found.start_time != container.start_time or found.state in "ZX":
+        return "stopped"
+    return "created" if os.path.exists(container.exec_fifo) else "running"
