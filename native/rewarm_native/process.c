@@ -1,4 +1,4 @@
-/* Process attributes that os and signal do not offer, libraries, and sockets of another network namespace. */
+/* Process attributes that os and signal do not offer, libraries, and what other network and UTS namespaces have. */
 #include "native.h"
 
 #include <dlfcn.h>
@@ -9,6 +9,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <unistd.h>
 
 int rw_set_child_subreaper(int on)
@@ -67,4 +68,34 @@ int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol)
 	if (error == 0)
 		error = pthread_join(thread, NULL);
 	return error != 0 ? -error : request.result;
+}
+
+struct names_request {
+	int namespace_fd;
+	struct utsname names;
+	int result;
+};
+
+static void *read_names(void *argument)
+{
+	struct names_request *request = argument;
+
+	request->result = setns(request->namespace_fd, CLONE_NEWUTS) < 0 || uname(&request->names) < 0 ? -errno : 0;
+	return NULL;
+}
+
+/* By a thread of our own, too. */
+int rw_names_in_utsns(int namespace_fd, char *nodename, char *domainname, size_t size)
+{
+	struct names_request request = { .namespace_fd = namespace_fd, .result = -1 };
+	pthread_t thread;
+	int error = pthread_create(&thread, NULL, read_names, &request);
+
+	if (error == 0)
+		error = pthread_join(thread, NULL);
+	if (error != 0 || request.result < 0)
+		return error != 0 ? -error : request.result;
+	snprintf(nodename, size, "%s", request.names.nodename);
+	snprintf(domainname, size, "%s", request.names.domainname);
+	return 0;
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._native import ffi, lib
 
@@ -20,6 +20,8 @@ NODES = 1024
 """Node masks have bits 0 to NODES - 1, the most that Linux can be built for."""
 
 _MPOL_MF_MOVE = 1 << 1
+_UTS_LENGTH = 65
+"""__NEW_UTS_LEN and the zero."""
 _NODE_WORDS = NODES // 64
 
 
@@ -61,6 +63,27 @@ def open_socket_in_netns(target: int | str | os.PathLike[str], family: int, type
     finally:
         os.close(namespace)
     return socket.socket(family, type, proto, fileno=fd)
+
+
+def names_in_utsns(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Host name and NIS domain name in the UTS namespace of a namespace file: uname(2) inside.
+
+    None of the caller's threads changes its namespace. Needs CAP_SYS_ADMIN in it. Raises OSError: EINVAL for a path
+    that is no UTS namespace.
+    """
+    namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        host, domain = ffi.new("char[]", _UTS_LENGTH), ffi.new("char[]", _UTS_LENGTH)
+        done = lib.rw_names_in_utsns(namespace, host, domain, _UTS_LENGTH)
+        _check(done, f"read host name in UTS namespace {os.fspath(path)}")
+    finally:
+        os.close(namespace)
+    return _text(host), _text(domain)
+
+
+def _text(found: Any) -> str:
+    text: str = ffi.string(found).decode("utf-8", "surrogateescape")
+    return text
 
 
 def get_fd(pid: int, fd: int) -> int:

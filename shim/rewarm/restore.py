@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, preload, processes, recover, resume
-from rewarm.criu import images, options, vet
+from rewarm.criu import images, options, uts, vet
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
 from rewarm.memory.places import PLACES
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci import log as oci_log
+from rewarm.oci import uts as oci_uts
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
 from rewarm.oci.spec import CONTROL_DESTINATION, LIBRARY_DESTINATION, OWN_DESTINATIONS, Spec
@@ -231,6 +232,8 @@ def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
     checkpoint = Path(_file(plan, CHECKPOINT))
     try:
         vet.vet(checkpoint, plan.spec, destinations)
+        if (names := oci_uts.names(plan.spec)) is not None:
+            uts.rename(checkpoint, *names)
     except images.ImageError as error:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
     if memory is not None:

@@ -549,3 +549,23 @@ def test_the_sources_are_clean_under_the_strictest_warnings(source: str) -> None
     flags = ["-std=gnu17", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]
     done = subprocess.run(["cc", *flags, "-c", "-o", "/dev/null", NATIVE / source], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_names_of_another_uts_namespace(tmp_path: Path) -> None:
+    own = os.uname().nodename
+    longest = "h" * 64
+    script = f"hostname {longest}; echo example.org > /proc/sys/kernel/domainname; echo; exec sleep 60"
+    with subprocess.Popen(["unshare", "--uts", "sh", "-c", script], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == b"\n"
+            assert process.names_in_utsns(f"/proc/{other.pid}/ns/uts") == (longest, "example.org")
+        finally:
+            other.kill()
+    assert process.names_in_utsns("/proc/self/ns/uts")[0] == own == os.uname().nodename
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", "/proc/self/ns/mnt"):
+        with pytest.raises(OSError, match="read host name in UTS namespace") as caught:
+            process.names_in_utsns(path)
+        assert caught.value.errno == errno.EINVAL
+    with pytest.raises(FileNotFoundError):
+        process.names_in_utsns(tmp_path / "none")
