@@ -4,7 +4,6 @@
 #include "created.h"
 #include "device.h"
 #include "find.h"
-#include "ordered.h"
 #include "pieces.h"
 #include "serve.h"
 #include "socket.h"
@@ -220,7 +219,6 @@ static void in_child(void)
 	rw_forget_changes();
 	rw_forget_all();
 	rw_forget_created();
-	rw_forget_ordered();
 	rw_socket_close();
 }
 

@@ -26,8 +26,7 @@ static void drop(struct rw_created *one)
 /* What a restore has brought only the library can take out: it is told for as long as it may be there. */
 static void settle(struct rw_created *one)
 {
-	bool there = one->imported && !one->entered &&
-		     (one->left || one->address != 0 || one->holds > 0 || one->releasing > 0);
+	bool there = one->imported && !one->entered && (one->left || one->address != 0 || one->holds > 0);
 
 	if (there != one->counted)
 		rw_count_loose(one->size, there);
@@ -52,6 +51,18 @@ static struct rw_created *find_other(uint64_t number)
 	if (one == NULL || one->actual != number)
 		return one;
 	end_name(one);
+	return NULL;
+}
+
+/* By a look at all. */
+static struct rw_created *find_actual(uint64_t number)
+{
+	for (size_t at = 0; at < names.room; at++) {
+		struct rw_created *one = names.slots[at].value;
+
+		if (one != NULL && one->actual == number)
+			return one;
+	}
 	return NULL;
 }
 
@@ -102,9 +113,10 @@ bool rw_name_again(uint64_t *handle, uint64_t address)
 	lock();
 	bool grown = rw_index_grow(&names, 1);
 	struct rw_created *one = entry != NULL ? entry->created : NULL;
+	/* Not found is one that another thread tries to unmap, and is about to enter again. */
 	if (one == NULL || one->actual != *handle)
-		one = rw_index_find(&names, *handle);
-	bool known = one != NULL && one->actual == *handle;
+		one = find_actual(*handle);
+	bool known = one != NULL;
 	if (known && one->holds > 0)
 		one->holds++;
 	else if (known && grown)
@@ -281,22 +293,14 @@ void rw_mapped(struct rw_created *one, uint64_t address, uint64_t size)
 	note_entry(one);
 }
 
-void rw_begin_release(struct rw_created *one)
+/* Where its number was given out again meanwhile, it has no name any more. */
+void rw_released(struct rw_created *one)
 {
 	lock();
-	one->releasing++;
-	unlock();
-}
-
-void rw_end_release(struct rw_created *one, bool done)
-{
-	lock();
-	one->releasing--;
-	if (done && one->holds == 1)
+	if (one->holds == 1)
 		end_name(one);
-	else if (done && one->holds > 0)
+	else if (one->holds > 0)
 		one->holds--;
-	settle(one);
 	unlock();
 }
 

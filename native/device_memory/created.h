@@ -21,7 +21,6 @@ struct rw_created {
 	uint64_t address;    /* of its mapping, if that is served, or 0 */
 	uint32_t references; /* of the name, of the entry, and of calls under way */
 	uint32_t holds;	     /* how often the program has to release it */
-	uint32_t releasing;  /* releases under way */
 	bool entered;	     /* there is an entry, whose state tells whether a restore has brought the memory */
 	bool imported;	     /* a restore has, and there is no entry */
 	bool counted;	     /* rw_count_loose() */
@@ -59,9 +58,8 @@ void rw_unmapped(struct rw_allocation *list, bool done);
 void rw_leave(struct rw_allocation *list);
 void rw_leave_created(struct rw_created *one);
 
-/* Around the driver's release. */
-void rw_begin_release(struct rw_created *one);
-void rw_end_release(struct rw_created *one, bool done);
+/* After the driver has released it once. */
+void rw_released(struct rw_created *one);
 
 /* In the child of a fork. */
 void rw_forget_created(void);

@@ -24,7 +24,6 @@ enum {
 	CU_DEVICE_ATTRIBUTE_COMPUTE_MODE = 20,
 	CU_COMPUTEMODE_EXCLUSIVE_PROCESS = 3,
 	CU_STREAM_NON_BLOCKING = 1,
-	CU_EVENT_DISABLE_TIMING = 2,
 	CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102,
 	CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103,
 	CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED = 110,
@@ -83,16 +82,7 @@ _Static_assert(sizeof(struct rw_kind) == 32 && sizeof(struct rw_access) == 12, "
 	REQUIRED(cuStreamDestroy_v2, (void *stream)) \
 	REQUIRED(cuMemcpyDtoDAsync_v2, (uint64_t target, uint64_t source, size_t size, void *stream)) \
 	REQUIRED(cuThreadExchangeStreamCaptureMode, (int *mode)) \
-	OPTIONAL(cuDeviceGetUuid_v2, (uint8_t *uuid, int device)) \
-	OPTIONAL(cuDeviceGetMemPool, (void **pool, int device)) \
-	OPTIONAL(cuDeviceGetDefaultMemPool, (void **pool, int device)) \
-	OPTIONAL(cuStreamGetCtx, (void *stream, void **context)) \
-	OPTIONAL(cuStreamIsCapturing, (void *stream, int *status)) \
-	OPTIONAL(cuEventCreate, (void **event, unsigned flags)) \
-	OPTIONAL(cuEventRecord, (void *event, void *stream)) \
-	OPTIONAL(cuEventQuery, (void *event)) \
-	OPTIONAL(cuEventSynchronize, (void *event)) \
-	OPTIONAL(cuEventDestroy_v2, (void *event))
+	OPTIONAL(cuDeviceGetUuid_v2, (uint8_t *uuid, int device))
 
 #define RW_MEMBER(name, parameters) int(*name) parameters;
 struct rw_driver {

@@ -5,8 +5,7 @@
  * The functions below stand in front of CUDA's own. They see calls that go through the dynamic linker. This goes the
  * driver's way, as if the library were not there:
  *
- *     - allocations below 2 MiB; cudaMallocPitch, 3D, Array, Managed, Host, and all memory pools but the default one
- *     - cudaMallocAsync in a capture, and after 32 cudaFreeAsync of such memory
+ *     - allocations below 2 MiB; cudaMallocPitch, 3D, Array, Managed, Host, Async, and all memory pools
  *     - what a program creates with cuMemCreate itself, as long as it is not mapped, or mapped twice, for several
  *       devices, exported, or has a second handle
  *     - calls of a CUDA runtime that is linked statically (nvcc's default), or of addresses that the program has got
@@ -17,12 +16,10 @@
  *       cuMemAlloc or cuMemCreate, also by a dlsym of its own; it is asked once, at the first large allocation
  *     - everything after a wish for a legacy IPC handle of such memory, which has none
  *
- * Seen by a program: sizes are rounded up to 2 MiB. cudaFreeAsync of memory of cudaMalloc waits for the device. The
- * default pool does not count what is served. A range that
+ * Seen by a program: sizes are rounded up to 2 MiB. cudaFreeAsync of such memory waits for the device. A range that
  * cuPointerGetAttribute gives ends at a GiB from its start. cuDevicePrimaryCtxRelease does not free the memory.
  */
 #include "device.h"
-#include "ordered.h"
 #include "real.h"
 #include "serve.h"
 #include "table.h"
@@ -32,8 +29,6 @@
 
 INTERPOSE(cudaMalloc, (void **pointer, size_t size), (pointer, size))
 INTERPOSE(cudaFree, (void *pointer), (pointer))
-INTERPOSE(cudaMallocAsync, (void **pointer, size_t size, void *stream), (pointer, size, stream))
-INTERPOSE(cudaMallocAsync_ptsz, (void **pointer, size_t size, void *stream), (pointer, size, stream))
 INTERPOSE(cudaFreeAsync, (void *pointer, void *stream), (pointer, stream))
 INTERPOSE(cudaFreeAsync_ptsz, (void *pointer, void *stream), (pointer, stream))
 INTERPOSE(cudaIpcGetMemHandle, (void *handle, void *pointer), (handle, pointer))
@@ -42,8 +37,6 @@ INTERPOSE(cudaDeviceDisablePeerAccess, (int peer), (peer))
 INTERPOSE(cudaDeviceReset, (void), ())
 INTERPOSE(cuMemAlloc_v2, (uint64_t *pointer, size_t size), (pointer, size))
 INTERPOSE(cuMemFree_v2, (uint64_t pointer), (pointer))
-INTERPOSE(cuMemAllocAsync, (uint64_t *pointer, size_t size, void *stream), (pointer, size, stream))
-INTERPOSE(cuMemAllocAsync_ptsz, (uint64_t *pointer, size_t size, void *stream), (pointer, size, stream))
 INTERPOSE(cuMemFreeAsync, (uint64_t pointer, void *stream), (pointer, stream))
 INTERPOSE(cuMemFreeAsync_ptsz, (uint64_t pointer, void *stream), (pointer, stream))
 INTERPOSE(cuMemGetAddressRange_v2, (uint64_t *base, size_t *size, uint64_t pointer), (base, size, pointer))
@@ -94,7 +87,7 @@ INTERPOSED int cudaMalloc(void **pointer, size_t size)
 	/* Who stands in front is asked once a runtime is there: some load it when they are first called. Where the answer is
 	 * known, nothing is asked of the runtime. */
 	if (pointer == NULL || size < RW_LEAST || !rw_serving() || rw_is_not_alone() || !runtime_is_ready() ||
-	    !rw_is_alone_with_runtime() || !rw_is_alone_with_driver() || !rw_serve(&address, size, RW_WAITING))
+	    !rw_is_alone_with_runtime() || !rw_is_alone_with_driver() || !rw_serve(&address, size))
 		return real_cudaMalloc(pointer, size);
 	*pointer = (void *)(uintptr_t)address;
 	return CUDA_SUCCESS;
@@ -105,7 +98,7 @@ INTERPOSED int cuMemAlloc_v2(uint64_t *pointer, size_t size)
 	uint64_t address;
 
 	if (pointer == NULL || size < RW_LEAST || !rw_serving() || rw_find_driver() == NULL || !rw_is_alone_with_driver() ||
-	    !rw_serve(&address, size, RW_WAITING))
+	    !rw_serve(&address, size))
 		return real_cuMemAlloc_v2(pointer, size);
 	*pointer = address;
 	return CUDA_SUCCESS;
@@ -125,102 +118,32 @@ INTERPOSED int cuMemFree_v2(uint64_t pointer)
 	return result == RW_NOT_OURS ? real_cuMemFree_v2(pointer) : result;
 }
 
-/* By the driver's numbers: the default stream is the legacy one, or that of the thread. */
-static void *legacy(void *stream)
-{
-	return stream == NULL ? (void *)1 : stream;
-}
-
-static void *per_thread(void *stream)
-{
-	return stream == NULL ? (void *)2 : stream;
-}
-
-static bool malloc_ordered(void **pointer, size_t size, void *stream)
-{
-	uint64_t address;
-
-	if (pointer == NULL || size < RW_LEAST || !rw_serving_ordered() || rw_is_not_alone() || !runtime_is_ready() ||
-	    !rw_is_alone_with_runtime() || !rw_is_alone_with_driver() || !rw_serve_ordered(&address, size, stream))
-		return false;
-	*pointer = (void *)(uintptr_t)address;
-	return true;
-}
-
-static bool alloc_ordered(uint64_t *pointer, size_t size, void *stream)
-{
-	return pointer != NULL && size >= RW_LEAST && rw_serving_ordered() && rw_is_alone_with_driver() &&
-	       rw_serve_ordered(pointer, size, stream);
-}
-
-/* Where memory is short, what was freed is waited for: the driver's own pool gives it out in the order of the stream. */
-#define ALLOCATE_ORDERED(allocate, name, stream_of)                                  \
-	do {                                                                         \
-		rw_sweep_ordered();                                                  \
-		if (allocate(pointer, size, stream_of(stream)))                      \
-			return CUDA_SUCCESS;                                         \
-		int result = real_##name(pointer, size, stream);                     \
-		if (result == CUDA_ERROR_OUT_OF_MEMORY && rw_wait_ordered())         \
-			result = real_##name(pointer, size, stream);                 \
-		return result;                                                       \
-	} while (0)
-
-INTERPOSED int cudaMallocAsync(void **pointer, size_t size, void *stream)
-{
-	ALLOCATE_ORDERED(malloc_ordered, cudaMallocAsync, legacy);
-}
-
-INTERPOSED int cudaMallocAsync_ptsz(void **pointer, size_t size, void *stream)
-{
-	ALLOCATE_ORDERED(malloc_ordered, cudaMallocAsync_ptsz, per_thread);
-}
-
-INTERPOSED int cuMemAllocAsync(uint64_t *pointer, size_t size, void *stream)
-{
-	ALLOCATE_ORDERED(alloc_ordered, cuMemAllocAsync, legacy);
-}
-
-INTERPOSED int cuMemAllocAsync_ptsz(uint64_t *pointer, size_t size, void *stream)
-{
-	ALLOCATE_ORDERED(alloc_ordered, cuMemAllocAsync_ptsz, per_thread);
-}
-
-/* CUDA allows this for memory of cudaMalloc, too, which is then free once the stream is done (CUDA programming guide,
+/* CUDA allows these for memory of cudaMalloc, which is then free once the stream is done (CUDA programming guide,
  * stream-ordered memory allocator). Waiting for it is correct. */
-static int free_ordered(uint64_t address, void *stream, int (*free_tag)(uint64_t))
-{
-	int result = rw_free_ordered(address, stream);
-
-	rw_sweep_ordered();
-	if (result == RW_TO_DRIVER)
-		return RW_NOT_OURS;
-	return result == RW_NOT_OURS ? rw_free(address, free_tag) : result;
-}
-
 INTERPOSED int cudaFreeAsync(void *pointer, void *stream)
 {
-	int result = free_ordered(number(pointer), legacy(stream), free_by_runtime);
+	int result = rw_free(number(pointer), free_by_runtime);
 
 	return result == RW_NOT_OURS ? real_cudaFreeAsync(pointer, stream) : result;
 }
 
 INTERPOSED int cudaFreeAsync_ptsz(void *pointer, void *stream)
 {
-	int result = free_ordered(number(pointer), per_thread(stream), free_by_runtime);
+	int result = rw_free(number(pointer), free_by_runtime);
 
 	return result == RW_NOT_OURS ? real_cudaFreeAsync_ptsz(pointer, stream) : result;
 }
 
 INTERPOSED int cuMemFreeAsync(uint64_t pointer, void *stream)
 {
-	int result = free_ordered(pointer, legacy(stream), real_cuMemFree_v2);
+	int result = rw_free(pointer, real_cuMemFree_v2);
 
 	return result == RW_NOT_OURS ? real_cuMemFreeAsync(pointer, stream) : result;
 }
 
 INTERPOSED int cuMemFreeAsync_ptsz(uint64_t pointer, void *stream)
 {
-	int result = free_ordered(pointer, per_thread(stream), real_cuMemFree_v2);
+	int result = rw_free(pointer, real_cuMemFree_v2);
 
 	return result == RW_NOT_OURS ? real_cuMemFreeAsync_ptsz(pointer, stream) : result;
 }

@@ -134,16 +134,24 @@ static int put(const struct handle *handle, const struct rw_piece *piece)
 	return result;
 }
 
+/* Of one that the program has closed. */
+static int change_access(const struct rw_driver *driver, const struct rw_piece *piece, int flags)
+{
+	const struct rw_allocation *allocation = piece->allocation;
+
+	if (allocation->created == NULL || allocation->access != CU_MEM_ACCESS_FLAGS_PROT_NONE)
+		return CUDA_SUCCESS;
+	return rw_set_peer_access(driver, allocation->device, piece->address, piece->size, flags);
+}
+
 /* The memory of the piece into that of `handle`, by way of an address that nobody else knows. */
 static int copy_to(const struct handle *handle, const struct rw_piece *piece)
 {
 	const struct rw_driver *driver = handle->driver;
 	uint32_t device = piece->allocation->device;
 	uint64_t scratch;
-	int result = CUDA_SUCCESS;
+	int result = change_access(driver, piece, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
 
-	if (piece->allocation->created != NULL && piece->allocation->access == CU_MEM_ACCESS_FLAGS_PROT_NONE)
-		result = rw_set_peer_access(driver, device, piece->address, piece->size, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
 	if (result == CUDA_SUCCESS)
 		result = driver->cuMemAddressReserve(&scratch, piece->size, 0, 0, 0);
 	if (result != CUDA_SUCCESS)
@@ -224,8 +232,10 @@ int rw_own(const struct rw_piece *piece)
 		result = copy_to(&new, piece);
 	if (result == CUDA_SUCCESS)
 		result = driver->cuMemUnmap(piece->address, piece->size);
-	if (result != CUDA_SUCCESS)
+	if (result != CUDA_SUCCESS) {
+		change_access(driver, piece, CU_MEM_ACCESS_FLAGS_PROT_NONE);
 		return result;
+	}
 	result = put(&new, piece);
 	if (result == CUDA_SUCCESS) {
 		uint64_t before = holds(piece) > 0 ? piece->allocation->created->actual : 0;
@@ -293,7 +303,8 @@ int rw_map(const struct rw_piece *piece, int descriptor)
 	if (result != CUDA_SUCCESS)
 		return result;
 	set_state(piece, RW_IMPORTED);
+	result = hand_over(&handle, piece);
 	if (piece->allocation->created != NULL)
 		rw_count_away(false);
-	return hand_over(&handle, piece);
+	return result;
 }

@@ -4,13 +4,11 @@
  * cuMemUnmap does not wait for work that uses the memory, which then fails for the whole context (measured, driver 580:
  * error 700). cuMemFree waits, even beside the captures of other threads, which cuCtxSynchronize would break. So every
  * allocation has a tag, a few bytes of the driver's own, and is freed by freeing its tag first: the wait, the rules for
- * captures and the errors of a free are the driver's (measured equal in all modes; 7 us for a tag and its end). What was
- * allocated in the order of a stream (ordered.h) gets its tag only where it is freed otherwise. */
+ * captures and the errors of a free are the driver's (measured equal in all modes; 7 us for a tag and its end). */
 #include "serve.h"
 #include "change.h"
 #include "control.h"
 #include "device.h"
-#include "ordered.h"
 #include "table.h"
 
 #include <stdlib.h>
@@ -57,7 +55,7 @@ static int unmap_pieces(const struct rw_driver *driver, const struct rw_allocati
 	return first;
 }
 
-int rw_take_apart(const struct rw_driver *driver, struct rw_allocation *allocation)
+static int take_apart(const struct rw_driver *driver, struct rw_allocation *allocation)
 {
 	rw_take_out(allocation);
 	int result = unmap_pieces(driver, allocation, allocation->pieces);
@@ -82,7 +80,7 @@ static int back_piece(const struct rw_driver *driver, const struct rw_allocation
 	return result;
 }
 
-static bool back(const struct rw_driver *driver, struct rw_allocation *allocation, enum rw_order order)
+static bool back(const struct rw_driver *driver, struct rw_allocation *allocation)
 {
 	RW_CHANGE;
 	uint32_t done = 0;
@@ -91,8 +89,7 @@ static bool back(const struct rw_driver *driver, struct rw_allocation *allocatio
 		return false;
 	while (done < allocation->pieces && back_piece(driver, allocation, done) == CUDA_SUCCESS)
 		done++;
-	if (done == allocation->pieces &&
-	    (order == RW_ORDERED || driver->cuMemAlloc_v2(&allocation->tag, TAG) == CUDA_SUCCESS)) {
+	if (done == allocation->pieces && driver->cuMemAlloc_v2(&allocation->tag, TAG) == CUDA_SUCCESS) {
 		uint64_t accessors = rw_accessors(allocation->device);
 
 		if (rw_set_access(driver, allocation->device, allocation->address, allocation->size) == CUDA_SUCCESS &&
@@ -105,15 +102,14 @@ static bool back(const struct rw_driver *driver, struct rw_allocation *allocatio
 					rw_change_peer(allocation->device, peer, (accessors >> peer & 1) == 0);
 			return true;
 		}
-		if (allocation->tag != 0)
-			driver->cuMemFree_v2(allocation->tag);
+		driver->cuMemFree_v2(allocation->tag);
 	}
 	unmap_pieces(driver, allocation, done);
 	driver->cuMemAddressFree(allocation->address, allocation->size);
 	return false;
 }
 
-bool rw_serve(uint64_t *address, size_t size, enum rw_order order)
+bool rw_serve(uint64_t *address, size_t size)
 {
 	const struct rw_driver *driver = rw_find_driver();
 	void *context = NULL;
@@ -132,8 +128,7 @@ bool rw_serve(uint64_t *address, size_t size, enum rw_order order)
 	new->asked = size;
 	new->context = context;
 	new->device = (uint32_t)device;
-	rw_sweep_ordered();
-	if (!back(driver, new, order) && !(rw_wait_ordered() && back(driver, new, order))) {
+	if (!back(driver, new)) {
 		free(new);
 		return false;
 	}
@@ -149,11 +144,9 @@ int rw_free(uint64_t address, int (*free_tag)(uint64_t))
 
 	if (found == NULL)
 		return RW_NOT_OURS;
-	int result = found->tag != 0 ? CUDA_SUCCESS : driver->cuMemAlloc_v2(&found->tag, TAG);
+	int result = free_tag(found->tag);
 	if (result == CUDA_SUCCESS)
-		result = free_tag(found->tag);
-	if (result == CUDA_SUCCESS)
-		return rw_take_apart(driver, found);
+		return take_apart(driver, found);
 	rw_end_free(found);
 	return result;
 }
@@ -167,13 +160,12 @@ void rw_free_device(uint32_t device)
 
 	if (driver == NULL || device >= RW_DEVICES)
 		return;
-	rw_end_ordered(device);
 	while ((one = rw_begin_free_of(device)) != NULL) {
 		/* Whatever it says: a broken context is what a reset is for. The tags go with the context. */
 		if (!waited)
 			wait_for(driver, one->context);
 		waited = true;
-		rw_take_apart(driver, one);
+		take_apart(driver, one);
 	}
 	rw_forget_device(device);
 }

@@ -2,9 +2,6 @@
 #ifndef REWARM_DEVICE_MEMORY_SERVE_H
 #define REWARM_DEVICE_MEMORY_SERVE_H
 
-#include "driver.h"
-#include "table.h"
-
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -14,16 +11,11 @@ enum { RW_LEAST = 2 << 20 };
 
 enum { RW_NOT_OURS = -1 };
 
-enum rw_order { RW_WAITING, RW_ORDERED };
-
 /* For the calling thread's current context; false if the driver has to do it, and nothing is changed then. */
-bool rw_serve(uint64_t *address, size_t size, enum rw_order order);
+bool rw_serve(uint64_t *address, size_t size);
 
 /* A CUresult, or RW_NOT_OURS. `free_tag` is the driver's or the runtime's own way to free. */
 int rw_free(uint64_t address, int (*free_tag)(uint64_t));
-
-/* Of what rw_begin_free() has given, and nothing uses any more. */
-int rw_take_apart(const struct rw_driver *driver, struct rw_allocation *allocation);
 
 /* Whether new allocations are served. `rw_stop_serving` is for good. */
 bool rw_serving(void);

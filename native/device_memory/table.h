@@ -17,8 +17,7 @@ struct rw_created;
 
 struct rw_allocation {
 	uint64_t address, size, asked;
-	uint64_t tag; /* serve.c; 0 if it is freed in the order of a stream */
-	void *event;  /* ordered.c */
+	uint64_t tag; /* serve.c */
 	void *context;
 	struct rw_created *created; /* created.h; NULL of what the library has created. It is one piece of any size. */
 	struct rw_allocation *next; /* in a list */

@@ -60,9 +60,9 @@ INTERPOSED int cuMemRelease(uint64_t handle)
 	FOUND(handle);
 	if (found == NULL)
 		return real_cuMemRelease(handle);
-	rw_begin_release(found);
 	int result = real_cuMemRelease(found->actual);
-	rw_end_release(found, result == CUDA_SUCCESS);
+	if (result == CUDA_SUCCESS)
+		rw_released(found);
 	return result;
 }
 

@@ -21,7 +21,7 @@ from support.proc import command, wait_for
 
 CASES = (
     *("served-server", "served-child", "served-pinned", "served-streams", "served-pooled", "served-expandable"),
-    *("served-async", "served-threads"),
+    "served-threads",
 )
 BEFORE, AFTER = 3, 3
 KILLS = 12

@@ -34,7 +34,7 @@ MESSAGE = struct.Struct("<IIQiIQQQ16s")
 PIDFD_GETFD = 438
 
 # What the fake driver counts.
-HANDLES, MAPPED, RESERVED, ALLOCATED, SYNCS, USED, BROKEN, TINY, EVENTS = range(9)
+HANDLES, MAPPED, RESERVED, ALLOCATED, SYNCS, USED, BROKEN, TINY = range(8)
 
 
 @dataclass(frozen=True)

@@ -578,6 +578,41 @@ def test_while_it_is_unmapped_it_is_told(program: Program) -> None:
     assert program.do("release", handle) == 0 and imported(program) == 0
 
 
+def test_a_handle_more_while_the_driver_refuses_to_unmap_it(program: Program) -> None:
+    """Its name is another by now; and the piece leaves no handle behind."""
+    made = sorted(make(program) for _ in range(2))
+    cycle(program)
+    for address, handle in made:
+        program.do("set_slow_ms", 300)
+        program.do("beside_unmap", address, SIZE // 2)
+        wait_for("the call", lambda: program.connect().changing() == 1)
+        program.do("set_slow_ms", 0)
+        assert program.tell("retain", address) == [0, handle]
+        assert program.do("join") == INVALID_VALUE
+    descriptors = out(program)
+    assert program.do("count", HANDLES) == 0
+    back(program, descriptors)
+    for address, handle in made:
+        assert is_whole(program, address)
+        drop(program, address, handle, handle)
+
+
+def test_a_copy_that_cannot_be_made_leaves_access_as_it_was(built: Built) -> None:
+    program = start(built, FAKE_LIMIT=str(SIZE))
+    try:
+        address, handle = make(program)
+        assert program.do("set_access", address, SIZE, NONE) == 0
+        cycle(program)
+        program.do("set_fail_map", 1)
+        assert program.connect().status(OWN, address, SIZE) == OUT_OF_MEMORY
+        assert program.do("protection", address) == NONE
+        assert program.do("set_access", address, SIZE, READ_WRITE) == 0 and is_whole(program, address)
+        drop(program, address, handle)
+        program.end()
+    finally:
+        program.close()
+
+
 def test_shared_while_the_driver_refuses_to_unmap_it(program: Program) -> None:
     address, handle = make(program, types=DESCRIPTOR)
     program.do("set_slow_ms", 300)

@@ -17,8 +17,6 @@ EXPORTED = {
     "cuDevicePrimaryCtxReset",
     "cuDevicePrimaryCtxReset_v2",
     "cuIpcGetMemHandle",
-    "cuMemAllocAsync",
-    "cuMemAllocAsync_ptsz",
     "cuMemAlloc_v2",
     "cuMemCreate",
     "cuMemExportToShareableHandle",
@@ -52,8 +50,6 @@ EXPORTED = {
     "cudaGetDriverEntryPoint_ptsz",
     "cudaIpcGetMemHandle",
     "cudaMalloc",
-    "cudaMallocAsync",
-    "cudaMallocAsync_ptsz",
 }
 # Functions of every libc from glibc 2.17 on (libpthread and libdl apart until 2.34), and of musl.
 NEEDED = {

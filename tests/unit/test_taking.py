@@ -136,6 +136,23 @@ def test_brought_and_not_mapped(node: Node) -> None:
     assert program.probe() == other.probe()
 
 
+def test_a_copy_that_can_be_put_nowhere(node: Node) -> None:
+    """The piece is lost, and the program that would run without it stays stopped."""
+    program = node.start(SERVED_MIB="1", CREATED_MIB="6")
+    found = node.contexts(program)
+    places = take(node, found)
+    taking.put(node.driver, found, places, LIMIT)
+    descriptors.close(places)
+    program.get("/fail")
+    places = {program.pid: []}
+    with pytest.raises(GpuError, match=r"make its own memory in .* the GPU has not enough free memory"):
+        take(node, found, places)
+    for _ in range(2):
+        with pytest.raises(GpuError, match=f"process {program.pid} .*: a piece of it is lost; restart the container"):
+            taking.put(node.driver, found, places, LIMIT)
+        assert program.stopped
+
+
 def test_there_and_back(node: Node, program: Workload, expected: Check) -> None:
     assert expected(program, 1)
     found = node.contexts(program)

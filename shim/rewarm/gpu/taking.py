@@ -185,6 +185,7 @@ def _put(driver: Driver, context: Context, places: Sequence[tuple[Span, int]], l
     # The driver answers for a process by a thread of that: while it is stopped, only inside Awake.
     pid = context.pid
     if not places:
+        _check_whole(driver, pid, limit)
         # Nothing was taken. What may be on its way would be kept by the library's socket: reading it ends that.
         awake.go_on([pid])
         actions.go_on(driver, [context], patience, limit)
@@ -204,6 +205,18 @@ def _put(driver: Driver, context: Context, places: Sequence[tuple[Span, int]], l
             _call(driver.restore, pid)
         fill(driver, pid, places, limit)
     awake.go_on([pid])
+
+
+def _check_whole(driver: Driver, pid: int, limit: float) -> None:
+    """Raises GpuError for a stopped process that lacks a piece of which nobody has a descriptor: neither it nor its
+    copy could be put to where it was."""
+    lost = False
+    with suppress(GpuError):
+        if _is_stopped(pid) and _call(driver.state, pid) == cuda.RUNNING:
+            with awake.Awake(driver, [pid]):
+                lost = _away(pid, limit)
+    if lost:
+        raise GpuError("give back GPU memory of", _name(pid), "a piece of it is lost", "restart the container")
 
 
 def fill(driver: Driver, pid: int, places: Sequence[tuple[Span, int]], limit: float, *, whole: bool = False) -> None:

@@ -15,12 +15,10 @@
 #include <unistd.h>
 
 #define API __attribute__((visibility("default")))
-/* The larger fake has others. */
-#define OWN __attribute__((visibility("default"), weak))
 
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED };
 enum { INVALID_DEVICE = 101, INVALID_CONTEXT = 201, PEER_ALREADY = 704, PEER_NOT = 705 };
-enum { NOT_FOUND = 500, NOT_READY = 600, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900 };
+enum { NOT_FOUND = 500, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900 };
 enum { TINY = 256 }; /* these fit in what the driver has anyway: they count apart */
 enum { NEWER = 99000, DEVICES = 3, GRANULE = 2 << 20, STACK = 16 };
 
@@ -47,10 +45,10 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct range *reserved, *mapped, *allocated;
 static struct memory *memories, *spare;
 static struct context *primary[DEVICES];
-static uint64_t used, handles, syncs, tiny, events;
+static uint64_t used, handles, syncs, tiny;
 static bool initialised;
 static struct {
-	int sticky, capturing, broken, fail_map, fail_access, fail_export, fail_release, slow_ms, unfinished, stream_capturing, other_pool, other_context, fail_record;
+	int sticky, capturing, broken, fail_map, fail_access, fail_export, fail_release, slow_ms;
 } state;
 static __thread struct context *stack[STACK];
 static __thread int top = -1, mode;
@@ -184,8 +182,7 @@ enum {
 	COUNT_SYNCS,
 	COUNT_USED,
 	COUNT_BROKEN,
-	COUNT_TINY,
-	COUNT_EVENTS
+	COUNT_TINY
 };
 
 API int64_t fake_count(int which)
@@ -199,7 +196,6 @@ API int64_t fake_count(int which)
 	case COUNT_USED: return (int64_t)used;
 	case COUNT_BROKEN: return state.broken;
 	case COUNT_TINY: return (int64_t)tiny;
-	case COUNT_EVENTS: return (int64_t)events;
 	default: break;
 	}
 	struct range *list = which == COUNT_MAPPED ? mapped : which == COUNT_RESERVED ? reserved : allocated;
@@ -227,16 +223,6 @@ API void fake_set(const char *what, int value)
 		state.fail_map = value;
 	else if (strcmp(what, "fail_access") == 0)
 		state.fail_access = value;
-	else if (strcmp(what, "unfinished") == 0)
-		state.unfinished = value;
-	else if (strcmp(what, "stream_capturing") == 0)
-		state.stream_capturing = value;
-	else if (strcmp(what, "fail_record") == 0)
-		state.fail_record = value;
-	else if (strcmp(what, "other_context") == 0)
-		state.other_context = value;
-	else if (strcmp(what, "other_pool") == 0)
-		state.other_pool = value;
 	else if (strcmp(what, "slow_ms") == 0)
 		__atomic_store_n(&state.slow_ms, value, __ATOMIC_RELAXED);
 	else if (strcmp(what, "fail_export") == 0)
@@ -456,97 +442,10 @@ API int cuMemFree_v2(uint64_t address)
 	return OK;
 }
 
-/* --- the order of streams: work that is `unfinished` ends when somebody waits for it --- */
-
-enum { LEGACY = 1, PER_THREAD };
-
-struct event {
-	bool waited;
-};
-
-API int cuMemAllocAsync(uint64_t *address, size_t size, void *stream)
-{
-	(void)stream;
-	return cuMemAlloc_v2(address, size);
-}
-
 API int cuMemFreeAsync(uint64_t address, void *stream)
 {
 	(void)stream;
 	return cuMemFree_v2(address);
-}
-
-API int cuDeviceGetDefaultMemPool(void **pool, int device)
-{
-	*pool = &primary[device];
-	return OK;
-}
-
-API int cuDeviceGetMemPool(void **pool, int device)
-{
-	LOCKED;
-	*pool = state.other_pool ? (void *)&state : (void *)&primary[device];
-	return OK;
-}
-
-API int cuStreamGetCtx(void *stream, struct context **context)
-{
-	if ((uintptr_t)stream > PER_THREAD)
-		return INVALID_VALUE;
-	if (state.other_context) {
-		*context = (struct context *)&state;
-		return OK;
-	}
-	return cuCtxGetCurrent(context);
-}
-
-API int cuStreamIsCapturing(void *stream, int *status)
-{
-	LOCKED;
-	*status = stream != NULL && state.stream_capturing;
-	return OK;
-}
-
-OWN int cuEventCreate(struct event **event, unsigned flags)
-{
-	LOCKED;
-	*event = calloc(1, sizeof(**event));
-	events++;
-	return flags == 2 ? OK : INVALID_VALUE;
-}
-
-OWN int cuEventRecord(struct event *event, void *stream)
-{
-	LOCKED;
-	if (state.fail_record)
-		return OUT_OF_MEMORY;
-	event->waited = false;
-	return (uintptr_t)stream == LEGACY || (uintptr_t)stream == PER_THREAD ? OK : INVALID_VALUE;
-}
-
-OWN int cuEventQuery(struct event *event)
-{
-	LOCKED;
-	if (breaks_capture())
-		return CAPTURE_UNSUPPORTED;
-	return state.unfinished && !event->waited ? NOT_READY : OK;
-}
-
-OWN int cuEventSynchronize(struct event *event)
-{
-	LOCKED;
-	if (breaks_capture())
-		return CAPTURE_UNSUPPORTED;
-	event->waited = true;
-	return OK;
-}
-
-OWN int cuEventDestroy_v2(struct event *event)
-{
-	LOCKED;
-	events--;
-	free(event);
-	return OK;
 }
 
 API int cuMemGetAddressRange_v2(uint64_t *base, size_t *size, uint64_t address)

@@ -82,28 +82,11 @@ API int cudaFree(void *pointer)
 	return note(result != 0 || pointer == NULL ? result : CALL(cuMemFree_v2, pointer));
 }
 
-API int cudaMallocAsync(void **pointer, size_t size, void *stream)
-{
-	int result = begin();
-
-	return note(result != 0 ? result : CALL(cuMemAllocAsync, pointer, size, stream));
-}
-
-API int cudaMallocAsync_ptsz(void **pointer, size_t size, void *stream)
-{
-	return cudaMallocAsync(pointer, size, stream);
-}
-
 API int cudaFreeAsync(void *pointer, void *stream)
 {
 	int result = begin();
 
 	return note(result != 0 || pointer == NULL ? result : CALL(cuMemFreeAsync, pointer, stream));
-}
-
-API int cudaFreeAsync_ptsz(void *pointer, void *stream)
-{
-	return cudaFreeAsync(pointer, stream);
 }
 
 API int cudaIpcGetMemHandle(void *handle, void *pointer)

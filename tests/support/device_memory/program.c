@@ -15,13 +15,11 @@
 #include <unistd.h>
 
 extern int cudaMalloc(void **, size_t), cudaFree(void *);
-extern int cudaMallocAsync(void **, size_t, void *), cudaFreeAsync(void *, void *);
-extern int cudaMallocAsync_ptsz(void **, size_t, void *), cudaFreeAsync_ptsz(void *, void *);
+extern int cudaFreeAsync(void *, void *);
 extern int cudaSetDevice(int), cudaDeviceReset(void), cudaGetLastError(void), cudaIpcGetMemHandle(void *, void *);
 extern int cudaDeviceEnablePeerAccess(int, unsigned), cudaDeviceDisablePeerAccess(int);
 #ifdef WITH_DRIVER
 extern int cuMemAlloc_v2(uint64_t *, size_t), cuMemFree_v2(uint64_t);
-extern int cuMemAllocAsync(uint64_t *, size_t, void *), cuMemFreeAsync(uint64_t, void *);
 extern int cuMemGetAddressRange_v2(uint64_t *, size_t *, uint64_t);
 extern int cuCtxCreate_v2(void **, unsigned, int), cuCtxPopCurrent_v2(void **), cuIpcGetMemHandle(void *, uint64_t);
 struct kind {
@@ -83,48 +81,28 @@ static int64_t count(int which)
 	return ask(which);
 }
 
-static int malloc_async(void **pointer, size_t size)
-{
-	return cudaMallocAsync(pointer, size, NULL);
-}
-
-static int free_async(void *pointer)
-{
-	return cudaFreeAsync(pointer, NULL);
-}
-
 /* Allocates and frees in an order of its own, and looks whether what it wrote is there. */
-static uintptr_t stir_by(uintptr_t seed, int (*allocate)(void **, size_t), int (*release)(void *))
+static void *stir(void *seed)
 {
-	unsigned random = (unsigned)seed;
+	unsigned random = (unsigned)(uintptr_t)seed;
 	uint64_t *kept[KEPT] = { NULL };
 	uintptr_t wrong = 0;
 
 	for (int round = 0; round < ROUNDS; round++) {
 		int at = rand_r(&random) % KEPT;
 		if (kept[at] != NULL) {
-			wrong += *kept[at] != (uintptr_t)kept[at] + seed;
-			wrong += release(kept[at]) != 0;
+			wrong += *kept[at] != (uintptr_t)kept[at] + (uintptr_t)seed;
+			wrong += cudaFree(kept[at]) != 0;
 			kept[at] = NULL;
 		} else {
 			size_t size = rand_r(&random) % 4 == 0 ? 1000 : (size_t)(2 + rand_r(&random) % 9) * MIB;
-			wrong += allocate((void **)&kept[at], size) != 0;
-			*kept[at] = (uintptr_t)kept[at] + seed;
+			wrong += cudaMalloc((void **)&kept[at], size) != 0;
+			*kept[at] = (uintptr_t)kept[at] + (uintptr_t)seed;
 		}
 	}
 	for (int at = 0; at < KEPT; at++)
-		wrong += kept[at] != NULL && release(kept[at]) != 0;
-	return wrong;
-}
-
-static void *stir(void *seed)
-{
-	return (void *)stir_by((uintptr_t)seed, cudaMalloc, cudaFree);
-}
-
-static void *stir_async(void *seed)
-{
-	return (void *)stir_by((uintptr_t)seed, malloc_async, free_async);
+		wrong += kept[at] != NULL && cudaFree(kept[at]) != 0;
+	return (void *)wrong;
 }
 
 #ifdef WITH_DRIVER
@@ -254,8 +232,6 @@ static void in_child(uint64_t address)
 		int descriptors = open_descriptors(), freed = cudaFree((void *)address);
 		uint64_t new = 0;
 		int got = cudaMalloc((void **)&new, 4 * MIB);
-		void *small;
-		cudaMallocAsync(&small, 1000, NULL); /* frees what waits, of this process's */
 		printf("%d %d %d %d %d\n", descriptors, freed, got, count(1) == before, count(3) > 0);
 		fflush(stdout);
 		_exit(0);
@@ -408,16 +384,6 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 		printf("%d\n", cudaFree((void *)a));
 	else if (strcmp(word, "free_async") == 0)
 		printf("%d\n", cudaFreeAsync((void *)a, NULL));
-	else if (strcmp(word, "malloc_async") == 0) {
-		result = cudaMallocAsync((void **)&found, a, NULL);
-		printf("%d %" PRIu64 "\n", result, found);
-	} else if (strcmp(word, "malloc_async_ptsz") == 0) {
-		result = cudaMallocAsync_ptsz((void **)&found, a, NULL);
-		printf("%d %" PRIu64 "\n", result, found);
-	} else if (strcmp(word, "free_async_ptsz") == 0)
-		printf("%d\n", cudaFreeAsync_ptsz((void *)a, NULL));
-	else if (strcmp(word, "stir_async") == 0)
-		printf("%" PRIu64 "\n", stir_all(stir_async));
 	else if (strcmp(word, "malloc_null") == 0)
 		printf("%d\n", cudaMalloc(NULL, a));
 	else if (strcmp(word, "last_error") == 0)
@@ -467,12 +433,7 @@ static void answer(const char *word, uint64_t a, uint64_t b, uint64_t c)
 	else if (strcmp(word, "cu_alloc") == 0) {
 		result = cuMemAlloc_v2(&found, a);
 		printf("%d %" PRIu64 "\n", result, found);
-	} else if (strcmp(word, "cu_alloc_async") == 0) {
-		result = cuMemAllocAsync(&found, a, NULL);
-		printf("%d %" PRIu64 "\n", result, found);
-	} else if (strcmp(word, "cu_free_async") == 0)
-		printf("%d\n", cuMemFreeAsync(a, NULL));
-	else if (strcmp(word, "cu_free") == 0)
+	} else if (strcmp(word, "cu_free") == 0)
 		printf("%d\n", cuMemFree_v2(a));
 	else if (strcmp(word, "cu_ipc") == 0)
 		printf("%d\n", cuIpcGetMemHandle(handle, a));

@@ -86,7 +86,6 @@ SOURCES: dict[str, Source] = {
     "served-expandable": Source(
         "server", {"GIB": "2", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, served=True
     ),
-    "served-async": Source("server", {"GIB": "2", "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, served=True),
     "served-pooled": Source("pooled", {"GIB": "2.5", "KV_GIB": "2"}, served=True),
     "served-killed": Source("server", {"GIB": "1"}, served=True),
     "served-copied": Source("server", {"GIB": "4", "KV_GIB": "4", "KV_USED_MIB": "64"}, served=True),

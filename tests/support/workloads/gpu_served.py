@@ -128,7 +128,14 @@ def serve() -> None:
             memory.unmap()
         return {}
 
-    paths = {"/probe": probe, "/held": lambda _body: {"bytes": sum(memory.sizes)}, "/unmap": unmap}
+    def fail(_body: bytes) -> dict[str, Any]:
+        """The second access that is set from now on fails, and the third mapping."""
+        driver = ctypes.CDLL(f"{os.environ['FAKE_CUDA_DIR']}/libcuda.so.1")
+        driver.fake_set(b"fail_access", 2)
+        driver.fake_set(b"fail_map", 3)
+        return {}
+
+    paths = {"/fail": fail, "/probe": probe, "/held": lambda _body: {"bytes": sum(memory.sizes)}, "/unmap": unmap}
     web.run(web.port(), {**paths, "/churn": Churn(own).state})
 
 
