@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, preload, processes, recover, resume
-from rewarm.criu import images, options, uts, vet
+from rewarm.criu import images, options, vet
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
 from rewarm.memory.places import PLACES
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci import log as oci_log
-from rewarm.oci import uts as oci_uts
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
 from rewarm.oci.spec import CONTROL_DESTINATION, LIBRARY_DESTINATION, OWN_DESTINATIONS, Spec
+from rewarm.replica import rename, tell
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS
 from rewarm.store.directory import DirectoryStore, SnapshotRef
@@ -49,8 +49,7 @@ LIBRARY, PIECES = "device/library.so", "device/pieces"
 _FILES = (ROOTFS_DIFF, DEV_SHM, CHUNKS, PLACES, LIBRARY, PIECES)
 # What runc's own restore flags cannot say for this call; a cold start can.
 _UNSUPPORTED_FLAGS = ("preserve-fds", "pidfd-socket")
-_HOOK_TIMEOUT = 60
-_STOP_TIMEOUT = 10.0
+_HOOK_TIMEOUT, _STOP_TIMEOUT = 60, 10.0
 
 
 class Plan(NamedTuple):
@@ -232,8 +231,7 @@ def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
     checkpoint = Path(_file(plan, CHECKPOINT))
     try:
         vet.vet(checkpoint, plan.spec, destinations)
-        if (names := oci_uts.names(plan.spec)) is not None:
-            uts.rename(checkpoint, *names)
+        rename(checkpoint, plan.spec)
     except images.ImageError as error:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
     if memory is not None:
@@ -259,6 +257,7 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
             )
         shm = os.path.realpath(shm)
         changes.append(Undo(shm, os.path.join(directory, "devshm.undo"), os.path.ismount(shm)))
+    tell(record.control(directory), plan.invocation.container_id, _name(plan), plan.spec)
     changed = prepared = _prepared(plan)
     hooks = [_rootfs_hook(plan, changes[0])] if _has(plan, ROOTFS_DIFF) else []
     if devices is not None:
@@ -290,6 +289,10 @@ def _prepared(plan: Plan) -> Spec:
     there = {mount.destination for mount in plan.manifest.requires.mounts}
     control = record.control(plan.directory) if CONTROL_DESTINATION in there else None
     return spec.prepared(plan.spec, control, preload.file(plan.directory) if LIBRARY_DESTINATION in there else None)
+
+
+def _name(plan: Plan) -> str:
+    return f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id[:12]}"
 
 
 def _has(plan: Plan, name: str) -> bool:
@@ -378,7 +381,7 @@ def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
 
 def _report(plan: Plan, notes: list[str], devices: Devices | None) -> None:
     """Say how it went, while there still is somebody who undoes it if rewarm is killed in between."""
-    name = f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id[:12]}"
+    name = _name(plan)
     plan.trace.note("container", plan.invocation.container_id)
     plan.trace.note("snapshot", name)
     plan.trace.write(os.path.join(plan.directory, "trace.json"))

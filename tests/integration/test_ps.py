@@ -21,6 +21,7 @@ POD = {
 CRI_O = {
     "io.kubernetes.pod.namespace": "team",
     "io.kubernetes.pod.name": "ocr-0",
+    "io.kubernetes.pod.uid": "u-1",
     "io.kubernetes.container.name": "server",
 }
 
@@ -57,7 +58,7 @@ def test_warm_cold_and_none_of_rewarms(node: Node) -> None:
     assert "does not exist; create it or mount it" in source["reason"] and source["snapshot"] == "default/counter"
     assert (copy["state"], copy["outcome"], copy["reason"]) == ("created", "warm", None)
     assert copy["snapshot"] == node.outcome("copy")["snapshot"] and copy["snapshot"].startswith("default/counter/")
-    assert copy["pod"] == {"namespace": "default", "name": "ocr-7d9f", "container": "server"}
+    assert copy["pod"] == {"namespace": "default", "name": "ocr-7d9f", "uid": "", "container": "server"}
     assert copy["runtime_root"] == str(runtime.root)
     lines = node.rewarm("ps").stdout.splitlines()
     assert lines[1].split()[:3] == ["copy", "default/ocr-7d9f/server", "created"], "the newest comes first"
@@ -75,7 +76,7 @@ def test_warm_cold_and_none_of_rewarms(node: Node) -> None:
 def test_a_pod_of_cri_o(node: Node) -> None:
     made = counter.bundle(node.directory / "copy", annotations={"rewarm.dev/snapshot": "counter", **CRI_O})
     node.runtime.create("copy", made)
-    assert rows(node)["copy"]["pod"] == {"namespace": "team", "name": "ocr-0", "container": "server"}
+    assert rows(node)["copy"]["pod"] == {"namespace": "team", "name": "ocr-0", "uid": "u-1", "container": "server"}
 
 
 def test_what_is_written_by_others_is_printed_as_text(node: Node) -> None:

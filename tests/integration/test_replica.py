@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import counter
+from support.netns import NetworkNamespace
 from support.node import Node
 
+ANNOTATION = {"rewarm.dev/snapshot": "counter"}
+POD = {
+    "io.kubernetes.cri.container-type": "container",
+    "io.kubernetes.cri.sandbox-namespace": "default",
+    "io.kubernetes.cri.sandbox-name": "ocr-2",
+    "io.kubernetes.cri.sandbox-uid": "u-2",
+    "io.kubernetes.cri.container-name": "server",
+}
 HOSTNAME = ["cat", "/proc/sys/kernel/hostname"]
 DOMAIN = ["cat", "/proc/sys/kernel/domainname"]
 
@@ -28,6 +40,20 @@ def uts_namespace(host: str, domain: str | None = None) -> Iterator[Path]:
             yield Path(f"/proc/{process.pid}/ns/uts")
         finally:
             process.kill()
+
+
+@contextmanager
+def network_namespace() -> Iterator[Path]:
+    """As a pod's, with addresses."""
+    with NetworkNamespace() as found:
+        for words in (
+            ["link", "set", "lo", "up"],
+            ["address", "add", "10.88.0.7/32", "dev", "lo", "scope", "global"],
+            ["address", "add", "10.88.0.8/32", "dev", "lo", "scope", "link"],
+            ["address", "add", "fd00::7/128", "dev", "lo", "nodad"],
+        ):
+            subprocess.run(found.argv("ip", *words), check=True)
+        yield found.path
 
 
 def joining(made: Any, path: Path) -> Any:
@@ -82,3 +108,46 @@ def test_a_pods_namespace_keeps_its_names(node: Node, domain: str | None) -> Non
         node.runtime.kill("copy", "KILL")
         node.runtime.wait_stopped("copy")
         node.runtime.delete("copy")
+
+
+def told(node: Node, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(node.runtime.exec(name, "cat", "/run/rewarm/restored.json"))
+    return found
+
+
+def test_it_is_told_what_is_new(node: Node) -> None:
+    counter.captured(node, annotations=ANNOTATION)
+    assert node.runtime.run("exec", "source", "cat", "/run/rewarm/restored.json", check=False).returncode != 0
+    environment = {"PYTHONHASHSEED": "0", "HOSTNAME": "copy=2"}
+    with network_namespace() as network:
+        more = {"hostname": "copy-2", "env": environment, "network": network}
+        start(node, "copy", counter.bundle(node.directory / "copy", {**ANNOTATION, **POD}, **more))
+        found = told(node, "copy")
+        assert found["snapshot"] == node.outcome("copy")["snapshot"]
+        assert found["reason"] == f"restored from {found['snapshot']} at {found['restored']}"
+        assert abs(datetime.fromisoformat(found["restored"]).timestamp() - time.time()) < 60
+        assert found["pod"] == {"namespace": "default", "name": "ocr-2", "uid": "u-2", "container": "server"}
+        assert (found["container"], found["hostname"]) == ("copy", "copy-2")
+        assert found["addresses"] == ["10.88.0.7", "fd00::7"], "neither of the loopback nor of one link"
+        assert {key: found["environment"][key] for key in environment} == environment
+        node.runtime.kill("copy", "KILL")
+        node.runtime.wait_stopped("copy")
+        node.runtime.delete("copy")
+
+
+def test_one_that_falls_back_has_none(node: Node) -> None:
+    counter.captured(node)
+    made = counter.bundle(node.directory / "copy", env={"PYTHONHASHSEED": "0", "MODE": "new"})
+    counter.run(node.runtime, "copy", made)
+    assert node.outcome("copy")["outcome"] == "cold"
+    assert node.runtime.run("exec", "copy", "cat", "/run/rewarm/restored.json", check=False).returncode != 0
+
+
+def test_a_copy_of_a_copy_is_told_of_itself(node: Node) -> None:
+    counter.captured(node, hostname="one")
+    start(node, "copy", counter.bundle(node.directory / "copy", hostname="two"))
+    node.rewarm("capture", "copy", "--name", "counter")
+    start(node, "again", counter.bundle(node.directory / "again", hostname="three"))
+    assert (told(node, "again")["hostname"], told(node, "again")["container"]) == ("three", "again")
+    assert told(node, "again")["snapshot"] != told(node, "copy")["snapshot"]
+    assert names(node, "again")[0] == "three"

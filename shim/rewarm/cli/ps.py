@@ -14,15 +14,10 @@ import click
 
 from rewarm import processes
 from rewarm.errors import OciError
-from rewarm.oci import record, runc, spec
+from rewarm.oci import pod, record, runc, spec
 
 from . import options, output
 
-_POD = (
-    ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri.sandbox-name", "io.kubernetes.cri.container-name"),
-    ("io.kubernetes.pod.namespace", "io.kubernetes.pod.name", "io.kubernetes.container.name"),
-)
-"""What containerd and CRI-O write into a spec: a pod's namespace and name, the container's name in it."""
 _LARGEST = 4 << 20
 
 
@@ -60,9 +55,9 @@ def command(as_json: bool, config: Path | None) -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    pod = "-" if row.pod is None else "/".join(row.pod.values())
+    place = "-" if row.pod is None else "/".join(row.pod[key] for key in ("namespace", "name", "container"))
     why = row.snapshot if row.outcome == "warm" else row.reason or "-"
-    return row.container[:12], pod, row.state, output.age(row.created), row.outcome or "-", why
+    return row.container[:12], place, row.state, output.age(row.created), row.outcome or "-", why
 
 
 def _rows(state_dir: str) -> Iterator[Row]:
@@ -112,11 +107,7 @@ def _outcome(directory: str) -> dict[str, str]:
 
 def _pod(bundle: str) -> dict[str, str] | None:
     with suppress(OciError):
-        annotations = spec.spec_annotations(spec.load(bundle))
-        for names in _POD:
-            found = [annotations.get(name, "") for name in names]
-            if all(found):
-                return dict(zip(("namespace", "name", "container"), found, strict=True))
+        return pod.pod(spec.load(bundle))
     return None
 
 

@@ -1,0 +1,82 @@
+"""A new replica is not the one that was captured: it has a name of its own, and is told what else is new.
+
+Its memory is the source's, the environment in it included. Who wants to know what the new container has reads
+`restored.json` in the control directory, which is there before anything runs, and in no container that started cold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rewarm import addresses
+from rewarm.criu import uts
+from rewarm.oci import pod, spec
+from rewarm.oci import uts as oci_uts
+from rewarm.oci.spec import Spec
+
+NAME = "restored.json"
+
+
+def rename(checkpoint: Path, bundle_spec: Spec) -> None:
+    """Have CRIU give the container the host name of its spec, or leave that of the pod that it joins. Raises
+    images.ImageError and OSError."""
+    if (names := oci_uts.names(bundle_spec)) is not None:
+        uts.rename(checkpoint, *names)
+
+
+def tell(control: str, container: str, snapshot: str, bundle_spec: Spec) -> None:
+    """Write the file for a container with this id and spec; `control` is its control directory on the node.
+
+    Its program's user may read it, and nobody else in the container: the environment is in it. Raises OSError.
+    """
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    names = oci_uts.names(bundle_spec)
+    document = {
+        "reason": f"restored from {snapshot} at {at}",
+        "snapshot": snapshot,
+        "restored": at,
+        "container": container,
+        "pod": pod.pod(bundle_spec),
+        "hostname": os.uname().nodename if names is None else names[0],
+        "addresses": _addresses(bundle_spec),
+        "environment": _environment(bundle_spec),
+    }
+    path = os.path.join(control, NAME)
+    spec.write_atomically(path, json.dumps(document).encode(), 0o400)
+    os.chown(path, *_owner(bundle_spec))
+
+
+def _addresses(bundle_spec: Spec) -> list[str]:
+    """Of a network namespace that is there already, as a pod's is."""
+    for namespace in (bundle_spec.get("linux") or {}).get("namespaces") or []:
+        if namespace.get("type") == "network" and namespace.get("path"):
+            with suppress(OSError):
+                return addresses.addresses(str(namespace["path"]))
+    return []
+
+
+def _environment(bundle_spec: Spec) -> dict[str, str]:
+    found: list[Any] = (bundle_spec.get("process") or {}).get("env") or []
+    return dict(str(one).split("=", 1) for one in found if "=" in str(one))
+
+
+def _owner(bundle_spec: Spec) -> tuple[int, int]:
+    """The program's user and group, by the node's numbers."""
+    user = (bundle_spec.get("process") or {}).get("user") or {}
+    linux = bundle_spec.get("linux") or {}
+    return (
+        _outside(int(user.get("uid") or 0), linux.get("uidMappings") or []),
+        _outside(int(user.get("gid") or 0), linux.get("gidMappings") or []),
+    )
+
+
+def _outside(number: int, mappings: list[dict[str, int]]) -> int:
+    for one in mappings:
+        if 0 <= number - one["containerID"] < one["size"]:
+            return one["hostID"] + number - one["containerID"]
+    return number

@@ -1,0 +1,67 @@
+"""What a restored container is told of itself: restored.json, and who may read it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewarm import addresses, replica
+from rewarm.oci.pod import pod
+
+
+def told(directory: Path, spec: dict[str, Any]) -> tuple[dict[str, Any], os.stat_result]:
+    replica.tell(str(directory), "id", "default/model/0123", spec)
+    path = directory / replica.NAME
+    return json.loads(path.read_text()), path.stat()
+
+
+def test_a_spec_without_anything(tmp_path: Path) -> None:
+    found, status = told(tmp_path, {})
+    assert found.pop("reason") == f"restored from default/model/0123 at {found.pop('restored')}"
+    assert found == {
+        **{"snapshot": "default/model/0123", "container": "id", "pod": None, "hostname": os.uname().nodename},
+        **{"addresses": [], "environment": {}},
+    }
+    assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (0o400, 0, 0)
+
+
+def test_the_programs_user_has_it(tmp_path: Path) -> None:
+    user = {"process": {"user": {"uid": 1000, "gid": 1001}, "env": ["A=b=c", "none", "B=", "A=d"]}}
+    found, status = told(tmp_path, user)
+    assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (0o400, 1000, 1001)
+    assert found["environment"] == {"A": "d", "B": ""}
+
+
+def test_by_the_nodes_numbers(tmp_path: Path) -> None:
+    uids = [{"containerID": 0, "hostID": 100000, "size": 1000}, {"containerID": 1000, "hostID": 5000, "size": 10}]
+    gids = [{"containerID": 0, "hostID": 200000, "size": 65536}]
+    spec = {"process": {"user": {"uid": 1003, "gid": 7}}, "linux": {"uidMappings": uids, "gidMappings": gids}}
+    _, status = told(tmp_path, spec)
+    assert (status.st_uid, status.st_gid) == (5003, 200007)
+
+
+def test_a_namespace_that_cannot_be_asked_has_no_addresses(tmp_path: Path) -> None:
+    for path in ("/proc/self/ns/mnt", str(tmp_path / "none")):
+        found, _ = told(tmp_path, {"linux": {"namespaces": [{"type": "network", "path": path}]}})
+        assert found["addresses"] == []
+
+
+def test_addresses_of_this_machine() -> None:
+    """Whatever it has, none of it is for itself or one link alone."""
+    found = addresses.addresses(os.getpid())
+    assert "127.0.0.1" not in found and "::1" not in found and not any(one.startswith("fe80:") for one in found)
+    assert found == sorted(found, key=lambda one: ":" in one)
+    with pytest.raises(ProcessLookupError):
+        addresses.addresses(2**22 + 1)
+
+
+def test_pods() -> None:
+    cri = {f"io.kubernetes.cri.{key}": key for key in ("sandbox-namespace", "sandbox-name", "container-name")}
+    found = pod({"annotations": cri})
+    assert found == {"namespace": "sandbox-namespace", "name": "sandbox-name", "uid": "", "container": "container-name"}
+    assert pod({"annotations": {**cri, "io.kubernetes.cri.sandbox-name": ""}}) is None
+    assert pod({"annotations": []}) is None and pod({}) is None
