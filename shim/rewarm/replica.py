@@ -51,13 +51,15 @@ def tell(control: str, container: str, snapshot: str, bundle_spec: Spec) -> None
     os.chown(path, *_owner(bundle_spec))
 
 
-def _addresses(bundle_spec: Spec) -> list[str]:
-    """Of a network namespace that is there already, as a pod's is."""
-    for namespace in (bundle_spec.get("linux") or {}).get("namespaces") or []:
-        if namespace.get("type") == "network" and namespace.get("path"):
-            with suppress(OSError):
-                return addresses.addresses(str(namespace["path"]))
-    return []
+def _addresses(bundle_spec: Spec) -> list[str] | None:
+    """Of a network namespace that is there already, as a pod's is, or of the node's if that is the container's."""
+    namespaces = (bundle_spec.get("linux") or {}).get("namespaces") or []
+    paths = [one.get("path") for one in namespaces if one.get("type") == "network"]
+    if paths and not paths[0]:
+        return []
+    with suppress(OSError):
+        return addresses.addresses(str(paths[0]) if paths else os.getpid())
+    return None
 
 
 def _environment(bundle_spec: Spec) -> dict[str, str]:

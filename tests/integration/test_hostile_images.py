@@ -280,6 +280,86 @@ def test_cgroup_child_that_climbs(checkpoint: Path, live: dict[str, Any]) -> Non
         check(checkpoint, live)
 
 
+NAMESPACES = {"pid": 5, "network": 6, "ipc": 7, "uts": 8, "mount": 9}
+INVENTORY_MAGIC, ROOT_IDS, NS_PER_ID = 4, 3, 4
+
+
+def inventory(checkpoint: Path, change: Callable[[Message], object] = lambda one: None) -> Message:
+    """The one record, changed."""
+    path = checkpoint / "inventory.img"
+    (found,) = images.records(path, magic=INVENTORY_MAGIC)
+    change(found)
+    image = criu_images.image(encoded(found))
+    path.write_bytes(path.read_bytes()[:INVENTORY_MAGIC] + image[MAGIC:])
+    return found
+
+
+def outside(checkpoint: Path) -> Message:
+    (found,) = images.messages(inventory(checkpoint), ROOT_IDS)
+    return found
+
+
+def put(checkpoint: Path, field: int, values: list[int], process: int = 1) -> None:
+    alter(checkpoint / f"ids-{process}.img", lambda found: found[0].update({field: list(values)}))
+
+
+@pytest.mark.parametrize("kind", NAMESPACES)
+def test_a_namespace_of_the_nodes(checkpoint: Path, live: dict[str, Any], kind: str) -> None:
+    put(checkpoint, NAMESPACES[kind], [images.number(outside(checkpoint), NAMESPACES[kind])])
+    with pytest.raises(Unfit, match=rf"ids-1\.img.*: its images want the node's {kind} namespace"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("kind", NAMESPACES)
+@pytest.mark.parametrize("values", [[], [0]])
+def test_a_namespace_that_is_not_told(checkpoint: Path, live: dict[str, Any], kind: str, values: list[int]) -> None:
+    put(checkpoint, NAMESPACES[kind], values)
+    with pytest.raises(Unfit, match=f"the node's {kind} namespace"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("kind", NAMESPACES)
+def test_a_number_of_which_criu_takes_the_low_half(checkpoint: Path, live: dict[str, Any], kind: str) -> None:
+    put(checkpoint, NAMESPACES[kind], [images.number(outside(checkpoint), NAMESPACES[kind]) + (1 << 32)])
+    with pytest.raises(images.ImageError, match="more than 32 bits"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("kind", NAMESPACES)
+def test_a_second_process_in_a_namespace_of_the_nodes(checkpoint: Path, live: dict[str, Any], kind: str) -> None:
+    shutil.copy(checkpoint / "ids-1.img", checkpoint / "ids-7.img")
+    put(checkpoint, NAMESPACES[kind], [images.number(outside(checkpoint), NAMESPACES[kind])], process=7)
+    with pytest.raises(Unfit, match=rf"ids-7\.img.*the node's {kind} namespace"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("kind", NAMESPACES)
+def test_a_namespace_that_the_live_container_has_not(checkpoint: Path, live: dict[str, Any], kind: str) -> None:
+    live["linux"]["namespaces"] = [one for one in live["linux"]["namespaces"] if one["type"] != kind]
+    with pytest.raises(Unfit, match=f"its images want a {kind} namespace, this container has the node's"):
+        check(checkpoint, live)
+
+
+@pytest.mark.parametrize("values", [[], [0], [2], [1, 0]])
+def test_namespaces_by_the_number_of_a_process(checkpoint: Path, live: dict[str, Any], values: list[int]) -> None:
+    """CRIU would take them from other images than those that are looked at."""
+    inventory(checkpoint, lambda one: one.update({NS_PER_ID: list(values)}))
+    with pytest.raises(Unfit, match=r"inventory\.img"):
+        check(checkpoint, live)
+
+
+def test_an_inventory_without_the_nodes_ids(checkpoint: Path, live: dict[str, Any]) -> None:
+    inventory(checkpoint, lambda one: one.pop(ROOT_IDS))
+    with pytest.raises(Unfit, match=r"inventory\.img"):
+        check(checkpoint, live)
+
+
+def test_an_init_without_ids(checkpoint: Path, live: dict[str, Any]) -> None:
+    (checkpoint / "ids-1.img").unlink()
+    with pytest.raises(Unfit, match=r"ids-1\.img"):
+        check(checkpoint, live)
+
+
 def test_no_process_at_all(checkpoint: Path, live: dict[str, Any]) -> None:
     for path in checkpoint.glob("core-*.img"):
         path.unlink()
@@ -299,3 +379,20 @@ def test_hostile_snapshot_starts_cold(node: Node, tmp_path: Path, prefix: Path) 
         made = faults.bundle(other.directory / "copy")
         made.spec["process"]["noNewPrivileges"] = True
         falls_back(other, "restore snapshot core-1.img: a process has capability CAP_", made=made)
+
+
+@pytest.mark.parametrize("kind", ["network", "ipc", "mount"])
+def test_a_snapshot_that_wants_to_be_in_the_nodes_namespaces_starts_cold(
+    node: Node, tmp_path: Path, prefix: Path, kind: str
+) -> None:
+    """CRIU would put it there."""
+
+    def change(directory: Path) -> None:
+        checkpoint = directory / "checkpoint"
+        put(checkpoint, NAMESPACES[kind], [images.number(outside(checkpoint), NAMESPACES[kind])])
+
+    with Node(tmp_path / "node", prefix, store=faults.copied(node.store, tmp_path / "store")) as other:
+        faults.altered(other.store, tmp_path / "altered", change)
+        made = faults.bundle(other.directory / "copy")
+        made.spec["process"]["noNewPrivileges"] = True
+        falls_back(other, f"ids-1.img: its images want the node's {kind} namespace", made=made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from support import counter
 from support.node import Node
+from support.proc import wait_for
 
 POD = {
     "io.kubernetes.cri.container-type": "container",
@@ -101,7 +103,7 @@ def test_one_whose_runc_has_lost_it(node: Node) -> None:
     assert rows(node)["lost"]["state"] == "running"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"id": "x"}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"id": "x"}', b"\xff", b"[" * 100000])
 def test_a_record_that_cannot_be_read(node: Node, content: bytes) -> None:
     """It is shown, and hides no other."""
     runtime = node.runtime
@@ -126,6 +128,41 @@ def test_an_outcome_that_cannot_be_read(node: Node, content: bytes) -> None:
     row = rows(node)["one"]
     assert row["outcome"] is None and row["snapshot"] == "default/counter" and row["state"] == "running"
     assert len(node.rewarm("ps").stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("field", [("request", []), ("id", 7), ("bundle", None), ("root", {}), ("phase", "odd")])
+def test_a_record_with_a_field_that_is_none(node: Node, field: tuple[str, object]) -> None:
+    counter.run(node.runtime, "bad", counter.bundle(node.directory / "bad"))
+    record = node.container_directory("bad") / "record.json"
+    before = record.read_bytes()
+    record.write_text(json.dumps({**json.loads(before), field[0]: field[1]}))
+    try:
+        assert rows(node)["bad"]["state"] == "damaged"
+    finally:
+        record.write_bytes(before)
+
+
+def test_while_runc_makes_it(node: Node) -> None:
+    """A cold one is runc's by then."""
+    made = counter.bundle(node.directory / "slow")
+    made.spec["hooks"] = {"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "2"]}]}
+    made.write()
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(node.runtime.create, "slow", made)
+        wait_for("the hook", lambda: "slow" in rows(node))
+        assert rows(node)["slow"]["state"] == "creating"
+        done.result()
+    assert rows(node)["slow"]["state"] == "created"
+
+
+def test_names_are_whole_and_what_is_no_directory_is_passed_over(node: Node) -> None:
+    for name in ("test-server-1", "test-server-2"):
+        counter.run(node.runtime, name, counter.bundle(node.directory / name))
+    stray = node.container_directory("x").parent.with_name("stray")
+    stray.touch()
+    shown = node.rewarm("ps").stdout
+    stray.unlink()
+    assert "test-server-1 " in shown and "test-server-2 " in shown
 
 
 def test_what_is_about_to_be_there_or_to_go_is_not_listed(node: Node) -> None:

@@ -51,6 +51,7 @@ def network_namespace() -> Iterator[Path]:
             ["address", "add", "10.88.0.7/32", "dev", "lo", "scope", "global"],
             ["address", "add", "10.88.0.8/32", "dev", "lo", "scope", "link"],
             ["address", "add", "fd00::7/128", "dev", "lo", "nodad"],
+            ["address", "add", "fd00::8/128", "dev", "lo", "nodad", "preferred_lft", "0"],
         ):
             subprocess.run(found.argv("ip", *words), check=True)
         yield found.path
@@ -128,7 +129,7 @@ def test_it_is_told_what_is_new(node: Node) -> None:
         assert abs(datetime.fromisoformat(found["restored"]).timestamp() - time.time()) < 60
         assert found["pod"] == {"namespace": "default", "name": "ocr-2", "uid": "u-2", "container": "server"}
         assert (found["container"], found["hostname"]) == ("copy", "copy-2")
-        assert found["addresses"] == ["10.88.0.7", "fd00::7"], "neither of the loopback nor of one link"
+        assert found["addresses"] == ["10.88.0.7", "fd00::7"], "neither of the loopback, of one link nor deprecated"
         assert {key: found["environment"][key] for key in environment} == environment
         node.runtime.kill("copy", "KILL")
         node.runtime.wait_stopped("copy")

@@ -45,6 +45,7 @@ def starts_cold(node: Node, made: Bundle, *texts: str, own: str = "") -> Contain
     # Its streams are those of the runc that could not restore it, whose complaint is all that they may hold.
     assert container.stdout.text() == "" and "to stderr" not in container.stderr.text(), container
     assert node.runtime.state("copy")["status"] == "created"
+    assert not (node.container_directory("copy") / "control/restored.json").exists(), "it is told that it was restored"
     node.runtime.start("copy")
     container.stdout.wait_text("\n3 ")
     assert container.stdout.text().startswith("ready\n1 "), container.stdout.text()

@@ -17,7 +17,11 @@ KILL, SYS_ADMIN, SETUID = 5, 21, 7
 
 
 def spec(**process: Any) -> dict[str, Any]:
-    return {"process": {"user": {"uid": 0}, "capabilities": {"bounding": ["CAP_KILL", "CAP_SETUID"]}, **process}}
+    namespaces = [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]
+    return {
+        "linux": {"namespaces": namespaces},
+        "process": {"user": {"uid": 0}, "capabilities": {"bounding": ["CAP_KILL", "CAP_SETUID"]}, **process},
+    }
 
 
 def mount(where: str, kind: int, *, external: bool = False, key: bytes = b"") -> bytes:
@@ -44,9 +48,17 @@ def core(made: bytes | None = None, seccomp: int = 0) -> bytes:
     return image(field(1, 1) + field(5, thread))
 
 
+def init(directory: Path) -> None:
+    """One process, in namespaces of its own."""
+    (directory / "pstree.img").write_bytes(image(field(1, 1) + field(5, 1)))
+    (directory / "ids-1.img").write_bytes(image(b"".join(field(number, 2) for number in range(5, 10))))
+    outside = b"".join(field(number, 1) for number in range(5, 10))
+    (directory / "inventory.img").write_bytes(image(field(1, 2) + field(3, outside) + field(4, 1))[4:])
+
+
 def check(directory: Path, live: dict[str, Any], *, cores: bytes | None = None, mounts: tuple[bytes, ...] = ()) -> None:
     (directory / "core-1.img").write_bytes(core() if cores is None else cores)
-    (directory / "pstree.img").write_bytes(image(field(1, 1) + field(5, 1)))
+    init(directory)
     (directory / "mountpoints-12.img").write_bytes(image(mount("./", OVERLAY), *mounts))
     vet.vet(directory, live, {"/models", "/proc", "/dev/shm"})
 
@@ -127,7 +139,7 @@ def test_numbers_that_criu_would_cut_off_are_refused(tmp_path: Path) -> None:
 
 def test_mount_points_that_begin_with_a_dot(tmp_path: Path) -> None:
     (tmp_path / "core-1.img").write_bytes(core())
-    (tmp_path / "pstree.img").write_bytes(image(field(1, 1) + field(5, 1)))
+    init(tmp_path)
     (tmp_path / "mountpoints-12.img").write_bytes(image(mount("./.models", UNSUPPORTED, key=b"/.models")))
     vet.vet(tmp_path, spec(), {"/.models"})
     with pytest.raises(Unfit, match=r"/\.models"):
@@ -142,7 +154,8 @@ def test_no_new_privileges_stays(tmp_path: Path) -> None:
 
 
 def test_a_seccomp_filter_stays(tmp_path: Path) -> None:
-    live = {**spec(), "linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}
+    live = spec()
+    live["linux"]["seccomp"] = {"defaultAction": "SCMP_ACT_ALLOW"}
     check(tmp_path, live, cores=core(seccomp=2))
     with pytest.raises(Unfit, match="no seccomp filter"):
         check(tmp_path, live)
@@ -168,6 +181,7 @@ def test_a_core_without_credentials_is_refused(tmp_path: Path, cores: bytes) -> 
 
 
 def test_no_process_is_refused(tmp_path: Path) -> None:
+    init(tmp_path)
     with pytest.raises(Unfit, match="no core image"):
         vet.vet(tmp_path, spec(), set())
 

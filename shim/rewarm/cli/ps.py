@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,12 +20,16 @@ from rewarm.oci import pod, record, runc, spec
 from . import options, output
 
 _LARGEST = 4 << 20
+_HEX = re.compile("[0-9a-f]{64}")
 
 
 class Row(NamedTuple):
-    """A container that was created with an annotation. `state` is runc's, "restoring" while it is made, or "gone": the
-    container is deleted, and what rewarm has of it is removed by the next create. `outcome` is "warm", "cold", or none
-    yet; `snapshot` is what it was restored from, or what was looked for; `created` is an RFC 3339 time."""
+    """A container that was created with an annotation.
+
+    `state` is runc's, "restoring" or "creating" while it is made, or "gone": the container is deleted, and what rewarm
+    has of it is removed by the next create. `outcome` is "warm", "cold", or none yet; `snapshot` is what it was
+    restored from, or what was looked for; `created` is an RFC 3339 time.
+    """
 
     container: str
     runtime_root: str
@@ -57,17 +62,24 @@ def command(as_json: bool, config: Path | None) -> None:
 def _cells(row: Row) -> tuple[str, ...]:
     place = "-" if row.pod is None else "/".join(row.pod[key] for key in ("namespace", "name", "container"))
     why = row.snapshot if row.outcome == "warm" else row.reason or "-"
-    return row.container[:12], place, row.state, output.age(row.created), row.outcome or "-", why
+    return (
+        row.container[:12] if _HEX.fullmatch(row.container) else row.container,
+        place,
+        row.state,
+        output.age(row.created),
+        row.outcome or "-",
+        why,
+    )
 
 
 def _rows(state_dir: str) -> Iterator[Row]:
     """Raises OSError if the state directory may not be read."""
     base = os.path.join(state_dir, "containers")
     with suppress(FileNotFoundError):
-        for root in os.listdir(base):
-            for name in os.listdir(os.path.join(base, root)):
+        for root in filter(os.path.isdir, (os.path.join(base, name) for name in os.listdir(base))):
+            for name in os.listdir(root):
                 # With a `~`: about to be there, or to be gone.
-                if "~" not in name and (row := _row(os.path.join(base, root, name))) is not None:
+                if "~" not in name and (row := _row(os.path.join(root, name))) is not None:
                     yield row
 
 
@@ -117,7 +129,8 @@ def _state(kept: record.Record) -> str:
     try:
         container = runc.load(kept.root, kept.id)
     except OciError:
-        return "gone"
+        # Rewarm's own process is runc's from the moment on at which that makes the container.
+        return "creating" if kept.owner_lives() else "gone"
     found = processes.stat(container.pid)
     if found is None or found.start_time != container.start_time or found.state in "ZX":
         return "stopped"

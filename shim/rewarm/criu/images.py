@@ -24,9 +24,10 @@ class ImageError(ValueError):
     """An image file is not what CRIU writes; the text names the file and the place."""
 
 
-def records(path: Path, largest: int = _LARGEST) -> Iterator[Message]:
-    """The messages of one image file, in order. One of more than `largest` bytes is refused."""
-    for data in _records(path, largest):
+def records(path: Path, largest: int = _LARGEST, magic: int = _MAGIC) -> Iterator[Message]:
+    """The messages of one image file, in order. One of more than `largest` bytes is refused. `magic`: bytes before the
+    first."""
+    for data in _records(path, largest, magic):
         yield decode(data, path.name)
 
 
@@ -36,14 +37,14 @@ def raw_records(path: Path) -> Iterator[Iterator[tuple[int, bytes, int | bytes]]
         yield _fields(data, path.name)
 
 
-def _records(path: Path, largest: int) -> Iterator[bytes]:
+def _records(path: Path, largest: int, magic: int = _MAGIC) -> Iterator[bytes]:
     size = path.stat().st_size
     if size > largest:
         raise ImageError(f"{path.name}: {size} bytes are more than any such image has")
     data = path.read_bytes()
-    if len(data) < _MAGIC:
+    if len(data) < magic:
         raise ImageError(f"{path.name}: {len(data)} bytes are too few for an image")
-    at = _MAGIC
+    at = magic
     while at < len(data):
         if at + 4 > len(data):
             raise ImageError(f"{path.name}: it ends inside a record's size, at byte {at}")

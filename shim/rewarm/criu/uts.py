@@ -9,21 +9,25 @@ from rewarm.criu import images
 from rewarm.criu.encode import magic_of, nested, write_records
 
 _NODENAME, _DOMAINNAME = 1, 2  # images/utsns.proto
-_UTS_NS = 8  # images/core.proto: task_kobj_ids_entry
 
 
 def rename(checkpoint: Path, host: str, domain: str) -> None:
-    """Give the container's own UTS namespace these names. One that the program has made for itself keeps its own.
+    """Give the container's UTS namespace these names, in whichever image CRIU looks for them: it dumps no second one
+    (criu/namespaces.c: "Can't dump nested uts namespace").
 
-    Raises images.ImageError and OSError.
+    Raises images.ImageError, also if there is none, and OSError.
     """
-    first = next(images.records(checkpoint / "pstree.img"), {})
-    ids = next(images.records(checkpoint / f"ids-{images.number(first, 1)}.img"), {})
-    path = checkpoint / f"utsns-{images.number(ids, _UTS_NS)}.img"
-    if path.exists():
-        names = nested(_NODENAME, _encoded(host)) + nested(_DOMAINNAME, _encoded(domain))
+    names = nested(_NODENAME, _encoded(host)) + nested(_DOMAINNAME, _encoded(domain))
+    found = sorted(checkpoint.glob("utsns-*.img"))
+    if not found:
+        raise images.ImageError("utsns-*.img: there is none, so the container's host name is not known")
+    for path in found:
         write_records(path, magic_of(path), [names])
 
 
 def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
+    """What is no text comes as surrogates: bytes of uname(2), or half a character in a spec, which Go replaces, too."""
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "replace")

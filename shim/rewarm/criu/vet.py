@@ -1,6 +1,6 @@
 """A look into CRIU's images before CRIU gets them: what a snapshot may not decide.
 
-Mounts, capabilities, users, groups, cgroups, LSM labels and whether there is a seccomp filter come from the
+Namespaces, mounts, capabilities, users, groups, cgroups, LSM labels and whether there is a seccomp filter come from the
 live spec. CRIU takes them out of its images, so images that ask for more than the live spec gives are
 refused. A manifest can lie about what its images hold; the images themselves are what is checked here.
 What the seccomp filter does is not: the program in the images is taken as it is (docs/decisions/0007).
@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rewarm.criu import images
+from rewarm.criu import images, namespaces
 from rewarm.criu.images import Message
 from rewarm.errors import Unfit
 
@@ -37,6 +37,7 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
 
     `destinations` are the live spec's mount points. Raises images.ImageError for an image that is none.
     """
+    namespaces.check(directory, spec)
     for path in sorted(directory.glob("mountpoints-*.img")):
         found = [_check_mount(mount, destinations) for mount in images.records(path)]
         # The first is what runc has mounted there; one upon it would be the snapshot's own.

@@ -211,10 +211,10 @@ def _check_whole(driver: Driver, pid: int, limit: float) -> None:
     """Raises GpuError for a stopped process that lacks a piece of which nobody has a descriptor: neither it nor its
     copy could be put to where it was."""
     lost = False
-    with suppress(GpuError):
-        if _is_stopped(pid) and _call(driver.state, pid) == cuda.RUNNING:
-            with awake.Awake(driver, [pid]):
-                lost = _away(pid, limit)
+    if _is_stopped(pid):
+        # Whom a debugger keeps from answering goes on, as one of which nothing was touched: that is nearly certain.
+        with suppress(GpuError), awake.Awake(driver, [pid]):
+            lost = _call(driver.state, pid) == cuda.RUNNING and _away(pid, limit)
     if lost:
         raise GpuError("give back GPU memory of", _name(pid), "a piece of it is lost", "restart the container")
 

@@ -170,9 +170,13 @@ def load(path: str) -> Record | None:
             data = json.loads(file.read(_LARGEST))
         undo = [Undo(**one) for one in data.pop("undo")]
         record = Record(**data, undo=undo)
+        if not all(isinstance(one, str) for one in (record.id, record.root, record.bundle, record.namespace)):
+            raise ValueError("names that are no text")
+        if not isinstance(record.request, dict):
+            raise ValueError("a request that is none")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise OciError("read record", name, repr(error), "remove the directory if its container is gone") from error
     if record.phase not in _PHASES:
         raise OciError("read record", name, f"unknown phase {record.phase!r}")

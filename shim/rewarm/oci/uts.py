@@ -6,9 +6,6 @@ import os
 
 from rewarm.oci.spec import Spec
 
-_NONE = "(none)"
-"""The kernel's own word for no NIS domain."""
-
 
 def names(spec: Spec) -> tuple[str, str] | None:
     """Host name and NIS domain name of a container with this spec, None if it shares the node's UTS namespace.
@@ -23,5 +20,13 @@ def names(spec: Spec) -> tuple[str, str] | None:
             from rewarm_native import process
 
             return process.names_in_utsns(str(namespace["path"]))
-        return str(spec.get("hostname") or os.uname().nodename), str(spec.get("domainname") or _NONE)
+        settings = (spec.get("linux") or {}).get("sysctl") or {}
+        host = settings.get("kernel.hostname") or spec.get("hostname") or os.uname().nodename
+        # Docker says it by sysctl.
+        return str(host), str(settings.get("kernel.domainname") or spec.get("domainname") or _node_domain())
     return None
+
+
+def _node_domain() -> str:
+    with open("/proc/sys/kernel/domainname", encoding="utf-8", errors="surrogateescape") as file:
+        return file.read().rstrip("\n")

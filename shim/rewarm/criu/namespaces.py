@@ -1,0 +1,47 @@
+"""Which namespaces the images put a container's processes into: never into the node's, where the live spec has another.
+
+CRIU makes a namespace for the init where the init's id is another than that of the process that made the dump, which is
+in `inventory.img` (criu/pstree.c: prepare_pstree_kobj_ids); else the init is in that of whoever restores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rewarm.criu import images
+from rewarm.errors import Unfit
+
+INVENTORY_MAGIC = 4
+"""Bytes: the one image without a second number."""
+_ROOT_IDS, _NS_PER_ID = 3, 4  # images/inventory.proto
+_IDS = {"pid": 5, "network": 6, "ipc": 7, "uts": 8, "mount": 9}  # images/core.proto: task_kobj_ids_entry
+_MORE = {"user": 10, "cgroup": 11}
+
+
+def check(directory: Path, spec: dict[str, Any]) -> None:
+    """Compare the images in `directory` with the live spec. Raises Unfit for what is not of the spec's making, and
+    images.ImageError."""
+    inventory = next(images.records(directory / "inventory.img", magic=INVENTORY_MAGIC), {})
+    outside = next(images.messages(inventory, _ROOT_IDS), None)
+    # Else CRIU looks for images by the number of a process, and reads others than are looked at here.
+    if outside is None or images.u32(inventory, _NS_PER_ID) != 1:
+        raise Unfit("restore snapshot", "inventory.img", "it does not tell its namespaces by their own numbers")
+    wanted = {str(one.get("type")) for one in (spec.get("linux") or {}).get("namespaces") or []}
+    first = images.u32(next(images.records(directory / "pstree.img"), {}), 1)
+    for path in sorted(directory.glob("ids-*.img")):
+        own = path.name == f"ids-{first}.img"
+        for ids in images.records(path):
+            for kind, field in (_IDS | _MORE).items():
+                _check(path.name, kind, images.u32(ids, field), images.u32(outside, field), wanted, own=own)
+    if not (directory / f"ids-{first}.img").exists():
+        raise Unfit("restore snapshot", f"ids-{first}.img", "it is not there, so its namespaces are not known")
+
+
+def _check(name: str, kind: str, number: int, outside: int, wanted: set[str], *, own: bool) -> None:
+    if kind in wanted and (number == outside or (not number and own)):
+        raise Unfit(
+            "restore snapshot", name, f"its images want the node's {kind} namespace, this container has another"
+        )
+    if own and kind in _IDS and kind not in wanted and number not in (0, outside):
+        raise Unfit("restore snapshot", name, f"its images want a {kind} namespace, this container has the node's")
