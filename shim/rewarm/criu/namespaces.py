@@ -16,7 +16,8 @@ INVENTORY_MAGIC = 4
 """Bytes: the one image without a second number."""
 _ROOT_IDS, _NS_PER_ID = 3, 4  # images/inventory.proto
 _IDS = {"pid": 5, "network": 6, "ipc": 7, "uts": 8, "mount": 9}  # images/core.proto: task_kobj_ids_entry
-_MORE = {"user": 10, "cgroup": 11}
+_USER = {"user": 10}
+"""(A cgroup namespace CRIU makes by what is in its image of cgroups.)"""
 
 
 def check(directory: Path, spec: dict[str, Any]) -> None:
@@ -32,7 +33,7 @@ def check(directory: Path, spec: dict[str, Any]) -> None:
     for path in sorted(directory.glob("ids-*.img")):
         own = path.name == f"ids-{first}.img"
         for ids in images.records(path):
-            for kind, field in (_IDS | _MORE).items():
+            for kind, field in (_IDS | _USER).items():
                 _check(path.name, kind, images.u32(ids, field), images.u32(outside, field), wanted, own=own)
     if not (directory / f"ids-{first}.img").exists():
         raise Unfit("restore snapshot", f"ids-{first}.img", "it is not there, so its namespaces are not known")
