@@ -348,8 +348,12 @@ def test_namespaces_by_the_number_of_a_process(checkpoint: Path, live: dict[str,
         check(checkpoint, live)
 
 
-def test_an_inventory_without_the_nodes_ids(checkpoint: Path, live: dict[str, Any]) -> None:
-    inventory(checkpoint, lambda one: one.pop(ROOT_IDS))
+@pytest.mark.parametrize("times", [0, 2])
+def test_an_inventory_with_other_than_one_set_of_the_nodes_ids(
+    checkpoint: Path, live: dict[str, Any], times: int
+) -> None:
+    """CRIU would merge them."""
+    inventory(checkpoint, lambda one: one.update({ROOT_IDS: one[ROOT_IDS] * times}))
     with pytest.raises(Unfit, match=r"inventory\.img"):
         check(checkpoint, live)
 

@@ -24,10 +24,12 @@ def check(directory: Path, spec: dict[str, Any]) -> None:
     """Compare the images in `directory` with the live spec. Raises Unfit for what is not of the spec's making, and
     images.ImageError."""
     inventory = next(images.records(directory / "inventory.img", magic=INVENTORY_MAGIC), {})
-    outside = next(images.messages(inventory, _ROOT_IDS), None)
-    # Else CRIU looks for images by the number of a process, and reads others than are looked at here.
-    if outside is None or images.u32(inventory, _NS_PER_ID) != 1:
+    roots = list(images.messages(inventory, _ROOT_IDS))
+    # Of several protobuf makes one. And without ns_per_id CRIU looks for images by the number of a process, and reads
+    # others than are looked at here.
+    if len(roots) != 1 or images.u32(inventory, _NS_PER_ID) != 1:
         raise Unfit("restore snapshot", "inventory.img", "it does not tell its namespaces by their own numbers")
+    (outside,) = roots
     wanted = {str(one.get("type")) for one in (spec.get("linux") or {}).get("namespaces") or []}
     first = images.u32(next(images.records(directory / "pstree.img"), {}), 1)
     for path in sorted(directory.glob("ids-*.img")):
