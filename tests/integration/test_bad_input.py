@@ -84,7 +84,7 @@ def test_manifest(other: Node, change: Callable[[dict[str, Any]], None], expecte
     [
         ("checkpoint/core-1.img", "restore"),
         ("checkpoint/pages-1.img", "restore container copy"),
-        ("checkpoint/inventory.img", "restore container copy"),
+        ("checkpoint/inventory.img", "read images of snapshot counter: inventory.img: it is not there"),
         ("checkpoint/descriptors.json", "descriptors.json"),
     ],
 )

@@ -162,7 +162,7 @@ def test_store(other: Node, tmp_path: Path, kind: str, expected: list[str]) -> N
 @pytest.mark.parametrize(
     ("name", "change", "expected"),
     [
-        ("inventory.img", lambda data: data[:9], ["restore container copy"]),
+        ("inventory.img", lambda data: data[:9], ["read images of snapshot counter", "inventory.img"]),
         ("files.img", lambda data: data[: len(data) // 2], ["restore container copy"]),
         ("pagemap-1.img", lambda data: data[:8] + b"\xff" * (len(data) - 8), ["restore container copy"]),
         ("core-1.img", lambda data: data[: len(data) // 2], ["read images of snapshot counter", "core-1.img"]),

@@ -23,6 +23,9 @@ _USER = {"user": 10}
 def check(directory: Path, spec: dict[str, Any]) -> None:
     """Compare the images in `directory` with the live spec. Raises Unfit for what is not of the spec's making, and
     images.ImageError."""
+    for name in ("inventory.img", "pstree.img"):
+        if not (directory / name).exists():
+            raise images.ImageError(f"{name}: it is not there")
     inventory = next(images.records(directory / "inventory.img", magic=INVENTORY_MAGIC), {})
     roots = list(images.messages(inventory, _ROOT_IDS))
     # Of several protobuf makes one. And without ns_per_id CRIU looks for images by the number of a process, and reads
