@@ -6,8 +6,8 @@
  * driver's way, as if the library were not there:
  *
  *     - allocations below 2 MiB; cudaMallocPitch, 3D, Array, Managed, Host, Async, and all memory pools
- *     - what a program creates with cuMemCreate itself, as long as it is not mapped, or mapped twice, for several
- *       devices, exported, or has a second handle
+ *     - what a program creates with cuMemCreate itself, as long as it is not mapped; for good once it was mapped twice
+ *       or in part, for several devices, bound to a multicast group, or exported
  *     - calls of a CUDA runtime that is linked statically (nvcc's default), or of addresses that the program has got
  *       by dlsym(3) of a handle; or by cudaGetDriverEntryPoint or cuGetProcAddress, but for those in virtual.h
  *     - allocations in another context than the device's primary one, of a device that cannot export its memory, of the

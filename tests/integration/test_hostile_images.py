@@ -340,6 +340,38 @@ def test_a_namespace_that_the_live_container_has_not(checkpoint: Path, live: dic
         check(checkpoint, live)
 
 
+def user_namespace(checkpoint: Path, inside: int, outside_: int) -> None:
+    """Of the init, with one user and one group mapped."""
+    put(checkpoint, 10, [4711])
+    extent = criu_images.field(1, inside) + criu_images.field(2, outside_) + criu_images.field(3, 1)
+    maps = criu_images.field(1, extent) + criu_images.field(2, extent)
+    (checkpoint / "userns-4711.img").write_bytes(criu_images.image(maps))
+
+
+def test_a_user_namespace_that_the_live_container_has_not(checkpoint: Path, live: dict[str, Any]) -> None:
+    """By which its user would be root of the node."""
+    user_namespace(checkpoint, 1000, 0)
+    with pytest.raises(Unfit, match="its images want a user namespace, this container has the node's"):
+        check(checkpoint, live)
+
+
+def test_the_maps_of_a_user_namespace_are_the_live_ones(checkpoint: Path, live: dict[str, Any]) -> None:
+    live["linux"]["namespaces"].append({"type": "user"})
+    for name in ("uidMappings", "gidMappings"):
+        live["linux"][name] = [{"containerID": 1000, "hostID": 101000, "size": 1}]
+    with pytest.raises(Unfit, match="the node's user namespace"):
+        check(checkpoint, live)
+    user_namespace(checkpoint, 1000, 101000)
+    check(checkpoint, live)
+    for wrong in ((1000, 0), (0, 101000), (1000, 1000)):
+        user_namespace(checkpoint, *wrong)
+        with pytest.raises(Unfit, match=r"userns-4711\.img.*its images have other uidMappings"):
+            check(checkpoint, live)
+    live["linux"]["uidMappings"][0]["hostID"] = 1000
+    with pytest.raises(Unfit, match=r"userns-4711\.img.*its images have other gidMappings"):
+        check(checkpoint, live)
+
+
 @pytest.mark.parametrize("values", [[], [0], [2], [1, 0]])
 def test_namespaces_by_the_number_of_a_process(checkpoint: Path, live: dict[str, Any], values: list[int]) -> None:
     """CRIU would take them from other images than those that are looked at."""

@@ -130,7 +130,10 @@ def test_an_outcome_that_cannot_be_read(node: Node, content: bytes) -> None:
     assert len(node.rewarm("ps").stdout.splitlines()) == 2
 
 
-@pytest.mark.parametrize("field", [("request", []), ("id", 7), ("bundle", None), ("root", {}), ("phase", "odd")])
+@pytest.mark.parametrize(
+    "field",
+    [("request", []), ("id", 7), ("bundle", None), ("root", {}), ("phase", "odd"), ("snapshot", 1), ("reason", [])],
+)
 def test_a_record_with_a_field_that_is_none(node: Node, field: tuple[str, object]) -> None:
     counter.run(node.runtime, "bad", counter.bundle(node.directory / "bad"))
     record = node.container_directory("bad") / "record.json"

@@ -15,9 +15,9 @@ from rewarm.errors import Unfit
 INVENTORY_MAGIC = 4
 """Bytes: the one image without a second number."""
 _ROOT_IDS, _NS_PER_ID = 3, 4  # images/inventory.proto
-_IDS = {"pid": 5, "network": 6, "ipc": 7, "uts": 8, "mount": 9}  # images/core.proto: task_kobj_ids_entry
-_USER = {"user": 10}
-"""(A cgroup namespace CRIU makes by what is in its image of cgroups.)"""
+_IDS = {"pid": 5, "network": 6, "ipc": 7, "uts": 8, "mount": 9, "user": 10}
+"""images/core.proto: task_kobj_ids_entry. (A cgroup namespace CRIU makes by what is in its image of cgroups.)"""
+_MAPS = {1: "uidMappings", 2: "gidMappings"}  # images/userns.proto
 
 
 def check(directory: Path, spec: dict[str, Any]) -> None:
@@ -38,10 +38,23 @@ def check(directory: Path, spec: dict[str, Any]) -> None:
     for path in sorted(directory.glob("ids-*.img")):
         own = path.name == f"ids-{first}.img"
         for ids in images.records(path):
-            for kind, field in (_IDS | _USER).items():
+            for kind, field in _IDS.items():
                 _check(path.name, kind, images.u32(ids, field), images.u32(outside, field), wanted, own=own)
     if not (directory / f"ids-{first}.img").exists():
         raise Unfit("restore snapshot", f"ids-{first}.img", "it is not there, so its namespaces are not known")
+    for path in sorted(directory.glob("userns-*.img")):
+        _check_maps(path, spec.get("linux") or {})
+
+
+def _check_maps(path: Path, linux: dict[str, Any]) -> None:
+    """CRIU writes what is in the image: a user of the container's could be root of the node by it."""
+    record = next(images.records(path), {})
+    for field, name in _MAPS.items():
+        extents = images.messages(record, field)
+        found = sorted(tuple(images.u32(extent, number) for number in (1, 2, 3)) for extent in extents)
+        live = [(one.get("containerID"), one.get("hostID"), one.get("size")) for one in linux.get(name) or []]
+        if found != sorted(live):
+            raise Unfit("restore snapshot", path.name, f"its images have other {name} than this container")
 
 
 def _check(name: str, kind: str, number: int, outside: int, wanted: set[str], *, own: bool) -> None:
@@ -49,5 +62,5 @@ def _check(name: str, kind: str, number: int, outside: int, wanted: set[str], *,
         raise Unfit(
             "restore snapshot", name, f"its images want the node's {kind} namespace, this container has another"
         )
-    if own and kind in _IDS and kind not in wanted and number not in (0, outside):
+    if own and kind not in wanted and number not in (0, outside):
         raise Unfit("restore snapshot", name, f"its images want a {kind} namespace, this container has the node's")

@@ -170,7 +170,8 @@ def load(path: str) -> Record | None:
             data = json.loads(file.read(_LARGEST))
         undo = [Undo(**one) for one in data.pop("undo")]
         record = Record(**data, undo=undo)
-        if not all(isinstance(one, str) for one in (record.id, record.root, record.bundle, record.namespace)):
+        texts = (record.id, record.root, record.bundle, record.namespace, record.snapshot, record.reason)
+        if not all(isinstance(one, str) for one in texts):
             raise ValueError("names that are no text")
         if not isinstance(record.request, dict):
             raise ValueError("a request that is none")
