@@ -4,13 +4,14 @@
 # PREFIX/criu, where nothing else on the machine sees it.
 # Usage: provide_criu.sh PREFIX PYTHON
 #
-# The packages come from the mirrors in the machine's own apt configuration, through an apt that has its own state: an empty
-# list of installed packages, so that the whole library closure comes, and its own lists and cache. apt checks the
-# signatures. Nothing is installed on the system.
+# The packages come from the mirrors in the machine's own apt configuration, through an apt that has its own state
+# (private_apt.sh), whose empty list of installed packages brings the whole library closure.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$here/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=private_apt.sh
+. "$here/private_apt.sh"
 
 # suites_to_try: what may carry a new enough package, best first. `components` and `origin` go with it.
 describe_distribution() {
@@ -26,52 +27,6 @@ describe_distribution() {
     *) die "criu: ${PRETTY_NAME:-this system} is neither Debian nor Ubuntu; install CRIU >= $minimum by hand" ;;
     esac
     [[ -n $codename ]] || codename=sid
-}
-
-# private_apt SUITE: prepares an apt of its own under $work/SUITE, with this machine's mirrors. 1 if it offers no CRIU.
-private_apt() {
-    local suite=$1 dir=$work/$1 lists parts files entry candidate
-    mkdir -p "$dir"/{state,lists/partial,cache/archives/partial,sources}
-    : >"$dir/status"
-    architecture=$(dpkg --print-architecture)
-    conf=$dir/apt.conf
-    # Read after the machine's own files (-c): proxy, certificates and authentication stay, its hooks do not.
-    cat >"$conf" <<EOF
-#clear APT::Update::Pre-Invoke;
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-#clear APT::Architectures;
-APT::Architectures { "$architecture"; };
-APT::Default-Release "";
-APT::Get::List-Cleanup "0";
-Acquire::Languages "none";
-Dir::State "$dir/state";
-Dir::State::status "$dir/status";
-Dir::State::lists "$dir/lists";
-Dir::Cache "$dir/cache";
-Dir::Etc::sourcelist "/dev/null";
-Dir::Etc::sourceparts "$dir/sources";
-Dir::Etc::preferences "/dev/null";
-Dir::Etc::preferencesparts "/dev/null";
-EOF
-    eval "$(apt-config shell lists Dir::Etc::sourcelist/f parts Dir::Etc::sourceparts/d)"
-    files=()
-    for entry in "$lists" "$parts"/*.list "$parts"/*.sources; do
-        [[ -f $entry ]] && files+=("$entry")
-    done
-    [[ ${#files[@]} -gt 0 ]] || die "criu: apt has no sources (neither $lists nor $parts/*)"
-    "$python" -I "$here/apt_sources.py" "$codename" "$suite" "$components" "$dir/sources" "${files[@]}" ||
-        die "criu: apt's sources name no $origin mirror for $codename; add one, or install CRIU >= $minimum by hand"
-    # A third party's source may use the same words and have no such suite: that is not fatal. What is not the
-    # distribution's own is taken out again before anything is resolved.
-    apt-get -c "$conf" update >"$dir/update.log" 2>&1 </dev/null || true
-    for entry in "$dir"/sources/*.sources; do
-        # shellcheck disable=SC2016 # the words are apt's, not the shell's
-        apt-get -c "$conf" indextargets --format '$(SOURCESENTRY) $(ORIGIN)' 2>/dev/null |
-            grep -qxF "$entry:1 $origin" || rm -f "$entry"
-    done
-    candidate=$(apt-cache -c "$conf" policy criu | sed -n 's/^ *Candidate: *//p')
-    [[ -n $candidate && $candidate != "(none)" ]] && at_least "${candidate#*:}" "$minimum"
 }
 
 # unpack: into $root the packages that private_apt's suite offers, each checked by apt, and a wrapper to run the program.
@@ -134,7 +89,7 @@ main() {
             die "criu: none of ${suites[*]} offers CRIU >= $minimum at this machine's $origin mirrors;" \
                 "see the lines above (a missing key: update the package ${origin,,}-archive-keyring or ubuntu-keyring)"
         }
-        if private_apt "$suite"; then break; fi
+        if private_apt criu "$suite" "$minimum"; then break; fi
     done
     mkdir -p "$prefix/criu"
     root=$(mktemp -d "$prefix/criu/root.XXXXXX")

@@ -4,6 +4,7 @@
 #   base/  the machine's own Debian suite with python3 and redis-server
 #   ocr/   a layer with opt/ocr: RapidOCR with its weights, on ONNX Runtime
 #   loop/  a layer with opt/loop: uvloop
+#   containerd2/  containerd 2.1 or newer: bin/containerd, bin/ctr, bin/containerd-shim-runc-v2
 # A second run finds the stamps of the first and does nothing. No service is started, nothing outside the cache
 # directory is changed but by apt.
 set -euo pipefail
@@ -40,7 +41,10 @@ packages=(
 )
 
 say() { printf 'prepare: %s\n' "$*" >&2; }
-die() { say "$1; $2"; exit 1; }
+die() { say "$1${2:+; $2}"; exit 1; }
+at_least() { [[ $(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1) == "$2" ]]; }
+# shellcheck source-path=SCRIPTDIR source=../../install/private_apt.sh
+. "$repository/install/private_apt.sh"
 
 [ $# -le 1 ] || die "too many arguments" "usage: prepare.sh [CACHE_DIRECTORY]"
 [ "$(id -u)" = 0 ] || die "needs root" "run it with sudo"
@@ -150,6 +154,22 @@ build_layer() {
     chmod -R u=rwX,go=rX "$scratch/$name"
 }
 
+# The programs of containerd, from the first of Debian's suites that has them new enough, to be run beside the machine's
+# own. They are Go's and need no library but a libc of Debian 12.
+build_containerd2() {
+    local python=/usr/bin/python3 codename=$suite origin=Debian components=main conf newer work=$scratch/apt
+    mkdir -p "$work" "$scratch/containerd2/bin"
+    chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
+    for newer in "$suite" testing unstable ""; do
+        [ -n "$newer" ] || die "none of Debian's suites offers containerd >= 2.1 at this machine's mirrors" "see: apt-get update"
+        if private_apt containerd "$newer" 2.1; then break; fi
+    done
+    (cd "$work" && apt-get -q -c "$conf" download containerd >&2) || die "downloading containerd failed"
+    dpkg-deb -x "$work"/containerd_*.deb "$work/root"
+    cp "$work"/root/usr/bin/{containerd,ctr,containerd-shim-runc-v2} "$scratch/containerd2/bin"
+    "$scratch/containerd2/bin/containerd" --version >&2
+}
+
 # provide NAME KEY COMMAND...: runs COMMAND, which fills $scratch/NAME, unless the cache has NAME made from KEY.
 provide() {
     local name=$1 key=$2 began=$SECONDS
@@ -184,3 +204,4 @@ pins=$(cat "$requirements")
 provide base "$suite $(dpkg --print-architecture)" build_base
 provide ocr "$abi $pins" build_layer ocr rapidocr onnxruntime
 provide loop "$abi $pins" build_layer loop uvloop
+provide containerd2 "2.1 $(dpkg --print-architecture)" build_containerd2
