@@ -17,7 +17,7 @@ from pathlib import Path
 import rewarm
 from rewarm import aside, compat, losses, netlock, node, overlay, processes, source
 from rewarm.alone import alone
-from rewarm.criu import images, remaps
+from rewarm.criu import connections, images, remaps
 from rewarm.criu.carve import carve
 from rewarm.dump import dump
 from rewarm.errors import CaptureError, GpuError
@@ -124,6 +124,7 @@ def capture(
             pids = processes.tree(container.pid)
             recorded = losses.record(pids, frozenset(frozen.stopped))
             _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
+            notes += _keep_connections(container, scratch.snapshot / CHECKPOINT, pids)
         with trace.phase("capture.device"):
             numbers = tuple(map(processes.namespace_pid, device_memory.pids))
             saved.settle()
@@ -250,6 +251,13 @@ def _carve(container: Container, images_directory: Path, writer: SnapshotWriter,
         writer.add_bytes(places.PLACES, places.encode(found.places))
     huge = tuple(HugeMapping(pid, vma.start, vma.end, extra) for pid, vma, extra in found.huge)
     return Memory(filled=found.filled, zeros=found.zeros, left=found.left, huge=huge)
+
+
+def _keep_connections(container: Container, checkpoint: Path, pids: list[int]) -> list[str]:
+    try:
+        return connections.keep(checkpoint, pids)
+    except (images.ImageError, OSError) as error:
+        raise CaptureError("record connections of", container.id, str(error), "capture it again") from error
 
 
 def _remove_network_lock(container: Container) -> list[str]:

@@ -1,4 +1,4 @@
-"""A new replica is not the one that was captured: it has a name of its own, and is told what else is new.
+"""A new replica is not the one that was captured: it has a name and addresses of its own, and is told what else is new.
 
 Its memory is the source's, the environment in it included. Who wants to know what the new container has reads
 `restored.json` in the control directory, which is there before anything runs, and in no container that started cold.
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rewarm import addresses
-from rewarm.criu import uts
+from rewarm.criu import connections, sockets, uts
+from rewarm.criu.sockets import FILES
+from rewarm.errors import Unfit
 from rewarm.oci import pod, spec
 from rewarm.oci import uts as oci_uts
 from rewarm.oci.spec import Spec
@@ -23,10 +25,15 @@ NAME = "restored.json"
 
 
 def rename(checkpoint: Path, bundle_spec: Spec) -> None:
-    """Have CRIU give the container the host name of its spec, or leave that of the pod that it joins. Raises
-    images.ImageError and OSError."""
+    """Have CRIU give the container the host name of its spec, or leave that of the pod that it joins, and bind its
+    sockets to the addresses that it has. Raises Unfit where it cannot have that, images.ImageError and OSError."""
     if (names := oci_uts.names(bundle_spec)) is not None:
         uts.rename(checkpoint, *names)
+    survive = connections.kept(checkpoint)
+    if survive and (cause := connections.check(checkpoint)):
+        raise Unfit("restore snapshot", FILES, cause)
+    if found := _addresses(bundle_spec):
+        sockets.readdress(checkpoint, found, connections=survive)
 
 
 def tell(control: str, container: str, snapshot: str, bundle_spec: Spec) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, preload, processes, recover, resume
 from rewarm.criu import images, options, vet
+from rewarm.criu.connections import kept as connections_kept
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
 from rewarm.memory.places import PLACES
@@ -27,7 +28,7 @@ from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci import log as oci_log
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
-from rewarm.oci.spec import CONTROL_DESTINATION, LIBRARY_DESTINATION, OWN_DESTINATIONS, Spec
+from rewarm.oci.spec import CONTROL_DESTINATION, LIBRARY_DESTINATION, Spec
 from rewarm.replica import rename, tell
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS
@@ -227,7 +228,7 @@ def _materialise(plan: Plan, over: threading.Event) -> None:
 
 
 def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
-    destinations = {destination for destination, _ in spec.mounts(plan.spec)} | set(OWN_DESTINATIONS)
+    destinations = mounts.destinations(spec.rootfs(plan.invocation.bundle, plan.spec), plan.spec)
     checkpoint = Path(_file(plan, CHECKPOINT))
     try:
         vet.vet(checkpoint, plan.spec, destinations)
@@ -243,7 +244,8 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     directory = plan.directory
     os.mkdir(os.path.join(directory, "work"), 0o700)
     place = cgroups.unified(plan.spec, plan.invocation.container_id, plan.invocation.systemd_cgroup)
-    options.write(os.path.join(directory, "criu.conf"), options.restore(place))
+    survive = connections_kept(Path(_file(plan, CHECKPOINT)))
+    options.write(os.path.join(directory, "criu.conf"), options.restore(place, survive))
     backup = os.path.join(directory, "config.json.orig")
     with open(os.path.join(plan.invocation.bundle, "config.json"), "rb") as file:
         spec.write_atomically(backup, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
@@ -311,7 +313,7 @@ def _rootfs_hook(plan: Plan, change: Undo) -> list[str]:
 def _guard(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
     """Start the guard: before the store is opened, since who inherits files of a share may hang when it closes them."""
     directory, invocation = plan.directory, plan.invocation
-    words = ["restore", "--detach", "--no-subreaper", "--file-locks", "--ext-unix-sk"]
+    words = ["restore", "--detach", "--no-subreaper", "--file-locks", "--ext-unix-sk", "--tcp-established"]
     words += ["--bundle", invocation.bundle, "--image-path", _file(plan, CHECKPOINT)]
     words += ["--work-path", os.path.join(directory, "work")]
     if invocation.pid_file:
@@ -385,7 +387,7 @@ def _report(plan: Plan, notes: list[str], devices: Devices | None) -> None:
     plan.trace.note("container", plan.invocation.container_id)
     plan.trace.note("snapshot", name)
     plan.trace.write(os.path.join(plan.directory, "trace.json"))
-    outcome: dict[str, Any] = {"outcome": "warm", "snapshot": name, "seconds": _seconds(plan.trace), "notes": notes}
+    outcome: dict[str, Any] = {"outcome": "warm", "snapshot": name, "seconds": plan.trace.seconds(), "notes": notes}
     if devices is not None:
         outcome["devices"] = devices.map
     spec.write_atomically(os.path.join(plan.directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
@@ -393,8 +395,3 @@ def _report(plan: Plan, notes: list[str], devices: Devices | None) -> None:
         oci_log.write(plan.invocation, "warning", f"rewarm: {line}")
     if plan.invocation.log:
         oci_log.write(plan.invocation, "info", f"rewarm: {plan.invocation.container_id} restored from {name}")
-
-
-def _seconds(trace: Trace) -> dict[str, float]:
-    now = time.monotonic_ns()
-    return {phase.name: round(((phase.end_ns or now) - phase.start_ns) / 1e9, 6) for phase in trace.phases()}

@@ -67,6 +67,11 @@ class Trace:
         with self._lock:
             return sorted(self._records, key=lambda record: (record.start_ns, record.depth))
 
+    def seconds(self) -> dict[str, float]:
+        """How long each phase took, by name; those that still run until now."""
+        now = time.monotonic_ns()
+        return {phase.name: round(((phase.end_ns or now) - phase.start_ns) / 1e9, 6) for phase in self.phases()}
+
     def to_json(self) -> bytes:
         """The trace in Chrome's trace event format: `ts` and `dur` are microseconds since the trace began.
 

@@ -37,7 +37,8 @@ class Containerd:
 
     `env` is added to the daemon's environment, which its shims and their runtime inherit. Two of them share nothing
     but the content of paths that are given to both: they stand for two nodes. `extra_config` is appended to
-    config.toml (version 2, CRI disabled unless `cri`). Started by the constructor; `stop` removes everything.
+    config.toml (version 2, CRI disabled unless `cri`), `cri_config` to CRI's table; `cri_runtimes` are CRI's runtimes
+    by name: the runc-compatible binary, or None for runc. Started by the constructor; `stop` removes everything.
 
     The daemon runs in the machine's own mount namespace (nsenter, not `ip netns exec`), so that its root filesystem
     mounts can be seen from outside as on a real node.
@@ -50,6 +51,8 @@ class Containerd:
         network: NetworkNamespace | None = None,
         env: Mapping[str, str] | None = None,
         cri: bool = False,
+        cri_config: Sequence[str] = (),
+        cri_runtimes: Mapping[str, Path | None] | None = None,
         extra_config: str = "",
         binary: str | Path = "containerd",
         namespace: str = "default",
@@ -69,7 +72,7 @@ class Containerd:
         self.network = network or NetworkNamespace()
         try:
             config = directory / "config.toml"
-            config.write_text(self._config(cri) + extra_config)
+            config.write_text(self._config(cri, cri_config, cri_runtimes or {}) + extra_config)
             with self.log.open("ab") as log:
                 self._process = subprocess.Popen(
                     self.network.argv(binary, "--config", config),
@@ -93,7 +96,7 @@ class Containerd:
             error.add_note(self._log_tail())
         self.stop()
 
-    def _config(self, cri: bool) -> str:
+    def _config(self, cri: bool, cri_config: Sequence[str], runtimes: Mapping[str, Path | None]) -> str:
         disabled = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.btrfs"]
         disabled += [f"io.containerd.snapshotter.v1.{name}" for name in ("aufs", "devmapper", "zfs")]
         if not cri:
@@ -115,7 +118,13 @@ class Containerd:
                 '[plugins."io.containerd.grpc.v1.cri"]',
                 "disable_apparmor = true",
                 "restrict_oom_score_adj = true",
+                *cri_config,
             ]
+        for name, runtime in runtimes.items():
+            table = f'plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}'
+            lines += [f"[{table}]", 'runtime_type = "io.containerd.runc.v2"', 'pod_annotations = ["rewarm.dev/*"]']
+            lines += [f"[{table}.options]", f'Root = "{self.runc_root}"']
+            lines += [f'BinaryName = "{runtime}"'] if runtime is not None else []
         return "\n".join(lines) + "\n"
 
     def _answers(self) -> bool:

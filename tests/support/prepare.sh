@@ -20,6 +20,7 @@ packages=(
     ca-certificates
     conmon
     containerd
+    containernetworking-plugins
     debian-archive-keyring
     docker.io
     fio

@@ -33,8 +33,13 @@ def records(path: Path, largest: int = _LARGEST, magic: int = _MAGIC) -> Iterato
 
 def raw_records(path: Path) -> Iterator[Iterator[tuple[int, bytes, int | bytes]]]:
     """The messages of one image file, each as its fields in order: number, the field as it is encoded, its value."""
-    for data in _records(path, _LARGEST):
-        yield _fields(data, path.name)
+    for data in raw(path):
+        yield fields(data, path.name)
+
+
+def raw(path: Path, magic: int = _MAGIC) -> Iterator[bytes]:
+    """The messages of one image file as they are encoded."""
+    return _records(path, _LARGEST, magic)
 
 
 def _records(path: Path, largest: int, magic: int = _MAGIC) -> Iterator[bytes]:
@@ -81,7 +86,8 @@ def decode(data: bytes, name: str = "message") -> Message:
     return message
 
 
-def _fields(data: bytes, name: str) -> Iterator[tuple[int, bytes, int | bytes]]:
+def fields(data: bytes, name: str = "message") -> Iterator[tuple[int, bytes, int | bytes]]:
+    """A message as its fields in order: number, the field as it is encoded, its value."""
     at = 0
     while at < len(data):
         begin = at

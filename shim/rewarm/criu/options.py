@@ -28,20 +28,19 @@ DUMP = (
 # Podman calls with almost no environment, and CRIU needs tar and ip.
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_RESTORE = (
-    # The tree must not run before its memory is verified, nor before `start`.
-    "leave-stopped",
-    "tcp-close",
-)
 
-
-def restore(cgroup: str) -> Iterator[str]:
+def restore(cgroup: str, connections: bool) -> Iterator[str]:
     """The options of a restore into `cgroup`, a path on the v2 hierarchy; "" where there is none.
+
+    `connections`: whether the images have some that survive (connections.py); the others are closed in them already.
 
     There CRIU puts the tree into the cgroups that its images name: runc 1.1 tells it the new root on v1 alone, and the
     tree would be in the source's cgroup, made anew if that is gone.
     """
-    yield from _RESTORE
+    # The tree must not run before its memory is verified, nor before `start`.
+    yield "leave-stopped"
+    if not connections:
+        yield "tcp-close"  # whatever `--tcp-established` says, which runc does not leave to this file
     # What CRIU would take for two words or for a controller's name (criu/config.c) is left to cgroups.take.
     if cgroup and cgroup.isascii() and not set(cgroup) & set(" \t\n\"'#:\\"):
         yield f"cgroup-root {cgroup}"

@@ -13,10 +13,13 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from rewarm.errors import OciError
+from rewarm.oci.spec import OWN_DESTINATIONS, Spec, mounts
 
 _DETACH, _NO_FOLLOW = 2, 8  # umount2(2)
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 _ROUNDS = 8
+_MOST_LINKS = 40
+"""As the kernel's own limit (ELOOP)."""
 
 
 def below(directory: str) -> list[str]:
@@ -61,6 +64,42 @@ def _detach(mounted: Callable[[], list[str]]) -> None:
 
 def _unescape(found: re.Match[bytes]) -> bytes:
     return bytes([int(found[1], 8)])
+
+
+def destinations(rootfs: str, spec: Spec) -> set[str]:
+    """Where the mounts of a spec, and rewarm's own, come to lie in the container."""
+    wanted = [*(destination for destination, _ in mounts(spec)), *OWN_DESTINATIONS]
+    return {resolved(rootfs, destination) for destination in wanted}
+
+
+def resolved(rootfs: str, destination: str) -> str:
+    """Where a mount point lies in the container: runc follows symbolic links on its way, within the rootfs (`/var/run`
+    is one in most images, and Kubernetes mounts its tokens below it). "" where they lead in a circle."""
+    found = "/"
+    left = _names(destination)
+    links = 0
+    while left:
+        name = left.pop()
+        if name == "..":
+            found = os.path.dirname(found)
+            continue
+        path = os.path.join(found, name)
+        try:
+            target = os.readlink(rootfs + path)
+        except OSError:
+            found = path
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return ""
+        left += _names(target)
+        found = "/" if target.startswith("/") else found
+    return found
+
+
+def _names(path: str) -> list[str]:
+    """The last one first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
 def new_places(rootfs: str, destinations: Iterable[str]) -> Iterator[str]:

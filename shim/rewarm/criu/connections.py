@@ -1,0 +1,210 @@
+"""TCP connections between processes of one container: they survive; all others come back closed.
+
+CRIU dumps connections by putting the source's sockets into repair mode, in which a killed CRIU leaves them, those to
+the outside as well. So it is told to close all of them (`tcp-close`), and what a restore needs for a connection with
+both ends in the container is written here: they are stopped, so there is nothing to it but what waits to be read, and
+that can be looked at from outside. Its sequence numbers may be any (soccr/soccr.c).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import socket
+import struct
+import termios
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from rewarm.criu import images
+from rewarm.criu.encode import integer, write_records
+from rewarm.criu.images import Message
+from rewarm.criu.namespaces import INVENTORY_MAGIC
+from rewarm.criu.sockets import (
+    DESTINATION,
+    FAR_PORT,
+    FILES,
+    INODE,
+    PORT,
+    SOURCE,
+    STATE,
+    address,
+    entry_of,
+    is_connection,
+    rewrite,
+    words,
+)
+
+_MAGIC = struct.pack("<II", 0x54564319, 0x51465506)  # criu/include/magic.h: IMG_COMMON_MAGIC, TCP_STREAM_MAGIC
+_ESTABLISHED, _CLOSED = 1, 7  # linux/tcp_states.h
+_TCP_CLOSE = 10  # images/inventory.proto
+_SACK, _WINDOW_SCALE = 2, 4  # linux/tcp.h: TCPI_OPT_*
+_SCALE = 7
+_SEGMENT = 65463
+"""Bytes: what fits into a packet of the loopback device beside the headers of IPv6."""
+_WINDOW = 65535
+_LONGEST = 1 << 20
+"""Bytes that may wait to be read."""
+_SIOCOUTQ = termios.TIOCOUTQ
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
+
+
+class _End(NamedTuple):
+    """One end of a connection: inode, state, and both addresses with their ports."""
+
+    inode: int
+    state: int
+    near: tuple[bytes, int]
+    far: tuple[bytes, int]
+
+
+def stream(inode: int) -> str:
+    return f"tcp-stream-{inode:x}.img"
+
+
+def kept(checkpoint: Path) -> bool:
+    """Whether these images have connections that survive."""
+    return any(checkpoint.glob("tcp-stream-*.img"))
+
+
+def keep(checkpoint: Path, pids: Iterable[int]) -> list[str]:
+    """Have the connections between these stopped processes survive a restore, and all others be closed sockets. Returns
+    a line for each that is closed though it is one of them.
+
+    Raises images.ImageError and OSError.
+    """
+    path = checkpoint / FILES
+    if not path.exists():
+        return []
+    pairs = {end: far for end, far in _ends(path).items() if far is not None and _ESTABLISHED == end.state == far.state}
+    if not pairs:
+        return []
+    waiting = _waiting({end.inode for end in pairs}, pids)
+    notes, numbers = [], {end: secrets.randbits(32) for end in pairs}
+    for end, far in pairs.items():
+        if end.inode not in waiting or far.inode not in waiting:
+            if end.inode < far.inode:
+                notes.append(f"the connection of ports {end.near[1]} and {end.far[1]} comes back closed: it was busy")
+            continue
+        data = waiting[end.inode]
+        sent, received = numbers[end], numbers[far]
+        # What the far end has sent and this one has not read is behind it already.
+        sent, received = sent + len(waiting[far.inode]) & 0xFFFFFFFF, received + len(data) & 0xFFFFFFFF
+        message = _encoded(sent, received, len(data))
+        (checkpoint / stream(end.inode)).write_bytes(_MAGIC + struct.pack("<I", len(message)) + message + data)
+    if kept(checkpoint):
+        rewrite(path, lambda entry: {} if (checkpoint / stream(images.u32(entry, INODE))).exists() else _closed(entry))
+        _without_tcp_close(checkpoint / "inventory.img")
+    return notes
+
+
+def check(checkpoint: Path) -> str:
+    """What is wrong with the connections of images that are hostile, "" if nothing: each has to have both ends in them,
+    or a container could speak in the middle of a connection of others. Raises images.ImageError."""
+    for end, far in _ends(checkpoint / FILES).items():
+        if far is None or end.state != _ESTABLISHED or not (checkpoint / stream(end.inode)).exists():
+            return f"a connection of port {end.near[1]}, whose other end is not in the images"
+    return ""
+
+
+def _ends(path: Path) -> dict[_End, _End | None]:
+    """The TCP connections of files.img, each with its other end if that is there, too."""
+    found = [_end(entry) for entry in map(entry_of, images.records(path)) if entry is not None and is_connection(entry)]
+    by_address = {(end.near, end.far): end for end in found}
+    far_ends = {end: by_address.get((end.far, end.near)) for end in found}
+    return {end: None if far == end else far for end, far in far_ends.items()}
+
+
+def _end(entry: Message) -> _End:
+    near = address(entry, SOURCE), images.u32(entry, PORT)
+    far = address(entry, DESTINATION), images.u32(entry, FAR_PORT)
+    return _End(images.u32(entry, INODE), images.u32(entry, STATE), near, far)
+
+
+def _closed(entry: Message) -> dict[int, bytes]:
+    """What makes a socket of it that was never connected."""
+    if not is_connection(entry):
+        return {}
+    nowhere = {field: words(field, bytes(4 * len(images.numbers(entry, field)))) for field in (SOURCE, DESTINATION)}
+    return {STATE: integer(STATE, _CLOSED), PORT: integer(PORT, 0), FAR_PORT: integer(FAR_PORT, 0), **nowhere}
+
+
+def _without_tcp_close(path: Path) -> None:
+    """CRIU restores with `tcp-close` what it has dumped with it, by this mark."""
+    records = [
+        b"".join(raw for number, raw, _ in images.fields(record, path.name) if number != _TCP_CLOSE)
+        for record in images.raw(path, INVENTORY_MAGIC)
+    ]
+    write_records(path, path.read_bytes()[:INVENTORY_MAGIC], records)
+
+
+def _waiting(inodes: set[int], pids: Iterable[int]) -> dict[int, bytes]:
+    """What waits to be read at each of these sockets; without those that still have something under way."""
+    found: dict[int, bytes] = {}
+    for pid in pids:
+        for name in _names(f"/proc/{pid}/fd"):
+            link = _SOCKET.fullmatch(_link(f"/proc/{pid}/fd/{name}"))
+            if link is None or int(link[1]) not in inodes or int(link[1]) in found:
+                continue
+            data = _look(pid, int(name))
+            if data is not None:
+                found[int(link[1])] = data
+    return found
+
+
+def _look(pid: int, descriptor: int) -> bytes | None:
+    from rewarm_native import process
+
+    with socket.socket(fileno=process.get_fd(pid, descriptor)) as taken:
+        if _asked(taken, _SIOCOUTQ):
+            return None
+        length = _asked(taken, termios.FIONREAD)
+        if length > _LONGEST:
+            return None
+        data = b""
+        if length:
+            data = taken.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return data if len(data) == length else None
+
+
+def _asked(taken: socket.socket, question: int) -> int:
+    (answer,) = struct.unpack("=i", fcntl.ioctl(taken, question, bytes(4)))
+    return int(answer)
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:  # the process has ended
+        return []
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _encoded(sent: int, received: int, waits: int) -> bytes:
+    """A tcp_stream_entry (images/tcp-stream.proto) of a connection on which nothing is under way."""
+    values = {
+        1: waits,
+        2: received,
+        3: 0,
+        4: sent,
+        5: _SACK | _WINDOW_SCALE,
+        6: _SCALE,
+        7: _SEGMENT,
+        8: _SCALE,
+        12: 0,
+        13: received,
+        14: _WINDOW,
+        15: _WINDOW,
+        16: _WINDOW,
+        17: received,
+    }
+    return b"".join(integer(field, value) for field, value in values.items())

@@ -1,0 +1,168 @@
+"""TCP connections inside of a container survive, all others are closed sockets."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from rewarm.criu import connections, images, sockets
+from support.criu_images import field, image
+from support.socket_images import ESTABLISHED, LISTEN, record
+
+HOST = "127.0.0.1"
+
+
+class Pair:
+    """A connection of this process with itself."""
+
+    def __init__(self) -> None:
+        with socket.create_server((HOST, 0)) as listener:
+            self.near = socket.create_connection(listener.getsockname())
+            self.far = listener.accept()[0]
+        self.ends = [self.near, self.far]
+
+    def inode(self, end: socket.socket) -> int:
+        return os.fstat(end.fileno()).st_ino
+
+    def records(self, state: int = ESTABLISHED) -> list[bytes]:
+        return [
+            record(
+                HOST,
+                end.getsockname()[1],
+                far=HOST,
+                far_port=end.getpeername()[1],
+                state=state,
+                inode=self.inode(end),
+            )
+            for end in self.ends
+        ]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    with ExitStack() as stack:
+        for end in made.ends:
+            stack.enter_context(end)
+        yield made
+
+
+def checkpoint(directory: Path, *records: bytes) -> Path:
+    (directory / "files.img").write_bytes(image(*records))
+    inventory = field(1, 2) + field(10, 1) + field(9, 2)
+    (directory / "inventory.img").write_bytes(b"MAGI" + struct.pack("<I", len(inventory)) + inventory)
+    return directory
+
+
+def stream(made: Path, inode: int) -> tuple[images.Message, bytes]:
+    """What CRIU reads: the message, and the bytes behind it."""
+    data = (made / connections.stream(inode)).read_bytes()
+    assert data[:8] == bytes.fromhex("1943565406554651")
+    (length,) = struct.unpack_from("<I", data, 8)
+    return images.decode(data[12 : 12 + length]), data[12 + length :]
+
+
+def entries(made: Path) -> list[images.Message]:
+    return [one for one in map(sockets.entry_of, images.records(made / "files.img")) if one is not None]
+
+
+def tcp_close(made: Path) -> int:
+    (inventory,) = images.records(made / "inventory.img", magic=4)
+    assert images.number(inventory, 1) == 2 and images.number(inventory, 9) == 2
+    return images.number(inventory, 10)
+
+
+def test_both_ends_with_what_waits_to_be_read(tmp_path: Path, pair: Pair) -> None:
+    pair.near.sendall(b"hello")
+    made = checkpoint(tmp_path, *pair.records())
+    before = (made / "files.img").read_bytes()
+    assert connections.keep(made, [os.getpid()]) == []
+    assert (made / "files.img").read_bytes() == before
+    near, nothing = stream(made, pair.inode(pair.near))
+    far, data = stream(made, pair.inode(pair.far))
+    assert (nothing, data) == (b"", b"hello")
+    assert (images.number(near, 1), images.number(far, 1)) == (0, 5)
+    # What the one will send next is what the other expects next, in both directions.
+    assert images.number(near, 4) == images.number(far, 2)
+    assert images.number(far, 4) == images.number(near, 2)
+    assert connections.kept(made) and connections.check(made) == "" and tcp_close(made) == 0
+    assert pair.far.recv(10) == b"hello", "it was taken away from the source"
+
+
+def test_a_connection_to_outside_is_closed(tmp_path: Path, pair: Pair) -> None:
+    listener = record("0.0.0.0", 80, state=LISTEN)
+    outside = record("10.1.0.5", 80, far="10.9.9.9", far_port=4000, state=ESTABLISHED, inode=99)
+    udp = record("10.1.0.5", 80, far="10.9.9.9", far_port=53, state=ESTABLISHED, protocol=socket.IPPROTO_UDP, inode=98)
+    made = checkpoint(tmp_path, *pair.records(), listener, outside, udp)
+    connections.keep(made, [os.getpid()])
+    found = entries(made)
+    assert [images.number(one, 8) for one in found] == [*(e.getpeername()[1] for e in pair.ends), 0, 0, 53]
+    assert images.number(found[2], 6) == LISTEN and images.number(found[2], 7) == 80
+    assert [images.number(found[3], number) for number in (6, 7)] == [7, 0]
+    # CRIU wants as many words of an address as before.
+    assert found[3][11] == found[3][12] == [0]
+    assert connections.check(made) == ""
+
+
+def test_nothing_to_keep(tmp_path: Path, pair: Pair) -> None:
+    """Where there is no such connection CRIU closes them all, as ever."""
+    made = checkpoint(
+        tmp_path, pair.records()[0], record("10.1.0.5", 80, far="10.9.9.9", far_port=1, state=ESTABLISHED)
+    )
+    before = (made / "files.img").read_bytes()
+    assert connections.keep(made, [os.getpid()]) == []
+    assert (made / "files.img").read_bytes() == before
+    assert not connections.kept(made) and tcp_close(made) == 1
+
+
+@pytest.mark.parametrize("state", [2, 4, 5, 8, 9, 11])
+def test_one_that_is_half_closed(tmp_path: Path, pair: Pair, state: int) -> None:
+    made = checkpoint(tmp_path, *pair.records(state))
+    connections.keep(made, [os.getpid()])
+    assert not connections.kept(made)
+
+
+def test_one_of_another_process(tmp_path: Path, pair: Pair) -> None:
+    """In the node's network: CRIU's images have it, but nobody can say what waits to be read."""
+    made = checkpoint(tmp_path, *pair.records())
+    (note,) = connections.keep(made, [])
+    assert str(pair.near.getsockname()[1]) in note and "comes back closed" in note
+    assert not connections.kept(made)
+
+
+def test_one_that_has_more_under_way_than_the_other_takes(tmp_path: Path, pair: Pair) -> None:
+    pair.near.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            pair.near.send(b"x" * 65536)
+    made = checkpoint(tmp_path, *pair.records())
+    (note,) = connections.keep(made, [os.getpid()])
+    assert "busy" in note and not connections.kept(made)
+
+
+def test_hostile_images(tmp_path: Path, pair: Pair) -> None:
+    made = checkpoint(tmp_path, *pair.records())
+    connections.keep(made, [os.getpid()])
+    good = (made / "files.img").read_bytes()
+    near = pair.near.getsockname()[1]
+    alone = record("10.1.0.5", 80, far="10.9.9.9", far_port=4000, state=ESTABLISHED, inode=pair.inode(pair.near))
+    itself = record(HOST, 80, far=HOST, far_port=80, state=ESTABLISHED, inode=pair.inode(pair.near))
+    for records, port in (
+        ((alone,), 80),
+        ((itself,), 80),
+        ((*pair.records(), alone), 80),
+        (pair.records(2), near),  # SYN_SENT: CRIU would connect
+        ((pair.records()[0],), near),
+    ):
+        (made / "files.img").write_bytes(image(*records))
+        assert f"port {port}" in connections.check(made), records
+    (made / "files.img").write_bytes(good)
+    assert connections.check(made) == ""
+    (made / connections.stream(pair.inode(pair.far))).unlink()
+    assert connections.check(made)
