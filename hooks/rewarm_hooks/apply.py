@@ -7,7 +7,9 @@ the whole archive has been found good.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import stat
 
 from . import member as kinds
 from . import names, place, plan, tarread, undo
@@ -19,16 +21,22 @@ from .walk import Walker, remove
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container
     from typing import BinaryIO
+
+    from .names import Parts
 
     Path = str | os.PathLike[str]
 
 
-def apply_layer(layer: BinaryIO, root_fd: int, undo_path: Path | None, *, replace: bool = True) -> LayerStats:
+def apply_layer(
+    layer: BinaryIO, root_fd: int, undo_path: Path | None, *, shared: Container[Parts] | None = None
+) -> LayerStats:
     """Apply a seekable layer to the directory open as `root_fd`, for instance the merged view of an overlay mount.
 
     undo_path: where the inverse layer goes before the first change; None for none. The file must not exist yet; while
-    it exists, the root may be changed. Without `replace` nothing that exists may be changed but directories.
+    it exists, the root may be changed. `shared`, if given: others use the directory, too, so that what exists stays
+    and is passed over, but the files of `shared`, which are replaced; if others have one open, that is an error.
 
     Raises LayerError naming the entry. For a bad archive nothing was changed and there is no undo file. If a change
     itself fails (no space, a mount in the way), what was changed is put back and the undo file removed; should that
@@ -37,8 +45,8 @@ def apply_layer(layer: BinaryIO, root_fd: int, undo_path: Path | None, *, replac
     """
     with _walk(root_fd) as walker:
         steps = plan.make(tarread.members(layer), walker, devices=False)
-        if not replace:
-            _check_new(steps)
+        if shared is not None:
+            steps = [step for step in steps if _is_to_be_made(step, shared, walker)]
         if undo_path is not None:
             undo.write_undo(steps, root_fd, undo_path)
         try:
@@ -89,11 +97,37 @@ def _walk(root_fd: int) -> Walker:
         raise failed("./", "opening the root filesystem", error) from error
 
 
-def _check_new(steps: list[Step]) -> None:
-    for step in steps:
-        taken = step.found is not None and not step.over_directory
-        if step.what != ENTRY or taken:
-            raise LayerError(joined(step.parts), "it is there already, and may be in use by others")
+def _is_to_be_made(step: Step, needed: Container[Parts], walker: Walker) -> bool:
+    """Whether a step among others' files is to be taken. Raises LayerError."""
+    if step.what != ENTRY:
+        raise LayerError(joined(step.parts), "it is to be deleted, and may be in use by others")
+    if step.found is None or step.over_directory:
+        return True
+    if step.parts not in needed:
+        return False
+    try:
+        left = stat.S_ISREG(step.found.st_mode) and not _is_open(step.parts, walker)
+    except OSError as error:
+        raise failed(joined(step.parts), "looking whether it is in use", error) from error
+    if not left:
+        raise LayerError(joined(step.parts), "it is there already, and in use by others")
+    return True
+
+
+def _is_open(parts: Parts, walker: Walker) -> bool:
+    """Whether another process has a regular file open or mapped: such a one gets no lease (fcntl(2), F_SETLEASE).
+
+    Kernels without IMA do not count who only reads.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(parts[-1], flags, dir_fd=walker.directory(parts[:-1]))
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _carry_out(steps: list[Step], walker: Walker, layer: BinaryIO) -> LayerStats:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from rewarm.errors import RestoreError
 
 
-def apply(layer: str, root: str, undo: str) -> None:
+def apply(layer: str, root: str, undo: str, opened: Iterable[bytes]) -> None:
     """Add what is in the layer file to the directory tree `root`; `undo` becomes the layer that turns it back.
 
-    Containers of one pod share such a tree, so what is there already is never changed. Raises RestoreError.
+    Containers of one pod share such a tree, and it outlives each of them: what is there already stays, as on a volume.
+    But what the program has open, the names `opened`, has to be as it was: what an earlier container has left there is
+    replaced. Raises RestoreError, also if somebody has that open.
     """
     from rewarm_hooks.layer import LayerError, apply_layer  # few restores come here
 
     fd = _open(root)
     try:
         with open(layer, "rb") as file:
-            apply_layer(file, fd, undo, replace=False)
+            apply_layer(file, fd, undo, shared={tuple(name.split(b"/")) for name in opened})
     except LayerError as error:
         raise RestoreError("apply layer to", root, str(error)) from error
     finally:

@@ -139,3 +139,19 @@ def kill_all(pids: set[int], deadline: float = 10.0) -> bool:
         if left:
             time.sleep(0.01)
     return not left
+
+
+def is_own_namespace(namespace: dict[str, object]) -> bool:
+    """Whether a namespace of a spec is one that this process is in: containerd names the sandbox's in every case, which
+    has the node's network in a pod with `hostNetwork`."""
+    path, name = namespace.get("path"), _NAMESPACES.get(str(namespace.get("type")))
+    if not path or name is None:
+        return False
+    try:
+        return os.path.samefile(str(path), f"/proc/self/ns/{name}")
+    except OSError:
+        return False  # runc will say what is wrong with it
+
+
+_NAMESPACES = {"pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts", "mount": "mnt"}
+"""OCI's names and the kernel's. A user namespace is not joined but nested."""

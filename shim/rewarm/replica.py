@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rewarm import addresses
+from rewarm import addresses, ports
 from rewarm.criu import connections, sockets, uts
 from rewarm.criu.sockets import FILES
 from rewarm.errors import Unfit
@@ -32,6 +32,8 @@ def rename(checkpoint: Path, bundle_spec: Spec) -> None:
     survive = connections.kept(checkpoint)
     if survive and (cause := connections.check(checkpoint)):
         raise Unfit("restore snapshot", FILES, cause)
+    if survive and (target := _network(bundle_spec)):
+        connections.renumber(checkpoint, ports.ports(target))
     if found := _addresses(bundle_spec):
         sockets.readdress(checkpoint, found, connections=survive)
 
@@ -60,13 +62,19 @@ def tell(control: str, container: str, snapshot: str, bundle_spec: Spec) -> None
 
 def _addresses(bundle_spec: Spec) -> list[str] | None:
     """Of a network namespace that is there already, as a pod's is, or of the node's if that is the container's."""
-    namespaces = (bundle_spec.get("linux") or {}).get("namespaces") or []
-    paths = [one.get("path") for one in namespaces if one.get("type") == "network"]
-    if paths and not paths[0]:
+    target = _network(bundle_spec)
+    if target is None:
         return []
     with suppress(OSError):
-        return addresses.addresses(str(paths[0]) if paths else os.getpid())
+        return addresses.addresses(target)
     return None
+
+
+def _network(bundle_spec: Spec) -> str | int | None:
+    """Path or process of the network namespace that is there already; None if the container gets one of its own."""
+    namespaces = (bundle_spec.get("linux") or {}).get("namespaces") or []
+    paths = [str(one.get("path") or "") for one in namespaces if one.get("type") == "network"]
+    return (paths[0] or None) if paths else os.getpid()
 
 
 def _environment(bundle_spec: Spec) -> dict[str, str]:

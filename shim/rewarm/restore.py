@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, preload, processes, recover, resume
-from rewarm.criu import images, options, vet
+from rewarm.criu import images, opened, options, vet
 from rewarm.criu.connections import kept as connections_kept
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
@@ -282,7 +282,8 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
 def _change(plan: Plan, kept: Record, changed: Spec) -> None:
     """Change what is not rewarm's own. The record knows how it was, and the guard is there to put it back."""
     if _has(plan, DEV_SHM):
-        layers.apply(_file(plan, DEV_SHM), kept.undo[1].root, kept.undo[1].layer)
+        needed = opened.below(Path(_file(plan, CHECKPOINT)), SHM)
+        layers.apply(_file(plan, DEV_SHM), kept.undo[1].root, kept.undo[1].layer, needed)
     spec.save(plan.invocation.bundle, changed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -68,27 +69,38 @@ def test_a_pid_namespace_below_the_containers_own(node: Node) -> None:
     proc.wait_for("the source to count on", lambda: counter.numbers(source)[-1] > before)
 
 
-@pytest.mark.parametrize("taken", [False, True], ids=["free", "taken"])
-def test_a_shared_dev_shm_is_added_to_and_never_changed(node: Node, taken: bool) -> None:
-    """The containers of a pod share it: what a sibling has there stays as it is."""
-    args = ["python3", "-c", "open('/dev/shm/mine', 'w').write('source')" + LOOP]
+@pytest.mark.parametrize(
+    ("there", "held", "opens", "outcome", "text"),
+    [
+        ("siblings", False, True, "warm", "source"),
+        ("mine", False, False, "warm", "sibling"),
+        ("mine", True, False, "warm", "sibling"),
+        ("mine", False, True, "warm", "source"),
+        ("mine", True, True, "cold", "sibling"),
+    ],
+    ids=["free", "taken", "taken and in use", "left behind", "in use"],
+)
+def test_a_shared_dev_shm(node: Node, there: str, held: bool, opens: bool, outcome: str, text: str) -> None:
+    """The containers of a pod share it, and it outlives them: what a sibling uses stays as it is."""
+    close = "" if opens else "; file.close()"
+    program = f"file = open('/dev/shm/mine', 'w'); file.write('source'); file.flush(){close}"
+    args = ["python3", "-c", program + LOOP]
     pods = {name: node.directory / f"shm-{name}" for name in ("a", "b")}
     for path in pods.values():
         path.mkdir(mode=0o1777)
     mounts = {name: [bind(path, "/dev/shm")] for name, path in pods.items()}
     counter.run(node.runtime, "source", counter.bundle(node.directory / "source", args=args, mounts=mounts["a"]))
     node.rewarm("capture", "source", "--name", "counter")
-    sibling = pods["b"] / ("mine" if taken else "siblings")
+    sibling = pods["b"] / there
     sibling.write_text("sibling")
-    inode = sibling.stat().st_ino
-    node.runtime.create("copy", counter.bundle(node.directory / "copy", args=args, mounts=mounts["b"]))
-    outcome = node.outcome("copy")
-    assert (sibling.read_text(), sibling.stat().st_ino) == ("sibling", inode)
-    if taken:
-        assert outcome["outcome"] == "cold" and "mine: it is there already" in outcome["reason"]
-    else:
-        assert outcome["outcome"] == "warm", outcome
-        assert (pods["b"] / "mine").read_text() == "source"
+    with sibling.open("r+") if held else nullcontext():
+        node.runtime.create("copy", counter.bundle(node.directory / "copy", args=args, mounts=mounts["b"]))
+        found = node.outcome("copy")
+        assert found["outcome"] == outcome, found
+    if outcome == "cold":
+        assert "mine: it is there already, and in use by others" in found["reason"]
+    assert (pods["b"] / "mine").read_text() == text
+    assert there == "mine" or sibling.read_text() == "sibling"
 
 
 def test_a_shared_pid_namespace_is_refused(node: Node) -> None:

@@ -90,7 +90,7 @@ class NetworkNamespace:
 
     def connect(self, port: int, host: str = "127.0.0.1", *, timeout: float = 10.0) -> socket.socket:
         """A TCP connection made from inside. Raises OSError."""
-        made = self.open_socket()
+        made = self.open_socket(family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
             made.settimeout(timeout)
             made.connect((host, port))

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from support import image, rootfs
+from support import cgroups, image, rootfs
 from support.containerd import Containerd
 from support.cri import Cri, CriError, pb
 from support.node import Node
@@ -100,7 +100,8 @@ class KubeNode:
             cri_runtimes={"runc": None, HANDLER: runtime},
         )
         try:
-            self.node.configure(runtime_roots=[str(self.engine.runc_root / "*")], **settings)
+            self._settings = settings
+            self.configure()
             self.cri = Cri(self.engine.socket)
             self.engine.import_image(pause_image(), namespace="k8s.io")
             wait_for("the pod network", self._network_ready, timeout=30)
@@ -113,6 +114,10 @@ class KubeNode:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def configure(self, **settings: object) -> None:
+        """The node's settings: those it was made with, and these."""
+        self.node.configure(runtime_roots=[str(self.engine.runc_root / "*")], **{**self._settings, **settings})
 
     def _network(self) -> dict[str, Any]:
         ranges = [[{"subnet": f"10.{100 + self.number}.0.0/24"}], [{"subnet": f"fd00:{100 + self.number}::/64"}]]
@@ -135,6 +140,7 @@ class KubeNode:
         annotations: Mapping[str, str] | None = None,
         handler: str = HANDLER,
         share_pids: bool = False,
+        host_network: bool = False,
     ) -> Pod:
         """RunPodSandbox: a pod of this name, with a new uid. Raises CriError."""
         uid = secrets.token_hex(8)
@@ -142,14 +148,16 @@ class KubeNode:
         (directory / "logs").mkdir(parents=True)
         config = pb.PodSandboxConfig(
             metadata=pb.PodSandboxMetadata(name=name, uid=uid, namespace=namespace),
-            hostname=name[:63],
+            hostname="" if host_network else name[:63],
             log_directory=str(directory / "logs"),
             dns_config=pb.DNSConfig(servers=["10.96.0.10"], searches=[f"{namespace}.svc.cluster.local"]),
             annotations=dict(annotations or {}),
             linux=pb.LinuxPodSandboxConfig(
                 cgroup_parent=f"{self.engine.cgroup}/pod{uid}",
                 security_context=pb.LinuxSandboxSecurityContext(
-                    namespace_options=pb.NamespaceOption(pid=pb.POD if share_pids else pb.CONTAINER),
+                    namespace_options=pb.NamespaceOption(
+                        pid=pb.POD if share_pids else pb.CONTAINER, network=pb.NODE if host_network else pb.POD
+                    ),
                     seccomp=pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault),
                 ),
             ),
@@ -158,7 +166,7 @@ class KubeNode:
         self._pods.append(made)
         made.sandbox = self.cri.call("RunPodSandbox", config=config, runtime_handler=handler).pod_sandbox_id
         network = self.cri.call("PodSandboxStatus", pod_sandbox_id=made.sandbox).status.network
-        made.ips = [network.ip, *(one.ip for one in network.additional_ips)]
+        made.ips = ["127.0.0.1"] if host_network else [network.ip, *(one.ip for one in network.additional_ips)]
         self._volumes(made)
         return made
 
@@ -206,9 +214,7 @@ class KubeNode:
             ("/cache", pod.directory / "empty", False),
         ]
         wanted: dict[str, Any] = {
-            "namespace_options": pb.NamespaceOption(
-                pid=pod.config.linux.security_context.namespace_options.pid,
-            ),
+            "namespace_options": pod.config.linux.security_context.namespace_options,
             "masked_paths": _MASKED,
             "readonly_paths": _READ_ONLY,
             "seccomp": pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault),
@@ -299,7 +305,13 @@ class KubeNode:
         if pod.sandbox:
             self.cri.call("StopPodSandbox", pod_sandbox_id=pod.sandbox)
             self.cri.call("RemovePodSandbox", pod_sandbox_id=pod.sandbox)
+        cgroups.remove(pod.config.linux.cgroup_parent)
         self._pods.remove(pod)
+
+    def remove_all(self) -> None:
+        """Every pod. Raises CriError."""
+        for pod in list(self._pods):
+            self.remove(pod)
 
     def close(self) -> None:
         """Removes every pod, then the engine. A second call does nothing."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rewarm.criu import connections, images, sockets
+from rewarm.ports import ports as ports_in_use
 from support.criu_images import field, image
 from support.socket_images import ESTABLISHED, LISTEN, record
 
@@ -144,6 +145,42 @@ def test_one_that_has_more_under_way_than_the_other_takes(tmp_path: Path, pair: 
     made = checkpoint(tmp_path, *pair.records())
     (note,) = connections.keep(made, [os.getpid()])
     assert "busy" in note and not connections.kept(made)
+
+
+def ports(made: Path) -> list[tuple[int, int]]:
+    return [(images.number(one, 7), images.number(one, 8)) for one in entries(made)]
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    """By a connection that is over, of a container of the same pod and snapshot: the one that has connected moves."""
+    made = checkpoint(
+        tmp_path,
+        record(HOST, 80, state=LISTEN),
+        record(HOST, 80, far=HOST, far_port=40000, state=ESTABLISHED, inode=1),
+        record(HOST, 40000, far=HOST, far_port=80, state=ESTABLISHED, inode=2),
+        record(HOST, 50000, far=HOST, far_port=40001, state=ESTABLISHED, inode=3),
+        record(HOST, 40001, far=HOST, far_port=50000, state=ESTABLISHED, inode=4),
+        record(HOST, 40000, far="10.96.0.10", far_port=53, protocol=socket.IPPROTO_UDP, state=ESTABLISHED),
+    )
+    before = (made / "files.img").read_bytes()
+    connections.renumber(made, {80, 40001})
+    assert (made / "files.img").read_bytes() == before, "a port that nobody is in the way of has changed"
+    everything = set(range(32768, 61000)) - {45678}
+    connections.renumber(made, everything - {50000})
+    found = ports(made)
+    assert found == [(80, 0), (80, 45678), (45678, 80), (50000, 40001), (40001, 50000), (40000, 53)]
+    with pytest.raises(images.ImageError, match="no free port"):
+        connections.renumber(made, everything | {45678})
+
+
+def test_ports_of_a_namespace(pair: Pair) -> None:
+    near, far = pair.near.getsockname()[1], pair.near.getpeername()[1]
+    assert {near, far} <= ports_in_use(os.getpid()) == ports_in_use("/proc/self/ns/net")
+    pair.near.close()
+    pair.far.close()
+    assert {near, far} <= ports_in_use(os.getpid()), "it is remembered for a minute (TIME_WAIT)"
+    with pytest.raises(FileNotFoundError):
+        ports_in_use("/proc/self/ns/none")
 
 
 def test_hostile_images(tmp_path: Path, pair: Pair) -> None:

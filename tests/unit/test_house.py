@@ -39,6 +39,7 @@ ROOMS = {
     "rewarm.nftables": 2,
     "rewarm.netlink": 1,
     "rewarm.addresses": 2,
+    "rewarm.ports": 2,
     "rewarm.replica": 3,
     "rewarm.scratch": 2,
     "rewarm.guard": 2,

@@ -63,6 +63,23 @@ def check(directory: Path, live: dict[str, Any], *, cores: bytes | None = None, 
     vet.vet(directory, live, {"/models", "/proc", "/dev/shm"})
 
 
+@pytest.mark.parametrize(("kind", "number"), [("network", 6), ("ipc", 7), ("uts", 8)])
+def test_a_namespace_of_the_nodes_that_is_joined_by_its_path(tmp_path: Path, kind: str, number: int) -> None:
+    """As containerd has it in a pod with hostNetwork: the container's is the node's, and its images say so."""
+    name = {"network": "net"}.get(kind, kind)
+    live = spec()
+    (joined,) = [one for one in live["linux"]["namespaces"] if one["type"] == kind]
+    joined["path"] = f"/proc/self/ns/{name}"
+    own = b"".join(field(one, 1 if one == number else 2) for one in range(5, 10))
+    with pytest.raises(Unfit, match=f"want a {kind} namespace"):
+        check(tmp_path, live)
+    (tmp_path / "ids-1.img").write_bytes(image(own))
+    vet.vet(tmp_path, live, set())
+    joined["path"] = "/proc/self/ns/none"
+    with pytest.raises(Unfit, match=f"want the node's {kind} namespace"):
+        vet.vet(tmp_path, live, set())
+
+
 def test_an_honest_snapshot_passes(tmp_path: Path) -> None:
     mounts = (mount("./proc", PROC), mount("./models", UNSUPPORTED, key=b"/models"), mount("./dev/shm", TMPFS))
     check(tmp_path, spec(), mounts=(*mounts, mount("./proc/kcore", TMPFS), mount("./dev/pts", 6)))

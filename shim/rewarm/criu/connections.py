@@ -15,7 +15,7 @@ import secrets
 import socket
 import struct
 import termios
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from rewarm.criu.sockets import (
     FILES,
     INODE,
     PORT,
+    PROTOCOL,
     SOURCE,
     STATE,
     address,
@@ -46,6 +47,7 @@ _SCALE = 7
 _SEGMENT = 65463
 """Bytes: what fits into a packet of the loopback device beside the headers of IPv6."""
 _WINDOW = 65535
+_EPHEMERAL = (32768, 61000)
 _LONGEST = 1 << 20
 """Bytes that may wait to be read."""
 _SIOCOUTQ = termios.TIOCOUTQ
@@ -108,6 +110,42 @@ def check(checkpoint: Path) -> str:
         if far is None or end.state != _ESTABLISHED or not (checkpoint / stream(end.inode)).exists():
             return f"a connection of port {end.near[1]}, whose other end is not in the images"
     return ""
+
+
+def renumber(checkpoint: Path, taken: Collection[int]) -> None:
+    """Give a connection another port if one of `taken` would be in its way: those of a container that ended less than a
+    minute ago, in the same pod, had the same. It is the port of the end that has connected, which nobody looks for.
+
+    Raises images.ImageError and OSError.
+    """
+    path = checkpoint / FILES
+    entries = [entry for entry in map(entry_of, images.records(path)) if entry is not None]
+    tcp = [entry for entry in entries if images.number(entry, PROTOCOL) == socket.IPPROTO_TCP]
+    served = {images.u32(entry, PORT) for entry in tcp if not is_connection(entry)}
+    used = {*served, *taken, *(end.near[1] for end in _ends(path))}
+    changed: dict[int, int] = {}
+    for end in _ends(path):
+        ports = sorted({end.near[1], end.far[1]} - served)
+        if ports and ports[-1] in taken and ports[-1] not in changed:
+            changed[ports[-1]] = _free(used)
+            used.add(changed[ports[-1]])
+    if changed:
+        rewrite(path, lambda entry: _renumbered(entry, changed))
+
+
+def _renumbered(entry: Message, changed: dict[int, int]) -> dict[int, bytes]:
+    if not is_connection(entry):
+        return {}
+    ports = ((field, changed.get(images.u32(entry, field))) for field in (PORT, FAR_PORT))
+    return {field: integer(field, port) for field, port in ports if port is not None}
+
+
+def _free(used: Collection[int]) -> int:
+    """A port of those that Linux takes by itself (net.ipv4.ip_local_port_range)."""
+    free = [port for port in range(*_EPHEMERAL) if port not in used]
+    if not free:
+        raise images.ImageError("connections of the container: there is no free port for them")
+    return secrets.choice(free)
 
 
 def _ends(path: Path) -> dict[_End, _End | None]:

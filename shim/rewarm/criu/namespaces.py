@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rewarm import processes
 from rewarm.criu import images
 from rewarm.errors import Unfit
 
@@ -33,7 +34,8 @@ def check(directory: Path, spec: dict[str, Any]) -> None:
     if len(roots) != 1 or images.u32(inventory, _NS_PER_ID) != 1:
         raise Unfit("restore snapshot", "inventory.img", "it does not tell its namespaces by their own numbers")
     (outside,) = roots
-    wanted = {str(one.get("type")) for one in (spec.get("linux") or {}).get("namespaces") or []}
+    namespaces = (spec.get("linux") or {}).get("namespaces") or []
+    wanted = {str(one.get("type")) for one in namespaces if not processes.is_own_namespace(one)}
     first = images.u32(next(images.records(directory / "pstree.img"), {}), 1)
     for path in sorted(directory.glob("ids-*.img")):
         own = path.name == f"ids-{first}.img"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from rewarm import processes
 from rewarm.oci.spec import Spec
 
 
@@ -14,7 +15,7 @@ def names(spec: Spec) -> tuple[str, str] | None:
     OSError.
     """
     for namespace in (spec.get("linux") or {}).get("namespaces") or []:
-        if namespace.get("type") != "uts":
+        if namespace.get("type") != "uts" or processes.is_own_namespace(namespace):
             continue
         if namespace.get("path"):
             from rewarm_native import process

@@ -62,6 +62,7 @@ class Program:
     def _greet(listener: socket.socket) -> None:
         while True:
             with listener.accept()[0] as connection:
+                connection.recv(4096)
                 connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps(str(listener.getsockname()[0])).encode())
 
     @staticmethod
@@ -147,6 +148,7 @@ def main() -> None:
         daemon_threads = True
 
         def server_bind(self) -> None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             self.socket.bind(("::", PORT))
             self.server_name, self.server_port = "pod", PORT
