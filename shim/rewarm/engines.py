@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable
 
 from rewarm import processes
+from rewarm.annotation import http_target
 from rewarm.errors import CaptureError, RestoreError
 from rewarm.oci.spec import Spec
-from rewarm.request import environment, http_target
+from rewarm.request import environment
 
 _PORTS = {"vllm": 8000, "sglang": 30000}
 """What each listens on without --port."""

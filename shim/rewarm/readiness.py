@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Callable
 
 from rewarm import processes
+from rewarm.annotation import http_target
 from rewarm.oci.runc import Container, Runc
-from rewarm.request import http_target
 
 _HTTP_TIMEOUT = 5.0
 _EXEC_TIMEOUT = 30.0

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from dataclasses import dataclass
 
+from rewarm import annotation, policy
+from rewarm.annotation import PREFIX, shown
 from rewarm.errors import RequestError
+from rewarm.oci import pod
 from rewarm.oci.spec import OWN_DESTINATIONS, Spec, digest, mounts, spec_annotations, without_library
-from rewarm.settings import ENGINES, Settings
-from rewarm.store.names import ALLOWED, is_name
+from rewarm.settings import Settings
 
-PREFIX = "rewarm.dev/"
-_SANDBOX_NAMESPACE = "io.kubernetes.cri.sandbox-namespace"
-_CONTAINER_TYPE = "io.kubernetes.cri.container-type"
-_CONTAINER_NAME = "io.kubernetes.cri.container-name"
-_IMAGE_NAMES = ("io.kubernetes.cri.image-name", "org.opencontainers.image.ref.name", "io.containerd.image.name")
-
-_CHOICES = {
-    "capture": ("never", "on-ready"),
-    "on-miss": ("cold-start", "fail"),
-    "device-memory": ("auto", "off"),
-    "engine": ENGINES,
-}
-_FREE = ("snapshot", "container", "ready")
-_HTTP = re.compile(r"http://:(\d{1,5})(/[!-~]{0,512})")
-_LONGEST_SHOWN = 80
+_IMAGE_NAMES = (
+    "io.kubernetes.cri.image-name",
+    "io.kubernetes.cri-o.ImageName",
+    "org.opencontainers.image.ref.name",
+    "io.containerd.image.name",
+)
 
 
 @dataclass(frozen=True)
@@ -47,17 +39,18 @@ def parse(spec: Spec, settings: Settings) -> Request | None:
     Raises RequestError for an unknown key under the prefix or a value that is not allowed; the message
     names the key, the value and what is allowed.
     """
-    found = spec_annotations(spec)
-    ours = {key[len(PREFIX) :]: value for key, value in found.items() if key.startswith(PREFIX)}
-    if "snapshot" not in ours or found.get(_CONTAINER_TYPE) == "sandbox":
+    given = _given(spec)
+    if "snapshot" not in given or pod.is_sandbox(spec):
+        return None
+    namespace = _namespace(spec)
+    ours = policy.of(settings.namespaces, namespace).apply(given)
+    if not ours:
         return None
     for key, value in ours.items():
-        _check(key, value)
-    if "container" in ours and found.get(_CONTAINER_NAME, ours["container"]) != ours["container"]:
+        if (wrong := annotation.problem(key, value)) is not None:
+            raise RequestError("read annotation", PREFIX + shown(key)[1:-1], *wrong)
+    if "container" in ours and pod.container(spec) not in ("", ours["container"]):
         return None
-    namespace = found.get(_SANDBOX_NAMESPACE, "default")
-    if not is_name(namespace):
-        raise RequestError("read annotation", _SANDBOX_NAMESPACE, f"{_shown(namespace)} is not a namespace")
     snapshot = ours["snapshot"]
     return Request(
         snapshot=derived_name(spec, settings) if snapshot == "auto" else snapshot,
@@ -70,50 +63,29 @@ def parse(spec: Spec, settings: Settings) -> Request | None:
     )
 
 
-def without_effect(spec: Spec) -> list[str]:
-    """A line for each annotation under the prefix of a container that has not opted in: a typing error, as a rule."""
-    found = spec_annotations(spec)
-    if f"{PREFIX}snapshot" in found or found.get(_CONTAINER_TYPE) == "sandbox":
+def without_effect(spec: Spec, settings: Settings) -> list[str]:
+    """A line for each annotation under the prefix that has none: a typing error as a rule, or the node's settings."""
+    given = _given(spec)
+    if not given or pod.is_sandbox(spec):
         return []
-    ours = sorted(key for key in found if key.startswith(PREFIX))
-    return [f"annotation {_shown(key)} has no effect without {PREFIX}snapshot" for key in ours[:8]]
+    if "snapshot" not in given:
+        return [f"annotation {shown(PREFIX + key)} has no effect without {PREFIX}snapshot" for key in sorted(given)[:8]]
+    namespace = _namespace(spec)
+    keys = policy.of(settings.namespaces, namespace).without_effect(given)
+    why = f"the node's settings say otherwise for namespace {namespace}"
+    return [f"annotation {shown(PREFIX + key)} has no effect: {why}" for key in keys[:8]]
 
 
-def _check(key: str, value: str) -> None:
-    name = PREFIX + _shown(key)[1:-1]
-    if key in _CHOICES:
-        if value not in _CHOICES[key]:
-            raise RequestError("read annotation", name, f"{_shown(value)} is not one of {', '.join(_CHOICES[key])}")
-    elif key not in _FREE:
-        known = ", ".join(sorted((*_CHOICES, *_FREE)))
-        raise RequestError(
-            "read annotation", name, f"there is no such key (value {_shown(value)})", f"known are {known}"
-        )
-    elif key == "ready":
-        if not (value == "file" or _valid_http(value) or (value.startswith("exec:") and value[5:].strip())):
-            raise RequestError(
-                "read annotation", name, f"{_shown(value)} is not one of file, http://:PORT/PATH, exec:CMD"
-            )
-    elif not is_name(value):
-        raise RequestError("read annotation", name, f"{_shown(value)} is not a name", ALLOWED)
+def _given(spec: Spec) -> dict[str, str]:
+    found = spec_annotations(spec)
+    return {key[len(PREFIX) :]: value for key, value in found.items() if key.startswith(PREFIX)}
 
 
-def _valid_http(value: str) -> bool:
-    found = _HTTP.fullmatch(value)
-    return found is not None and 0 < int(found[1]) < 65536
-
-
-def http_target(ready: str) -> tuple[int, str]:
-    """Port and path of a `ready` value that starts with http:// (already checked by `parse`)."""
-    found = _HTTP.fullmatch(ready)
-    assert found is not None
-    return int(found[1]), found[2]
-
-
-def _shown(value: str) -> str:
-    """A value fit for one log line: control characters escaped, never longer than a line should be."""
-    text = repr(value[:_LONGEST_SHOWN])
-    return text if len(value) <= _LONGEST_SHOWN else f"{text[:-1]}…'"
+def _namespace(spec: Spec) -> str:
+    try:
+        return pod.namespace(spec)
+    except ValueError as error:
+        raise RequestError("read annotation", *error.args) from None
 
 
 def image_name(spec: Spec) -> str:

@@ -67,9 +67,9 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
         if kept is not None and kept.owner_lives():
             return _taken(invocation)
         recover.forget(directory)  # of a container that runc no longer knows
+    for line in requests.without_effect(bundle_spec, settings):
+        log.write(invocation, "warning", f"rewarm: {line}")
     if wanted is None:
-        for line in requests.without_effect(bundle_spec):
-            log.write(invocation, "warning", f"rewarm: {line}")
         runc.replace_process(binary, invocation.words)
         return 127
     kept = _record(invocation, wanted)

@@ -8,18 +8,17 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import policy
+from .annotation import ON_MISS
 from .errors import SettingsError
 
 DEFAULT_PATH = "/etc/rewarm/config.yaml"
 MAX_BYTES = 1 << 20
-ENGINES = ("none", "vllm", "sglang")
-"""Values of rewarm.dev/engine."""
-ON_MISS = ("cold-start", "fail")
 MAX_SECONDS = 86400.0
 COMPRESSIONS = ("auto", "zstd", "off")
 MAX_THREADS = 1024
@@ -90,6 +89,8 @@ class Settings:
     """How long an engine named by rewarm.dev/engine may take to be quiet before a capture, and to go on after it."""
     ignore_env: tuple[str, ...] = _IGNORE_ENV
     """Globs of environment keys that may differ between a snapshot and a container."""
+    namespaces: Mapping[str, policy.Policy] = field(default_factory=dict)
+    """What pods of a namespace may, by its name, or by "*" for all that are not named."""
 
 
 def store_directory(store: str) -> str:
@@ -302,4 +303,5 @@ _CHECKS: dict[str, tuple[Callable[[object], Any], str]] = {
     "gpu_copy": (_percentage, "a whole number from 0 (no copy) to 50, percent"),
     "engine_timeout": _SECONDS,
     "ignore_env": (lambda value: _list(value, lambda glob: "=" not in glob), "a list of globs of environment keys"),
+    "namespaces": (policy.read, "a mapping of namespaces, each of share, ignore, pinned, default; see config.yaml"),
 }

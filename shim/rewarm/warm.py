@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewarm import aside, compat, deadline, node
+from rewarm import aside, compat, deadline, node, policy
 from rewarm.errors import RestoreError, RewarmError, SnapshotNotFound, Unfit
 from rewarm.gpu import container
 from rewarm.oci import log, spec
@@ -33,7 +33,7 @@ def attempt(
             with trace.phase("find"):
                 store = DirectoryStore(settings.store)
                 here = aside.run(lambda: requirements(bundle_spec, settings, binary))
-                ref, manifest = aside.run(lambda: choose(store, wanted, here))
+                ref, manifest = aside.run(lambda: choose(store, wanted, here, settings))
             plan = Plan(invocation, bundle_spec, life, settings, binary, directory, store, ref, manifest, trace)
             if wanted.engine != "none":
                 _restore_engine(plan, wanted)
@@ -84,10 +84,12 @@ def requirements(bundle_spec: spec.Spec, settings: Settings, binary: str) -> Req
     return compat.describe(bundle_spec, node.version_of(binary, settings), version, settings, gpus)
 
 
-def choose(store: DirectoryStore, wanted: Request, here: Requires) -> tuple[SnapshotRef, Manifest]:
-    """The newest snapshot of the name that fits; else the newest one's reason is raised."""
+def choose(store: DirectoryStore, wanted: Request, here: Requires, settings: Settings) -> tuple[SnapshotRef, Manifest]:
+    """The newest snapshot of the name that fits, in the first namespace that has one; else the first one's reason is
+    raised."""
     first: RewarmError | None = None
-    for ref, manifest in store.candidates(wanted.namespace, wanted.snapshot):
+    namespaces = (wanted.namespace, *policy.of(settings.namespaces, wanted.namespace).share)
+    for ref, manifest in (one for space in namespaces for one in store.candidates(space, wanted.snapshot)):
         try:
             if isinstance(manifest, RewarmError):
                 raise manifest
@@ -108,7 +110,7 @@ def choose(store: DirectoryStore, wanted: Request, here: Requires) -> tuple[Snap
         raise first
     raise SnapshotNotFound(
         "find snapshot",
-        f"{wanted.namespace}/{wanted.snapshot}",
+        " or ".join(f"{space}/{wanted.snapshot}" for space in namespaces),
         "there is none in the store",
         "capture one with `rewarm capture` or rewarm.dev/capture: on-ready",
     )

@@ -86,7 +86,12 @@ def _wait_until_ready(directory: str, wanted: Request, container: Container, low
 
 def _has_fitting(wanted: Request, container: Container, configured: Settings, binary: str) -> bool:
     try:
-        choose(DirectoryStore(configured.store), wanted, requirements(spec.load(container.bundle), configured, binary))
+        choose(
+            DirectoryStore(configured.store),
+            wanted,
+            requirements(spec.load(container.bundle), configured, binary),
+            configured,
+        )
     except RewarmError:
         return False
     return True

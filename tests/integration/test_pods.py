@@ -45,6 +45,7 @@ TABLE = {
     "CLOCK_MONOTONIC": "goes on, in a time namespace of CRIU's",
     "CPU and memory limits": "the new pod's",
     "shared pid namespace": "cold, not captured",
+    "a snapshot of another namespace": "not taken, unless the node shares it",
     "host network": "warm",
     "the node's deadline": "cold in time, and reported",
 }
@@ -326,6 +327,31 @@ def test_a_shared_pid_namespace(clean: KubeNode) -> None:
     with pytest.raises(AssertionError, match="pid namespace"):
         clean.wait_captured(container)
     assert clean.json(pod, "/state")["pid"] != 1
+
+
+def test_a_pod_of_another_namespace(clean: KubeNode, captured: dict[str, Any]) -> None:
+    """It has no snapshot of that name, unless the node's settings share that of the other namespace."""
+    annotations = {"rewarm.dev/snapshot": "web"}
+    try:
+        for settings, outcome in (
+            ({}, "cold"),
+            ({"*": {"share": ["elsewhere", "default"]}}, "warm"),
+            ({"*": {"share": ["default"]}, "team-a": {"ignore": "all"}}, ""),
+            ({"team-b": {"share": ["default"]}}, "cold"),
+        ):
+            clean.configure(namespaces=settings)
+            pod = clean.pod("foreign", namespace="team-a", annotations=annotations)
+            container = server(clean, pod)
+            if outcome:
+                found = clean.outcome(container)
+                assert found["outcome"] == outcome, found
+                assert outcome == "warm" or "team-a/web" in found["reason"], found
+            else:
+                with pytest.raises(FileNotFoundError):
+                    clean.outcome(container)
+            clean.remove(pod)
+    finally:
+        clean.configure()
 
 
 def test_the_nodes_network(clean: KubeNode) -> None:

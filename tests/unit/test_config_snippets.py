@@ -30,6 +30,9 @@ def test_every_default_is_shown(tmp_path: Path) -> None:
     shown = re.findall(r"^([a-z_]+):", uncommented, flags=re.MULTILINE)
     assert shown == [entry.name for entry in fields(settings.Settings)]
     assert load(tmp_path, uncommented) == settings.Settings()
+    example = re.search(r"^#   (namespaces:\n(?:#    .*\n)+)", text, flags=re.MULTILINE)
+    assert example is not None
+    assert load(tmp_path, example[1].replace("#   ", "")).namespaces["*"].ignore == ("all",)
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,7 @@ def test_odd_settings_without_python_do_not_stop_other_containers(node: Node) ->
         "runtimes:   ['missing', runc]\r\nstore: \"/x\" # y\r\n",
         "---\nruntimes: [missing, /nowhere/crun, runc]\non_miss: fail\n",
         "compression: auto\nthreads: 0\ncache: /var/cache/x\ncache_size: 50G\nruntimes: [runc]\n",
+        'namespaces:\n  "*":\n    ignore: all\n  a:\n    pinned: {capture: never}\nruntimes: [runc]\n',
         "cache: off  # none\ncache_size: '500M'\ncompression: \"zstd\"\n",
     ],
 )

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewarm.errors import StoreError
-from rewarm.store.names import check_name, check_namespace, is_name
+from rewarm.naming import is_name
+from rewarm.store.names import check_name, check_namespace
 
 GOOD = ["a", "llama-8b", "Llama_3.1", "0", "_x", "a" * 128, "a.b", "x-"]
 BAD = [

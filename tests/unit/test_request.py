@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewarm import request
+from rewarm import policy, request
 from rewarm.errors import RequestError
 from rewarm.settings import Settings
 
@@ -30,9 +30,9 @@ def test_presence_of_snapshot_is_the_opt_in() -> None:
     """Without it even a wrong key is none of rewarm's business: the container is runc's."""
     typed = spec(snapshott="x", capture="on-ready")
     assert request.parse(typed, SETTINGS) is None
-    said = request.without_effect(typed)
+    said = request.without_effect(typed, SETTINGS)
     assert len(said) == 2 and "rewarm.dev/snapshott" in said[1] and "no effect without rewarm.dev/snapshot" in said[1]
-    assert request.without_effect(spec(snapshot="x", nonsense="y")) == []
+    assert request.without_effect(spec(snapshot="x", nonsense="y"), SETTINGS) == []
 
 
 def test_defaults_and_all_keys() -> None:
@@ -111,6 +111,51 @@ def test_sandbox_and_other_containers_are_none_of_ours() -> None:
     assert request.parse(other, SETTINGS) is None
     other["annotations"]["io.kubernetes.cri.container-name"] = "server"
     assert request.parse(other, SETTINGS) is not None
+
+
+def test_a_pod_of_cri_o() -> None:
+    names = {
+        "io.kubernetes.pod.namespace": "team-1",
+        "io.kubernetes.container.name": "server",
+        "io.kubernetes.cri-o.ImageName": "ocr:1",
+        "io.kubernetes.cri-o.ContainerType": "container",
+    }
+    made = spec(snapshot="a", container="server")
+    made["annotations"].update(names)
+    found = request.parse(made, SETTINGS)
+    assert found is not None and found.namespace == "team-1"
+    assert request.image_name(made) == "ocr:1"
+    made["annotations"]["rewarm.dev/container"] = "sidecar"
+    assert request.parse(made, SETTINGS) is None
+    made["annotations"] |= {"rewarm.dev/container": "server", "io.kubernetes.cri-o.ContainerType": "sandbox"}
+    assert request.parse(made, SETTINGS) is None
+
+
+@pytest.mark.parametrize("own", ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"])
+def test_a_namespace_that_a_pod_has_made_up(own: str) -> None:
+    """An engine that lets all annotations through writes its own key last, but not that of another engine."""
+    made = spec(snapshot="a")
+    made["annotations"] |= {"io.kubernetes.cri.sandbox-namespace": "victim", "io.kubernetes.pod.namespace": "victim"}
+    made["annotations"][own] = "mine"
+    with pytest.raises(RequestError, match="no engine writes both"):
+        request.parse(made, SETTINGS)
+
+
+def test_what_the_node_says_of_a_namespace() -> None:
+    made = spec(snapshot="a", capture="on-ready", engine="vllm")
+    made["annotations"]["io.kubernetes.cri.sandbox-namespace"] = "team-1"
+    policies = policy.read(
+        {"team-1": {"ignore": ["engine"], "pinned": {"capture": "never"}, "default": {"on-miss": "fail"}}}
+    )
+    found = request.parse(made, Settings(namespaces=policies))
+    assert found == request.Request("a", "team-1", capture="never", on_miss="fail", engine="none")
+    lines = request.without_effect(made, Settings(namespaces=policies))
+    assert [line.split("'")[1] for line in lines] == ["rewarm.dev/capture", "rewarm.dev/engine"]
+    assert all("the node's settings say otherwise for namespace team-1" in line for line in lines)
+    nothing = Settings(namespaces=policy.read({"*": {"ignore": "all"}, "team-2": {}}))
+    assert request.parse(made, nothing) is None and len(request.without_effect(made, nothing)) == 3
+    made["annotations"]["io.kubernetes.cri.sandbox-namespace"] = "team-2"
+    assert request.parse(made, nothing) is not None and request.without_effect(made, nothing) == []
 
 
 @pytest.mark.parametrize("namespace", ["", "a/b", "..", "-x", "a" * 200])

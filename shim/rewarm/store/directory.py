@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rewarm.errors import RewarmError, SnapshotDamaged, SnapshotNotFound, StoreError
+from rewarm.naming import is_name
 from rewarm.settings import store_directory
 
 from . import files, manifest
 from .manifest import Manifest, digest_of
-from .names import check_name, check_namespace, is_name
+from .names import check_name, check_namespace
 from .pack_file import PackFile
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field
 
 from blake3 import blake3
 
+from rewarm.annotation import ENGINES
 from rewarm.errors import SnapshotDamaged
-from rewarm.settings import ENGINES
+from rewarm.naming import is_name
 
 from . import fields
 from .carved import HugeMapping, Memory, read_memory
@@ -33,7 +34,6 @@ from .entries import (
 )
 from .fields import Bad, Reader
 from .gpus import Cuda, GpuDevice, read_cuda, read_gpus
-from .names import is_name
 
 __all__ = [
     "LARGE",
