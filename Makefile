@@ -27,8 +27,8 @@ unit: prefix testenv ## only the linters and the unit tests
 	$(TESTENV)/bin/pytest tests/unit $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: prefix rootfs ## measure both sides in one run, print a table, write bench.json
-	@$(SYSTEM_PYTHON) tests/bench/run.py $(PREFIX) bench.json
+bench: prefix rootfs testenv ## measure both sides in one run, print a table, write bench.json
+	@$(TESTENV)/bin/python tests/bench/run.py $(PREFIX) bench.json
 
 .PHONY: install
 install: ## install rewarm on this node (see install/install.sh --help)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import restore, starts, storage
+from bench import pods, restore, starts, storage
 from bench.measured import Case, Measured
 from support import proc
 
@@ -46,6 +46,7 @@ CASES: dict[str, Case] = {
     "ten-at-once": storage.ten_at_once,
     "sizes": storage.sizes,
     "captures": storage.captures,
+    "pods": pods.pods,
 }
 
 
