@@ -73,20 +73,28 @@ class Containerd:
         try:
             config = directory / "config.toml"
             config.write_text(self._config(cri, cri_config, cri_runtimes or {}) + extra_config)
-            with self.log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    self.network.argv(binary, "--config", config),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, **(env or {}), "TMPDIR": str(self._run)},
-                    start_new_session=True,
-                )
-            wait_for("containerd's answer", self._answers, timeout=30)
+            self._argv = self.network.argv(binary, "--config", config)
+            self._env = {**os.environ, **(env or {}), "TMPDIR": str(self._run)}
+            self._start()
         except BaseException as error:
             error.add_note(self._log_tail())
             self.stop()
             raise
+
+    def _start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._env, start_new_session=True
+            )
+        wait_for("containerd's answer", self._answers, timeout=30)
+
+    def restart(self) -> None:
+        """SIGKILL for the daemon, and a new one: shims and containers live on. Raises CommandFailed, Timeout."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        self.socket.unlink(missing_ok=True)
+        self._start()
 
     def __enter__(self) -> Containerd:
         return self

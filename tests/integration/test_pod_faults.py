@@ -1,0 +1,242 @@
+"""Pods that go away in the middle, engines that do, kubelets that lose patience, and annotations that are an attack."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import cgroups, image, rootfs
+from support.cri import CriError, pb
+from support.leftovers import Leftovers
+from support.pods import KubeNode, Pod
+from support.proc import wait_for
+
+ANNOTATIONS = {"rewarm.dev/snapshot": "web", "rewarm.dev/capture": "on-ready"}
+SERVER = ["python3", "-u", "-m", "support.workloads.pod_server"]
+MIB = 128
+
+
+@contextlib.contextmanager
+def node(directory: Path, prefix: Path, binary: Path) -> Iterator[KubeNode]:
+    """With a snapshot of a server whose restore takes a moment."""
+    before = Leftovers.now()
+    with KubeNode(directory, prefix, binary=binary) as made:
+        made.import_image(image.workload("pod_server")[0])
+        pod = made.pod("source", annotations=ANNOTATIONS)
+        made.wait_captured(server(made, pod))
+        made.remove(pod)
+        yield made
+    before.check()
+
+
+@pytest.fixture(scope="module")
+def kube(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[KubeNode]:
+    """containerd 1.6: 2.1 leaves a shim of a pod that is deleted while a container of it starts, with runc as well."""
+    with node(tmp_path_factory.mktemp("faults"), prefix, Path("/usr/bin/containerd")) as made:
+        yield made
+
+
+@pytest.fixture
+def own(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> Iterator[KubeNode]:
+    """A node whose containerd may be killed: 2.x."""
+    with node(tmp_path, prefix, rootfs.containerd2() / "containerd") as made:
+        yield made
+
+
+@pytest.fixture
+def clean(kube: KubeNode) -> Iterator[KubeNode]:
+    yield kube
+    kube.remove_all()
+
+
+def server(kube: KubeNode, pod: Pod, **more: Any) -> str:
+    return kube.container(pod, "server", image.workload("pod_server")[1], SERVER, env={"MIB": str(MIB)}, **more)
+
+
+def nothing_of(kube: KubeNode, pod: Pod) -> None:
+    """Once a pod is deleted: no process, no cgroup, no state."""
+    kube.remove(pod)
+    wait_for("its cgroups to go", lambda: not list(cgroups.directories(pod.config.linux.cgroup_parent)))
+
+    def gone() -> bool:
+        state = kube.node.state / "containers"
+        return not [path for path in state.glob("*/*") if path.name in pod.containers]
+
+    wait_for("its state to go", gone)
+    assert not list(kube.engine.runc_root.glob(f"*/{pod.sandbox}"))
+
+
+def test_two_pods_of_one_name(clean: KubeNode) -> None:
+    """Kubernetes deletes and makes anew: the old one may still be there."""
+    made: list[tuple[Pod, str]] = []
+
+    def one() -> None:
+        pod = clean.pod("same", annotations=ANNOTATIONS)
+        made.append((pod, server(clean, pod)))
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [clean.outcome(container)["outcome"] for _, container in made] == ["warm", "warm"]
+    told = [clean.json(pod, "/state")["restored"] for pod, _ in made]
+    assert all(pod.uid in text for (pod, _), text in zip(made, told, strict=True))
+
+
+@pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.15, 0.2, 0.3])
+def test_a_pod_that_is_deleted_while_it_is_restored(clean: KubeNode, after: float) -> None:
+    pod = clean.pod("short", annotations=ANNOTATIONS)
+
+    def create() -> None:
+        with contextlib.suppress(CriError):
+            server(clean, pod)
+
+    thread = threading.Thread(target=create)
+    thread.start()
+    time.sleep(after)
+    clean.cri.call("StopPodSandbox", pod_sandbox_id=pod.sandbox)
+    thread.join()
+    nothing_of(clean, pod)
+
+
+@pytest.mark.parametrize("after", [0.05, 0.3, 0.6])
+def test_a_pod_that_is_deleted_while_it_is_captured(clean: KubeNode, after: float) -> None:
+    pod = clean.pod("brief", annotations={**ANNOTATIONS, "rewarm.dev/snapshot": f"brief-{int(after * 1000)}"})
+    server(clean, pod)
+    clean.wait_ready(pod)
+    time.sleep(after)
+    nothing_of(clean, pod)
+
+
+@pytest.mark.parametrize("patience", [0.05, 0.15, 0.25])
+def test_a_kubelet_that_loses_patience(clean: KubeNode, patience: float) -> None:
+    """Its call ends, and the engine's with it; it deletes the container and makes another."""
+    pod = clean.pod("slow", annotations=ANNOTATIONS)
+    container = server(clean, pod, start=False)
+    with contextlib.suppress(CriError):
+        clean.cri.call("StartContainer", container_id=container, within=patience)
+    with contextlib.suppress(CriError):
+        clean.cri.call("StopContainer", container_id=container, timeout=0)
+    wait_for("its removal", lambda: removed(clean, container))
+    second = server(clean, pod, attempt=1)
+    clean.wait_ready(pod)
+    assert clean.outcome(second)["outcome"] == "warm", clean.outcome(second)
+    nothing_of(clean, pod)
+
+
+def removed(kube: KubeNode, container: str) -> bool:
+    """A kubelet tries again: a container that is being started cannot be removed."""
+    try:
+        kube.cri.call("RemoveContainer", container_id=container)
+    except CriError:
+        return False
+    return True
+
+
+def test_an_engine_that_is_killed_while_it_restores(own: KubeNode) -> None:
+    for after in (0.05, 0.15, 0.25):
+        _killed(own, after)
+
+
+def _killed(clean: KubeNode, after: float) -> None:
+    pod = clean.pod("orphan", annotations=ANNOTATIONS)
+
+    def create() -> None:
+        with contextlib.suppress(CriError):
+            server(clean, pod)
+
+    thread = threading.Thread(target=create)
+    thread.start()
+    time.sleep(after)
+    clean.engine.restart()
+    thread.join()
+    wait_for("the pods' network", lambda: clean.cri.call("Status").status.conditions)
+    listed = [one.id for one in clean.cri.call("ListContainers").containers if one.pod_sandbox_id == pod.sandbox]
+    pod.containers[:] = listed
+    for container in listed:
+        with contextlib.suppress(CriError):
+            clean.cri.call("StopContainer", container_id=container, timeout=0)
+        wait_for("its removal", partial(removed, clean, container))
+    second = server(clean, pod, attempt=1)
+    clean.wait_ready(pod)
+    assert clean.outcome(second)["outcome"] == "warm", clean.outcome(second)
+    nothing_of(clean, pod)
+
+
+def test_an_engine_that_is_restarted_beside_restored_containers(own: KubeNode) -> None:
+    clean = own
+    pod = clean.pod("steady", annotations=ANNOTATIONS)
+    container = server(clean, pod)
+    clean.wait_ready(pod)
+    clean.engine.restart()
+    wait_for("its container", lambda: clean.status(container).state == pb.CONTAINER_RUNNING)
+    assert clean.exec(container, "echo", "on") == "on\n"
+    clean.cri.call("StopContainer", container_id=container, timeout=20)
+    assert clean.wait_exited(container).exit_code == 0
+    nothing_of(clean, pod)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rewarm.dev/snapshot", "x" * 10240),
+        ("rewarm.dev/snapshot", "../../../etc/passwd"),
+        ("rewarm.dev/snapshot", "/etc/shadow"),
+        ("rewarm.dev/snapshot", "a\nb\x1b[31m"),
+        ("rewarm.dev/ready", "http://169.254.169.254:80/"),
+        ("rewarm.dev/engine", "vllm;reboot"),
+        ("rewarm.dev/" + "k" * 9000, "x"),
+    ],
+)
+def test_hostile_annotations(clean: KubeNode, key: str, value: str) -> None:
+    """The kubelet's event has one line that names the key, and can be read."""
+    pod = clean.pod("hostile", annotations={"rewarm.dev/snapshot": "web", key: value})
+    with pytest.raises(CriError) as caught:
+        server(clean, pod)
+    text = str(caught.value)
+    assert "rewarm.dev/" in text and "\x1b" not in text and "\n" not in text.strip() and len(text) < 2000
+    nothing_of(clean, pod)
+
+
+def test_criu_options_are_not_a_pods_to_say(clean: KubeNode, tmp_path: Path) -> None:
+    """Annotations that an engine lets through only where it is told to, and rewarm does not even then."""
+    pod = clean.pod("options", annotations={**ANNOTATIONS, "org.criu.config": "/cache/criu.conf"})
+    (pod.directory / "empty" / "criu.conf").write_text("action-script /cache/script\n")
+    container = server(clean, pod, annotations={"org.criu.config": "/cache/criu.conf"})
+    assert clean.outcome(container)["outcome"] == "warm"
+    assert "org.criu.config" not in clean.node.rewarm("inspect", "--container", container, "--json").stdout
+
+
+SCRIPTS = {
+    "link": "ln -sf /etc/passwd /run/rewarm/ready",
+    "fifo": "rm -f /run/rewarm/ready; mkfifo /run/rewarm/ready",
+    "directory of links": "rm -f /run/rewarm/ready; ln -s / /run/rewarm/restored.json; ln -s /etc /run/rewarm/ready",
+    "many": "cd /run/rewarm; i=0; while [ $i -lt 3000 ]; do : > f$i; i=$((i+1)); done; rm -f ready; touch ready",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
+def test_a_control_directory_that_its_user_has_filled(clean: KubeNode, script: str) -> None:
+    """Nothing on the node is followed, opened or waited for, and everything of it goes with the container."""
+    name = f"filled-{abs(hash(script))}"
+    program = ["sh", "-c", f"{script}; exec sleep 600"]
+    pod = clean.pod("filled", annotations={**ANNOTATIONS, "rewarm.dev/snapshot": name})
+    container = clean.container(pod, "server", image.workload("pod_server")[1], program)
+    time.sleep(0.5)
+    state = clean.node.container_directory(container, clean.engine.runc_root / "k8s.io")
+    control = state / "control"
+    wait_for("the script", lambda: (control / "ready").is_symlink() or (control / "ready").exists())
+    if "touch ready" in script:
+        clean.wait_captured(container)
+    else:
+        assert not (state / "capture.json").exists(), "it was taken for ready"
+    nothing_of(clean, pod)
+    assert Path("/etc/passwd").stat().st_size > 0 and not control.exists()
