@@ -169,6 +169,9 @@ install_programs() {
     quietly "C programs: building" make -C "$work/source/native" BUILD="$build"
     install_file "$build/rewarm-guard" "$prefix/libexec/rewarm-guard" 0755
     install_file "$build/rewarm-device-memory.so" "$prefix/lib/rewarm-device-memory.so" 0644
+    for name in __init__ workload; do
+        install_file "$work/source/hooks/rewarm_hooks/$name.py" "$prefix/lib/rewarm-hooks/rewarm_hooks/$name.py" 0644
+    done
     install_link ../venv/bin/rewarm "$prefix/bin/rewarm"
     # Last: from here on containerd can call it.
     install_file "$build/rewarm-runc" "$prefix/bin/rewarm-runc" 0755

@@ -108,7 +108,7 @@ remove_files() {
     # What install.sh made, name by name: the prefix may hold other people's files.
     rm -f "$prefix"/{bin/rewarm-runc,bin/rewarm,libexec/rewarm-guard,lib/rewarm-device-memory.so}
     rm -f "$prefix"/{bin/rewarm-runc,bin/rewarm,libexec/rewarm-guard,lib/rewarm-device-memory.so,venv}.new.*
-    rm -rf "$prefix/venv" "$prefix/venvs" "$prefix/criu" "$prefix/share/rewarm"
+    rm -rf "$prefix/venv" "$prefix/venvs" "$prefix/criu" "$prefix/share/rewarm" "$prefix/lib/rewarm-hooks"
     if [[ -e $state/packages ]]; then
         say "left in place, installed for rewarm: $(sort -u "$state/packages" | tr '\n' ' ')"
     fi

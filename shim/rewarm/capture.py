@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rewarm
-from rewarm import aside, compat, losses, netlock, node, overlay, processes, source
+from rewarm import aside, compat, losses, netlock, node, overlay, processes, registered, source
 from rewarm.alone import alone
 from rewarm.criu import connections, images, remaps
 from rewarm.criu.carve import carve
@@ -27,7 +27,7 @@ from rewarm.gpu.container import ContainerGpus
 from rewarm.gpu.hold import Hold, Users
 from rewarm.lifeline import Held, Lifeline
 from rewarm.memory import places
-from rewarm.oci import runc, spec
+from rewarm.oci import record, runc, spec
 from rewarm.oci.runc import Container, Runc
 from rewarm.quiet import Quiet
 from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
@@ -123,6 +123,9 @@ def capture(
         with trace.phase("capture.files"):
             pids = processes.tree(container.pid)
             recorded = losses.record(pids, frozenset(frozen.stopped))
+            directory = record.find_directory(settings.state_dir, container.root, container.id)
+            signals, said = registered.signals(record.control(directory), pids)
+            notes += said
             _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
             notes += _keep_connections(container, scratch.snapshot / CHECKPOINT, pids)
         with trace.phase("capture.device"):
@@ -167,6 +170,7 @@ def capture(
             memory_bytes=memory,
             memory=carved,
             cuda=cuda,
+            signals=signals,
         )
         with trace.phase("capture.publish"):
             ref, published = writer.publish(manifest)

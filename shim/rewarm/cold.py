@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
-from rewarm import preload
+from rewarm import additions
 from rewarm.oci import record, spec
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record
@@ -37,8 +37,7 @@ def prepare(
         record.make_directory(directory, kept)
     outcome = {"outcome": "cold", "reason": reason}
     write_atomically(os.path.join(directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
-    library = preload.provide(bundle_spec, wanted, directory)
-    spec.save(invocation.bundle, spec.prepared(bundle_spec, record.control(directory), library))
+    spec.save(invocation.bundle, additions.cold(bundle_spec, wanted, directory))
     if wanted.capture == "on-ready":
         _watch(directory)
 

@@ -23,5 +23,10 @@ def device_memory() -> str:
     return os.path.join(prefix(), "lib", "rewarm-device-memory.so")
 
 
+def hooks() -> str:
+    """The directory with what programs in containers may import: `rewarm_hooks.workload`, and nothing else."""
+    return os.path.join(prefix(), "lib", "rewarm-hooks")
+
+
 def criu() -> str:
     return os.path.join(prefix(), "criu", "bin", "criu")

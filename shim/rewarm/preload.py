@@ -25,7 +25,7 @@ def provide(bundle_spec: Spec, wanted: Request, directory: str) -> str | None:
     None with several GPUs: peer access and CUDA IPC that the library does not see (NCCL has a runtime of its own) would
     miss what it serves. None in a user namespace: a mount of a file system with noexec could not be remounted there.
     """
-    if wanted.device_memory == "off" or visible.count(bundle_spec) != 1 or _has_users(bundle_spec):
+    if wanted.device_memory == "off" or visible.count(bundle_spec) != 1 or spec.has_users(bundle_spec):
         return None
     try:
         with open(installation.device_memory(), "rb") as library:
@@ -51,9 +51,3 @@ def file(directory: str) -> str:
 def of(bundle_spec: Spec) -> str:
     """The file behind a container's library, "" if it has none."""
     return spec.bind_source(bundle_spec, spec.LIBRARY_DESTINATION)
-
-
-def _has_users(bundle_spec: Spec) -> bool:
-    linux = bundle_spec.get("linux") or {}
-    kinds = [namespace.get("type") for namespace in linux.get("namespaces") or []]
-    return "user" in kinds or bool(linux.get("uidMappings"))

@@ -91,6 +91,30 @@ def traced(pid: int) -> bool:
         return False
 
 
+def handles(pid: int, number: int) -> bool:
+    """Whether a process catches a signal, or all its threads block it (to wait for it, or to read it from a
+    descriptor)."""
+    caught, blocked = _masks(f"/proc/{pid}/status")
+    bit = 1 << number - 1
+    if caught & bit:
+        return True
+    return bool(blocked & bit) and all(_masks(f"/proc/{pid}/task/{tid}/status")[1] & bit for tid in threads(pid))
+
+
+def _masks(path: str) -> tuple[int, int]:
+    """The signals that a process catches and those that the thread blocks, a bit each."""
+    found = {"SigCgt": 0, "SigBlk": 0}
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name in found:
+                    found[name] = int(value, 16)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    return found["SigCgt"], found["SigBlk"]
+
+
 def threads(pid: int) -> list[int]:
     try:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))

@@ -9,7 +9,7 @@ from rewarm import annotation, policy
 from rewarm.annotation import PREFIX, shown
 from rewarm.errors import RequestError
 from rewarm.oci import pod
-from rewarm.oci.spec import OWN_DESTINATIONS, Spec, digest, mounts, spec_annotations, without_library
+from rewarm.oci.spec import OWN_DESTINATIONS, Spec, digest, mounts, spec_annotations, without_own
 from rewarm.settings import Settings
 
 _IMAGE_NAMES = (
@@ -97,12 +97,7 @@ def image_name(spec: Spec) -> str:
 def environment(spec: Spec) -> dict[str, str]:
     """The container's own, without what rewarm has added."""
     words = (spec.get("process") or {}).get("env") or []
-    found = dict(word.partition("=")[::2] for word in map(str, words))
-    if "LD_PRELOAD" in found:
-        found["LD_PRELOAD"] = without_library(found["LD_PRELOAD"])
-        if not found["LD_PRELOAD"]:  # which is the same as none
-            del found["LD_PRELOAD"]
-    return found
+    return without_own(dict(word.partition("=")[::2] for word in map(str, words)))
 
 
 def environment_keys(spec: Spec, settings: Settings) -> tuple[str, ...]:

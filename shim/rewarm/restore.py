@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, preload, processes, recover, resume
+from rewarm.additions import restored as with_additions
 from rewarm.criu import images, opened, options, vet
 from rewarm.criu.connections import kept as connections_kept
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
 from rewarm.memory.places import PLACES
+from rewarm.notify import notify
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci import log as oci_log
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
-from rewarm.oci.spec import CONTROL_DESTINATION, LIBRARY_DESTINATION, Spec
+from rewarm.oci.spec import Spec
 from rewarm.replica import rename, tell
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS
@@ -122,6 +124,8 @@ def restore(plan: Plan) -> None:
                 stopped = losses.stopped_pids(plan.manifest.processes)
                 aside.run(lambda: devices.resume(container.pid, stopped, load, plan.trace))
                 _check_init(container)
+        with plan.trace.phase("restore.notify"):
+            notes += notify(record.control(plan.directory), container, plan.manifest.signals)
         deadline.disarm()
         with plan.trace.phase("restore.commit"), _unsignalled():
             _commit(plan, kept, container)
@@ -228,10 +232,9 @@ def _materialise(plan: Plan, over: threading.Event) -> None:
 
 
 def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
-    destinations = mounts.destinations(spec.rootfs(plan.invocation.bundle, plan.spec), plan.spec)
     checkpoint = Path(_file(plan, CHECKPOINT))
     try:
-        vet.vet(checkpoint, plan.spec, destinations)
+        vet.vet(checkpoint, plan.spec, mounts.destinations(plan.invocation.bundle, plan.spec))
         rename(checkpoint, plan.spec)
     except images.ImageError as error:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
@@ -290,8 +293,7 @@ def _change(plan: Plan, kept: Record, changed: Spec) -> None:
 def _prepared(plan: Plan) -> Spec:
     """The live spec with rewarm's own additions; mounts of its own only where the snapshot's tree has them."""
     there = {mount.destination for mount in plan.manifest.requires.mounts}
-    control = record.control(plan.directory) if CONTROL_DESTINATION in there else None
-    return spec.prepared(plan.spec, control, preload.file(plan.directory) if LIBRARY_DESTINATION in there else None)
+    return with_additions(plan.spec, there, plan.directory)
 
 
 def _name(plan: Plan) -> str:

@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 
 from rewarm.errors import SnapshotDamaged
 from rewarm.store import manifest as module
-from rewarm.store.manifest import ChunkPack, Cuda, FileEntry, GpuDevice, Manifest, digest_of, load, parse, timestamp
+from rewarm.store.manifest import (
+    ChunkPack,
+    Cuda,
+    FileEntry,
+    GpuDevice,
+    Manifest,
+    Wanted,
+    digest_of,
+    load,
+    parse,
+    timestamp,
+)
 from support.snapshots import manifest
 
 A, B = digest_of(b"a"), digest_of(b"b")
@@ -30,6 +41,7 @@ FULL = replace(
     files=(SMALL, WHOLE, NEXT, TABLE),
     packs=(PACK,),
     cuda=Cuda((1, 7), (5, 0)),
+    signals=(Wanted(1, 10), Wanted(7, 64)),
 )
 FULL = replace(FULL, requires=replace(FULL.requires, gpus=GPUS, driver="580.159.04"))
 
@@ -102,7 +114,7 @@ def test_the_paths_reach_every_level() -> None:
     assert {"files[0].offset", "requires.mounts[0].type", "processes[0].threads[0].tid"} <= set(map(dotted, PATHS))
 
 
-LATER = [("cuda", "served_bytes"), ("cuda", "served_zeros"), ("requires", "engine")]
+LATER = [("cuda", "served_bytes"), ("cuda", "served_zeros"), ("requires", "engine"), ("signals",)]
 """Fields that older snapshots have not."""
 
 
@@ -120,6 +132,7 @@ def test_an_older_snapshot_is_read() -> None:
     found = parse(encode(value))
     assert found.cuda.served_bytes == 0
     assert found.requires.engine == "none"
+    assert found.signals == ()
 
 
 @pytest.mark.parametrize(("path", "wrong"), WRONG_PATHS)

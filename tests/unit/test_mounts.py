@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rewarm.oci.mounts import destinations, resolved
+from rewarm.oci.spec import OWN_DESTINATIONS
 
 
 @pytest.fixture
@@ -51,5 +52,6 @@ def test_where_it_lies(rootfs: str, destination: str, place: str) -> None:
 
 
 def test_all_mounts_of_a_spec(rootfs: str) -> None:
-    spec = {"mounts": [{"destination": "/var/run/x", "type": "bind"}, {"destination": "/proc", "type": "proc"}]}
-    assert destinations(rootfs, spec) == {"/run/x", "/proc", "/run/rewarm", "/run/rewarm-device-memory.so"}
+    mounts = [{"destination": "/var/run/x", "type": "bind"}, {"destination": "/proc", "type": "proc"}]
+    spec = {"mounts": mounts, "root": {"path": "rootfs"}}
+    assert destinations(os.path.dirname(rootfs), spec) == {"/run/x", "/proc", *OWN_DESTINATIONS}

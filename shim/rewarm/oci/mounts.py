@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from rewarm.errors import OciError
-from rewarm.oci.spec import OWN_DESTINATIONS, Spec, mounts
+from rewarm.oci.spec import OWN_DESTINATIONS, Spec, mounts, rootfs
 
 _DETACH, _NO_FOLLOW = 2, 8  # umount2(2)
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
@@ -66,13 +66,14 @@ def _unescape(found: re.Match[bytes]) -> bytes:
     return bytes([int(found[1], 8)])
 
 
-def destinations(rootfs: str, spec: Spec) -> set[str]:
+def destinations(bundle: str, spec: Spec) -> set[str]:
     """Where the mounts of a spec, and rewarm's own, come to lie in the container."""
     wanted = [*(destination for destination, _ in mounts(spec)), *OWN_DESTINATIONS]
-    return {resolved(rootfs, destination) for destination in wanted}
+    root = rootfs(bundle, spec)
+    return {resolved(root, destination) for destination in wanted}
 
 
-def resolved(rootfs: str, destination: str) -> str:
+def resolved(root: str, destination: str) -> str:
     """Where a mount point lies in the container: runc follows symbolic links on its way, within the rootfs (`/var/run`
     is one in most images, and Kubernetes mounts its tokens below it). "" where they lead in a circle."""
     found = "/"
@@ -85,7 +86,7 @@ def resolved(rootfs: str, destination: str) -> str:
             continue
         path = os.path.join(found, name)
         try:
-            target = os.readlink(rootfs + path)
+            target = os.readlink(root + path)
         except OSError:
             found = path
             continue
@@ -102,10 +103,10 @@ def _names(path: str) -> list[str]:
     return [name for name in reversed(path.split("/")) if name not in ("", ".")]
 
 
-def new_places(rootfs: str, destinations: Iterable[str]) -> Iterator[str]:
+def new_places(root: str, destinations: Iterable[str]) -> Iterator[str]:
     """Everything on the way to a mount point, and that itself, that runc will have to make in the rootfs."""
     for destination in destinations:
-        path = rootfs
+        path = root
         for name in os.path.normpath("/" + destination).split("/")[1:]:
             path = os.path.join(path, name)
             if os.path.islink(path):

@@ -1,9 +1,8 @@
 """config.json: read, changed, put back.
 
-Only these are ever added to a container's spec: the control directory's mount, the denial of io_uring, for
-one with GPUs the device memory library with its LD_PRELOAD, and (for the time of a restore) the hook that
-applies the rootfs diff. What a user may not ask
-for, `org.criu.config`, is taken out.
+Only these are ever added to a container's spec: the control directory's mount, that of the Python hook with its
+PYTHONPATH, the denial of io_uring, for one with GPUs the device memory library with its LD_PRELOAD, and (for the time
+of a restore) the hook that applies the rootfs diff. What a user may not ask for, `org.criu.config`, is taken out.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ Spec = dict[str, Any]
 CONTROL_DESTINATION = "/run/rewarm"
 LIBRARY_DESTINATION = "/run/rewarm-device-memory.so"
 """Where the device memory library is in a container."""
-OWN_DESTINATIONS = (CONTROL_DESTINATION, LIBRARY_DESTINATION)
-_PRELOAD = "LD_PRELOAD"
+HOOKS_DESTINATION = "/run/rewarm-hooks"
+"""Where Python programs in a container find `rewarm_hooks.workload`."""
+OWN_DESTINATIONS = (CONTROL_DESTINATION, LIBRARY_DESTINATION, HOOKS_DESTINATION)
+_PRELOAD, _PYTHON = "LD_PRELOAD", "PYTHONPATH"
 # runc's `features` lists it as potentially unsafe: it names a file of CRIU options on the node.
 _STRIPPED_ANNOTATIONS = ("org.criu.config",)
 _IO_URING = ("io_uring_setup", "io_uring_enter", "io_uring_register")
@@ -126,11 +127,19 @@ def bind_source(spec: Spec, destination: str) -> str:
     return ""
 
 
-def prepared(spec: Spec, control: str | None, library: str | None = None) -> Spec:
+def has_users(spec: Spec) -> bool:
+    """Whether it runs in a user namespace."""
+    linux = spec.get("linux") or {}
+    kinds = [namespace.get("type") for namespace in linux.get("namespaces") or []]
+    return "user" in kinds or bool(linux.get("uidMappings"))
+
+
+def prepared(spec: Spec, control: str | None, library: str | None = None, hooks: str | None = None) -> Spec:
     """A copy of the spec that a capturable container runs with.
 
     `control` is the node's directory for the control mount, `library` the node's file for the device memory
-    library, or None to add no such mount. Preparing a prepared spec changes nothing more.
+    library, `hooks` the node's directory with the Python hook, or None to add no such mount. Preparing a prepared spec
+    changes nothing more.
     """
     spec = copy.deepcopy(spec)
     for name in _STRIPPED_ANNOTATIONS:
@@ -139,47 +148,51 @@ def prepared(spec: Spec, control: str | None, library: str | None = None) -> Spe
     linux = spec.setdefault("linux", {})
     linux["seccomp"] = without_io_uring(linux.get("seccomp"))
     others = [m for m in spec.get("mounts") or [] if m.get("destination") not in OWN_DESTINATIONS]
-    if control is not None:
-        others.append(
-            {
-                "destination": CONTROL_DESTINATION,
-                "type": "bind",
-                "source": control,
-                "options": ["bind", "rw", "nosuid", "nodev", "noexec"],
-            }
-        )
-    if library is not None:
+    for destination, source, options in (
+        (CONTROL_DESTINATION, control, ["rw", "nosuid", "nodev", "noexec"]),
         # It may come from a file system with noexec.
-        options = ["bind", "ro", "nosuid", "nodev", "exec"]
-        others.append({"destination": LIBRARY_DESTINATION, "type": "bind", "source": library, "options": options})
+        (LIBRARY_DESTINATION, library, ["ro", "nosuid", "nodev", "exec"]),
+        (HOOKS_DESTINATION, hooks, ["ro", "nosuid", "nodev", "noexec"]),
+    ):
+        if source is not None:
+            mount = {"destination": destination, "type": "bind", "source": source, "options": ["bind", *options]}
+            others.append(mount)
     spec["mounts"] = others
     process = spec.get("process")
-    if isinstance(process, dict) and isinstance(process.get("env"), list):
-        process["env"] = _preloading(process["env"], library is not None)
-    elif isinstance(process, dict) and library is not None:
-        process["env"] = _preloading([], True)
+    if isinstance(process, dict) and (isinstance(process.get("env"), list) or library is not None or hooks is not None):
+        process["env"] = _environment(process.get("env") or [], library is not None, hooks is not None)
     return spec
 
 
-def _preloading(env: list[Any], wanted: bool) -> list[Any]:
-    """The environment with the library in front of what LD_PRELOAD names already, or without it."""
+def _environment(env: list[Any], library: bool, hooks: bool) -> list[Any]:
+    """With the library in front of what LD_PRELOAD names already, and the hook behind what PYTHONPATH does, or without
+    them."""
+    own = {_PRELOAD: "", _PYTHON: ""}
     found = []
-    others = ""
     for word in env:
         key, _, value = str(word).partition("=")
-        if key == _PRELOAD:
-            others = without_library(value)
+        if key in own:
+            own[key] = value
         else:
             found.append(word)
-    value = ":".join(filter(None, [LIBRARY_DESTINATION if wanted else "", others]))
-    return [*found, f"{_PRELOAD}={value}"] if value else found
+    own = without_own(own)
+    for key, values in (
+        (_PRELOAD, (LIBRARY_DESTINATION * library, own.get(_PRELOAD))),
+        (_PYTHON, (own.get(_PYTHON), HOOKS_DESTINATION * hooks)),
+    ):
+        if value := ":".join(filter(None, values)):
+            found.append(f"{key}={value}")
+    return found
 
 
-def without_library(preload: str) -> str:
-    """A value of LD_PRELOAD as it was before rewarm added to it."""
-    if preload == LIBRARY_DESTINATION:
-        return ""
-    return preload.removeprefix(LIBRARY_DESTINATION + ":")
+def without_own(environment: dict[str, str]) -> dict[str, str]:
+    """An environment as it was before rewarm added to it. An empty LD_PRELOAD or PYTHONPATH is the same as none."""
+    values = {
+        _PRELOAD: f"{environment.get(_PRELOAD, '')}:".removeprefix(f"{LIBRARY_DESTINATION}:")[:-1],
+        _PYTHON: f":{environment.get(_PYTHON, '')}".removesuffix(f":{HOOKS_DESTINATION}")[1:],
+    }
+    others = {key: value for key, value in environment.items() if key not in values}
+    return {**others, **{key: value for key, value in values.items() if value}}
 
 
 def without_io_uring(seccomp: Spec | None) -> Spec:

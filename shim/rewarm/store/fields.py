@@ -104,6 +104,10 @@ class Reader:
         places = ((item, f"{path}[{index}]") for index, item in enumerate(self._list(key)))
         return [Reader(_object(item, place), place) for item, place in places]
 
+    def objects_or_none(self, key: str) -> list[Reader]:
+        """The same for a field that older documents have not."""
+        return self.objects(key) if key in self._left else []
+
     def mapping(self, key: str) -> dict[str, str]:
         """An object whose keys are free and whose values are strings."""
         path = self.path(key)

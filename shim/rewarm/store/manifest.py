@@ -34,6 +34,7 @@ from .entries import (
 )
 from .fields import Bad, Reader
 from .gpus import Cuda, GpuDevice, read_cuda, read_gpus
+from .signals import Wanted, read_signals
 
 __all__ = [
     "LARGE",
@@ -51,6 +52,7 @@ __all__ = [
     "Process",
     "Requires",
     "Thread",
+    "Wanted",
     "check_file_name",
     "digest_of",
     "is_digest",
@@ -151,6 +153,7 @@ class Manifest:
     packs: tuple[ChunkPack, ...] = field(default=())
     memory: Memory = field(default=Memory())
     cuda: Cuda = field(default=Cuda())
+    signals: tuple[Wanted, ...] = field(default=())
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -241,6 +244,7 @@ def _manifest(top: Reader) -> Manifest:
         memory_bytes=top.integer("memory_bytes"),
         memory=read_memory(top.object("memory")),
         cuda=read_cuda(top.object("cuda"), len(requires.gpus)),
+        signals=read_signals(top, "signals"),
     )
     top.done()
     check_files(manifest.files)

@@ -1,0 +1,86 @@
+"""Which processes want a signal after a restore: a file PID.signal in the control directory, with its name or number.
+
+A capture reads them while its source is frozen. They are the container's: only regular files are opened, only some
+bytes are read, and what is wrong is a note, for a program that cannot be told is no reason to have no snapshot of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import stat
+
+from rewarm import processes
+from rewarm.notify import ENTRIES
+from rewarm.oci.spec import CONTROL_DESTINATION
+from rewarm.store.manifest import Wanted
+from rewarm.store.signals import ALLOWED, MOST, NAMES
+
+_FILE = re.compile(r"([1-9][0-9]{0,6})\.signal")
+_LONGEST = 32
+_NOTES = 8
+
+
+def signals(control: str, pids: list[int]) -> tuple[tuple[Wanted, ...], list[str]]:
+    """What the processes `pids` (the container's, host numbers) want that handle the signal, and a line for each file
+    that says nothing usable, some of them at most. `control` is the control directory on the node; none, none wanted.
+    """
+    try:
+        directory = os.open(control, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return (), []
+    notes = []
+    found: list[Wanted] = []
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in itertools.islice(entries, ENTRIES + 1)]
+        if len(names) > ENTRIES:
+            notes.append(f"more than {ENTRIES} names in {CONTROL_DESTINATION}: not all are looked at for signals")
+        here: dict[int, int] = {}
+        for match in filter(None, map(_FILE.fullmatch, sorted(names[:ENTRIES]))):
+            here = here or {processes.namespace_pid(pid): pid for pid in pids}
+            try:
+                if len(found) == MOST:
+                    raise ValueError(f"more than {MOST} processes want one")
+                found.append(_wanted(directory, match[0], int(match[1]), here))
+            except (OSError, ValueError) as error:
+                said = error.strerror if isinstance(error, OSError) else str(error)
+                notes.append(f"no signal by {CONTROL_DESTINATION}/{match[0]}: {said}")
+    finally:
+        os.close(directory)
+    return tuple(found), notes if len(notes) <= _NOTES else [*notes[:_NOTES], f"and {len(notes) - _NOTES} more"]
+
+
+def _wanted(directory: int, name: str, number: int, here: dict[int, int]) -> Wanted:
+    if number not in here:
+        raise ValueError(f"the container has no process {number}")
+    signal = _number(_read(directory, name))
+    if not processes.handles(here[number], signal):
+        raise ValueError(f"process {number} does not handle signal {signal}")
+    return Wanted(number, signal)
+
+
+def _read(directory: int, name: str) -> bytes:
+    """Looked at before it is opened: opening a device does things, opening a FIFO waits."""
+    path = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not stat.S_ISREG(os.fstat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        # Without waiting: its owner may have a lease on it.
+        fd = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(path)
+    try:
+        return os.read(fd, _LONGEST + 1)
+    finally:
+        os.close(fd)
+
+
+def _number(data: bytes) -> int:
+    text = data.decode("ascii", "replace").strip().removeprefix("SIG")
+    number = int(text) if re.fullmatch("[0-9]{1,2}", text) else NAMES.get(text, 0)
+    if len(data) > _LONGEST or number not in ALLOWED:
+        raise ValueError(f"{text[:_LONGEST]!a} is not one of {', '.join(NAMES)} or 34 to 64")
+    return number
