@@ -189,7 +189,7 @@ def _is_told(connection: socket.socket) -> bool:
                 break
             data += piece
         message = json.loads(data)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(message, dict) and message.get("event") == "restored"
 

@@ -107,3 +107,40 @@ def test_io_uring_is_never_left_in_another_rule(rules: list[dict[str, Any]]) -> 
 @given(JSON)
 def test_equal_values_have_equal_digests(value: object) -> None:
     assert spec.digest(value) == spec.digest(copy.deepcopy(value))
+
+
+ENVIRONMENTS: list[tuple[list[str], dict[str, str]]] = [
+    ([], {"PYTHONPATH": "/run/rewarm-hooks"}),
+    (["PYTHONPATH="], {"PYTHONPATH": "/run/rewarm-hooks"}),
+    (["PYTHONPATH=/opt/app"], {"PYTHONPATH": "/opt/app:/run/rewarm-hooks"}),
+    # An empty entry is the working directory.
+    (["PYTHONPATH=/opt/app:"], {"PYTHONPATH": "/opt/app::/run/rewarm-hooks"}),
+    (["A=1", "LD_PRELOAD=/x.so"], {"A": "1", "LD_PRELOAD": "/x.so", "PYTHONPATH": "/run/rewarm-hooks"}),
+]
+
+
+@pytest.mark.parametrize(("env", "said"), ENVIRONMENTS)
+def test_the_hook_comes_behind_what_a_program_imports_from(env: list[str], said: dict[str, str]) -> None:
+    once = spec.prepared({"process": {"env": env}}, None, None, "/hooks")
+    (mount,) = once["mounts"]
+    assert (mount["destination"], mount["source"]) == ("/run/rewarm-hooks", "/hooks") and "ro" in mount["options"]
+    found = dict(word.split("=", 1) for word in once["process"]["env"])
+    assert found == said
+    assert spec.prepared(once, None, None, "/hooks") == once
+    own = {key: value for key, value in (word.split("=", 1) for word in env) if value}
+    assert spec.without_own(found) == own
+    assert dict(word.split("=", 1) for word in spec.prepared(once, None)["process"]["env"]) == own
+
+
+def test_without_either_an_environment_stays() -> None:
+    assert spec.prepared({"process": {}}, "/control")["process"] == {}
+    assert spec.prepared({"process": {"env": ["A=1", "B"]}}, "/control")["process"] == {"env": ["A=1", "B"]}
+
+
+@given(st.lists(st.sampled_from(["", "/a", "/run/rewarm-device-memory.so", "/run/rewarm-hooks", "/b c"]), max_size=4))
+def test_what_rewarm_adds_can_be_told_apart(paths: list[str]) -> None:
+    """But for its own names at the very ends, which mean nothing more the second time."""
+    env = [f"{key}={':'.join(paths)}" for key in ("LD_PRELOAD", "PYTHONPATH")]
+    plain = spec.without_own(dict(word.split("=", 1) for word in env))
+    made = spec.prepared({"process": {"env": env}}, None, "/library", "/hooks")["process"]["env"]
+    assert spec.without_own(dict(word.split("=", 1) for word in made)) == plain
