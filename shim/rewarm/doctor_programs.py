@@ -78,6 +78,9 @@ def installation(node: Node) -> Check:
         if not os.access(path, os.X_OK):
             found = "is not executable" if os.path.exists(path) else "is not there"
             return Check("installation", FAILED, f"{path} {found}", _INSTALL)
+    hook = os.path.join(node.prefix, "lib", "rewarm-hooks", "rewarm_hooks", "workload.py")
+    if not os.path.isfile(hook):
+        return Check("installation", FAILED, f"{hook}, which containers get, is not there", _INSTALL)
     python = os.path.join(node.prefix, "venv", "bin", "python3")
     if not os.access(python, os.X_OK):
         return Check("installation", FAILED, f"{python}, which the launcher starts, is not there", _INSTALL)

@@ -26,6 +26,8 @@ MOST = 256
 ENTRIES = 4096
 """Names that are looked at: a container may have filled the directory."""
 _NOTES = 8
+_THREAD = 1
+"""PIDFD_SIGNAL_THREAD: to the thread that the descriptor is of."""
 _MESSAGE = json.dumps({"event": "restored", "file": f"{CONTROL_DESTINATION}/{NAME}"}).encode() + b"\n"
 _CAUSES = {errno.EAGAIN: "its backlog is full", errno.ECONNREFUSED: "nobody listens"}
 
@@ -78,8 +80,6 @@ def _send(directory: int, name: str) -> None:
 
 
 def _signal(directory: int, init: Container, wanted: tuple[Wanted, ...]) -> list[str]:
-    import signal
-
     notes = []
     here = {processes.namespace_pid(pid): pid for pid in processes.tree(init.pid)}
     opened = []
@@ -98,7 +98,7 @@ def _signal(directory: int, init: Container, wanted: tuple[Wanted, ...]) -> list
                 notes.append(f"process {one.pid} was not sent signal {one.signal}: it does not handle it")
                 continue
             try:
-                signal.pidfd_send_signal(fd, one.signal)
+                _deliver(fd, pid, one.signal)
                 _register(directory, one, pid)
             except OSError as error:
                 notes.append(f"process {one.pid}, signal {one.signal}: {error.strerror}")
@@ -106,6 +106,20 @@ def _signal(directory: int, init: Container, wanted: tuple[Wanted, ...]) -> list
         for _, _, fd in opened:
             os.close(fd)
     return notes
+
+
+def _deliver(fd: int, pid: int, number: int) -> None:
+    """To the first thread unless it blocks it, as the kernel does with threads that run. Of stopped ones any could take
+    it, and Python's handlers run in the first one only, which nothing might wake."""
+    import signal
+
+    flags = 0 if processes.blocks(pid, number) else _THREAD
+    try:
+        signal.pidfd_send_signal(fd, number, None, flags)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not flags:  # before Linux 6.9 there is no such flag
+            raise
+        signal.pidfd_send_signal(fd, number)
 
 
 def _register(directory: int, one: Wanted, pid: int) -> None:

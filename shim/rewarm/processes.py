@@ -94,25 +94,20 @@ def traced(pid: int) -> bool:
 def handles(pid: int, number: int) -> bool:
     """Whether a process catches a signal, or all its threads block it (to wait for it, or to read it from a
     descriptor)."""
-    caught, blocked = _masks(f"/proc/{pid}/status")
-    bit = 1 << number - 1
-    if caught & bit:
-        return True
-    return bool(blocked & bit) and all(_masks(f"/proc/{pid}/task/{tid}/status")[1] & bit for tid in threads(pid))
+    return _has(pid, "SigCgt", number) or (blocks(pid, number) and all(blocks(tid, number) for tid in threads(pid)))
 
 
-def _masks(path: str) -> tuple[int, int]:
-    """The signals that a process catches and those that the thread blocks, a bit each."""
-    found = {"SigCgt": 0, "SigBlk": 0}
+def blocks(tid: int, number: int) -> bool:
+    """Whether a thread (a process: its first one) blocks a signal."""
+    return _has(tid, "SigBlk", number)
+
+
+def _has(tid: int, mask: str, number: int) -> bool:
     try:
-        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name in found:
-                    found[name] = int(value, 16)
+        with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace", newline="\n") as file:
+            return any(line.startswith(f"{mask}:") and int(line.split()[1], 16) >> number - 1 & 1 for line in file)
     except (FileNotFoundError, ProcessLookupError):
-        return 0, 0
-    return found["SigCgt"], found["SigBlk"]
+        return False
 
 
 def threads(pid: int) -> list[int]:

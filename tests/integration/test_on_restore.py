@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import rootfs
+from support import gpu_containers, rootfs
 from support.bundle import Bundle
 from support.node import Node
+from support.proc import wait_for
 from support.runtime import Container
 
 # Says who told it, and numbers that copies would share: its generators are used before it is captured.
@@ -143,3 +145,71 @@ def test_without_reseeding_copies_share_their_numbers(node: Node) -> None:
     """Which is what the hook is there for, and what makes the first test one that can fail."""
     captured(node, reseed=False)
     assert numbers(restored(node, "one", reseed=False)) == numbers(restored(node, "two", reseed=False))
+
+
+SHELL = """
+trap 'echo told by $(tr , "\\n" < /run/rewarm/restored.json | grep hostname)' USR1
+echo USR1 > /run/rewarm/$$.signal
+echo waits
+while :; do sleep 0.05; done
+"""
+
+
+def test_a_shell_is_told(node: Node) -> None:
+    def made(name: str) -> Bundle:
+        annotations = {"rewarm.dev/snapshot": "told"}
+        return Bundle(
+            node.directory / name, [rootfs.base()], ["sh", "-c", SHELL], annotations=annotations, hostname=name
+        )
+
+    node.runtime.create("source", made("source"))
+    node.runtime.start("source")
+    node.runtime.containers["source"].stdout.wait_text("waits\n")
+    node.rewarm("capture", "source", "--name", "told", "--stop")
+    copy = node.runtime.create("copy", made("copy"))
+    node.runtime.start("copy")
+    copy.stdout.wait_text('told by "hostname": "copy"')
+
+
+def test_what_nobody_can_use_is_said(node: Node) -> None:
+    """A file that names a signal which its process does not handle: a line of the capture, and no more."""
+    source = node.runtime.create("source", bundle(node, "source"))
+    node.runtime.start("source")
+    source.stdout.wait_text('{"tick": 10}')
+    node.runtime.exec("source", "sh", "-c", "echo USR2 > /run/rewarm/1.signal; mkfifo /run/rewarm/7.signal")
+    said = node.json("capture", "source", "--name", "told")["notes"]
+    assert said == [
+        "no signal by /run/rewarm/1.signal: process 1 does not handle signal 12",
+        "no signal by /run/rewarm/7.signal: the container has no process 7",
+    ]
+    copy = restored(node, "one")
+    assert [line["by"] for line in copy if "by" in line and line["by"] != "socket"] == ["hook"]
+
+
+def test_with_a_gpu_it_runs_when_it_is_told(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> None:
+    program = """
+import os, runpy, signal
+from rewarm_hooks.workload import on_restore
+def tell(way): open(f"/run/rewarm/{way}", "x").close()
+on_restore(lambda restored: tell("hook"))
+signal.signal(signal.SIGUSR1, lambda number, frame: tell("signal"))
+with open(f"/run/rewarm/{os.getpid()}.signal", "w") as file: file.write("USR1")
+runpy.run_module("support.workloads.gpu_fake", run_name="__main__")
+"""
+    with gpu_containers.place(tmp_path, prefix) as place:
+        for name in ("source", "copy"):
+            made = place.bundle(name)
+            made.spec["process"]["args"] = ["python3", "-u", "-c", program]
+            made.write()
+            place.node.runtime.create(name, made)
+            control = place.node.container_directory(name) / "control"
+            if name == "source":
+                place.node.runtime.start(name)
+                place.ask()
+                place.node.rewarm("capture", name, "--name", "model", "--stop")
+                assert not (control / "hook").exists() and not (control / "signal").exists()
+                place.node.runtime.stop(name)
+        assert place.node.outcome("copy")["outcome"] == "warm" and place.node.outcome("copy")["notes"] == []
+        wait_for("it to be told", lambda: (control / "hook").exists() and (control / "signal").exists())
+        place.node.runtime.start("copy")
+        place.ask()

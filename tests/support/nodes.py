@@ -21,7 +21,8 @@ def program(path: Path, script: str) -> str:
 def well(tmp_path: Path) -> Node:
     """A node on which everything is well: programs that answer, an installation, directories."""
     prefix = tmp_path / "prefix"
-    for part in ("bin/rewarm-runc", "libexec/rewarm-guard", "venv/bin/python3"):
+    parts = ("bin/rewarm-runc", "libexec/rewarm-guard", "venv/bin/python3", "lib/rewarm-hooks/rewarm_hooks/workload.py")
+    for part in parts:
         program(prefix / part, "exit 0")
     config = tmp_path / "config.toml"
     config.write_text(containerd_config(str(prefix / "bin/rewarm-runc")))

@@ -164,7 +164,10 @@ def test_helpers(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     says(doctor_programs.helpers(node), FAILED, "tar, ip", "apt-get install tar iproute2")
 
 
-@pytest.mark.parametrize("part", ["bin/rewarm-runc", "libexec/rewarm-guard", "venv/bin/python3"])
+HOOK = "lib/rewarm-hooks/rewarm_hooks/workload.py"
+
+
+@pytest.mark.parametrize("part", ["bin/rewarm-runc", "libexec/rewarm-guard", "venv/bin/python3", HOOK])
 def test_installation(node: Node, part: str) -> None:
     says(doctor_programs.installation(node), OK, node.prefix)
     path = Path(node.prefix, part)
