@@ -22,7 +22,7 @@ from rewarm.store.manifest import Wanted
 
 SUFFIX = ".sock"
 MOST = 256
-"""Sockets: each takes 0.05 ms."""
+"""Sockets: each takes 0.02 ms."""
 ENTRIES = 4096
 """Names that are looked at: a container may have filled the directory."""
 _NOTES = 8
