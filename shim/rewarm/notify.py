@@ -87,8 +87,9 @@ def _signal(directory: int, init: Container, wanted: tuple[Wanted, ...]) -> list
         for one in wanted:
             try:
                 opened.append((one, here[one.pid], os.pidfd_open(here[one.pid])))
-            except (KeyError, ProcessLookupError):
-                notes.append(f"process {one.pid} was not sent signal {one.signal}: it is not there")
+            except (KeyError, OSError) as error:
+                cause = error.strerror if isinstance(error, OSError) else "it is not there"
+                notes.append(f"process {one.pid} was not sent signal {one.signal}: {cause}")
         # A number that is in the tree now, or whose process has ended, is not that of another process.
         tree = set(processes.tree(init.pid))
         if processes.start_time(init.pid) != init.start_time:

@@ -137,6 +137,8 @@ def test_each_copy_is_told_of_itself(node: Node, user: bool) -> None:
 def test_a_copy_of_a_copy_is_told_as_well(node: Node) -> None:
     captured(node)
     check_told(restored(node, "one"), "one")
+    written = node.runtime.run("exec", "one", "touch", "/run/rewarm-hooks/own.py", check=False)
+    assert written.returncode != 0 and "Read-only file system" in written.stderr
     node.rewarm("capture", "one", "--name", "told", "--stop")
     check_told(restored(node, "two"), "two")
 

@@ -161,6 +161,24 @@ def test_gpus_are_checked(path: tuple[Any, ...], wrong: Any, said: str) -> None:
     assert said in damage(encode(value))
 
 
+@pytest.mark.parametrize(
+    ("signals", "said"),
+    [
+        ([{"pid": 1, "signal": 9}], "field signals[0].signal is 9, which no process may want"),
+        ([{"pid": 1, "signal": 33}], "field signals[0].signal is 33"),
+        ([{"pid": 1, "signal": 65}], "field signals[0].signal must be in 0..64"),
+        ([{"pid": 0, "signal": 10}], "field signals[0].pid is 0"),
+        ([{"pid": 1, "signal": 10}, {"pid": 1, "signal": 12}], "field signals names a process twice"),
+        ([{"pid": one + 1, "signal": 10} for one in range(257)], "field signals has more than 256 entries"),
+        ([{"pid": 1, "signal": 10, "to": "all"}], "field 'signals[0].to' is unknown"),
+    ],
+)
+def test_signals_are_checked(signals: list[dict[str, Any]], said: str) -> None:
+    value = document()
+    value["signals"] = signals
+    assert said in damage(encode(value))
+
+
 def test_processes_that_use_cuda_need_gpus() -> None:
     value = document()
     value["requires"]["gpus"] = []
