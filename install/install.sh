@@ -19,6 +19,7 @@ usage: install.sh [options]       (as root, on Debian 12 or newer, or Ubuntu)
   --no-register              leave containerd's configuration alone
   --no-restart               do not restart containerd after a change of its configuration
   --no-packages              install nothing with apt: name what is missing, and stop
+  --from DIRECTORY           build and download nothing: install what parts.sh made there
   --help                     this text
 
 uninstall.sh undoes it.
@@ -30,17 +31,23 @@ containerd_config=
 register=yes
 no_restart=no
 packages=yes
+from=
 
 parse_arguments() {
     while [[ $# -gt 0 ]]; do
         case $1 in
-        --prefix | --containerd-config)
+        --prefix | --containerd-config | --from)
             [[ -n ${2:-} ]] || die "$1 needs a value"
-            if [[ $1 == --prefix ]]; then prefix=$2; else containerd_config=$2; fi
+            case $1 in
+            --prefix) prefix=$2 ;;
+            --from) from=$2 ;;
+            *) containerd_config=$2 ;;
+            esac
             shift
             ;;
         --prefix=*) prefix=${1#*=} ;;
         --containerd-config=*) containerd_config=${1#*=} ;;
+        --from=*) from=${1#*=} ;;
         --no-register) register=no ;;
         --no-restart) no_restart=yes ;;
         --no-packages) packages=no ;;
@@ -53,8 +60,16 @@ parse_arguments() {
         shift
     done
     check_prefix "$prefix"
+    [[ -z $from ]] || check_parts
     [[ $register == yes || -z $containerd_config ]] || die "--containerd-config and --no-register exclude each other"
     [[ -z $containerd_config || $containerd_config == /* ]] || containerd_config=$PWD/$containerd_config
+}
+
+# check_parts: whether --from names what parts.sh made, for this machine.
+check_parts() {
+    [[ -e $from/complete ]] || die "--from $from: holds no parts of rewarm; make them with install/parts.sh"
+    [[ $(<"$from/complete") == "$(uname -m)" ]] || die "--from $from: is for $(<"$from/complete"), this is $(uname -m)"
+    from=$(cd "$from" && pwd)
 }
 
 # The system's own interpreter, by its versioned name: a version manager's shim may vanish with its user, and a venv
@@ -74,7 +89,10 @@ find_python() {
 missing_packages() {
     local python name=python3
     python=$(find_python)
-    if [[ -z $python ]]; then
+    if [[ -n $from ]]; then
+        # Nothing is compiled, and pip comes as a wheel: the standard library is enough.
+        "${python:-false}" -I -c 'import venv' 2>/dev/null || echo python3
+    elif [[ -z $python ]]; then
         printf '%s\n' python3 python3-venv python3-dev
     else
         [[ $python == "$(readlink -f /usr/bin/python3)" ]] || name=${python##*/}
@@ -82,11 +100,15 @@ missing_packages() {
         "$python" -I -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
             echo "$name-dev"
     fi
-    [[ -e /usr/include/stdio.h ]] || echo libc6-dev
-    [[ -e /etc/ssl/certs/ca-certificates.crt ]] || echo ca-certificates
+    local pair tools=(gcc:gcc make:make)
+    if [[ -n $from ]]; then
+        tools=()
+    else
+        [[ -e /usr/include/stdio.h ]] || echo libc6-dev
+        [[ -e /etc/ssl/certs/ca-certificates.crt ]] || echo ca-certificates
+    fi
     # CRIU locks the network with iptables-restore, and archives a tmpfs with tar and a network namespace with ip.
-    local pair
-    for pair in gcc:gcc make:make tar:tar gzip:gzip runc:runc iptables-restore:iptables ip:iproute2 nsenter:util-linux; do
+    for pair in "${tools[@]}" tar:tar gzip:gzip runc:runc iptables-restore:iptables ip:iproute2 nsenter:util-linux; do
         command -v "${pair%%:*}" >/dev/null || echo "${pair#*:}"
     done
 }
@@ -114,16 +136,30 @@ provide_packages() {
     [[ ${#missing[@]} -eq 0 ]] || die "still missing after apt-get install: ${missing[*]} (python3 has to be 3.11 or newer)"
 }
 
-# stage_source: copies what is built from, without what earlier builds left there; the checkout stays as it is.
-stage_source() {
-    mkdir "$work/source"
-    tar -C "$source_tree" -cf - \
-        --exclude=__pycache__ --exclude='*.egg-info' --exclude=build --exclude='*.so' --exclude='*.o' \
-        --exclude='.*_cache' --exclude=_native.c --exclude=_cuda.py pyproject.toml setup.py README.md shim hooks native |
-        tar -C "$work/source" --no-same-owner -xf -
+works() { "$1/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, rewarm_native' 2>/dev/null; }
+
+# what_is_installed: prints what the virtual environment is made from, as digests.
+what_is_installed() {
+    sha256sum "$here/install.sh"
+    if [[ -n $from ]]; then cd "$from/wheels"; else cd "$work/source"; fi
+    find . -type f -print0 | sort -z | xargs -0 sha256sum
 }
 
-works() { "$1/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, rewarm_native' 2>/dev/null; }
+# fill_environment PYTHON DIRECTORY: a virtual environment with rewarm, and without pip and setuptools: rewarm needs
+# neither, and setuptools has a .pth file that every start of Python would pay for.
+fill_environment() {
+    local venv=$2/bin/python3 pip
+    if [[ -n $from ]]; then
+        pip=$(echo "$from"/wheels/pip-*.whl)
+        quietly "python: making the virtual environment" "$1" -I -m venv --without-pip "$2"
+        quietly "python: installing rewarm" "$venv" -I "$pip/pip" install --no-input --disable-pip-version-check \
+            --isolated --no-index --find-links "$from/wheels" rewarm
+        return
+    fi
+    quietly "python: making the virtual environment" "$1" -I -m venv "$2"
+    quietly "python: installing rewarm" "$venv" -I -m pip install --no-input "$work/source"
+    quietly "python: removing pip" "$venv" -I -m pip uninstall --yes setuptools pip
+}
 
 # install_python: a virtual environment for each version of the source, and `venv`, a link to the one that counts. The one
 # before it is kept, since a process that runs may still import from it.
@@ -132,8 +168,7 @@ install_python() {
     python=$(find_python)
     id=$( (
         "$python" -VV
-        sha256sum "$here/install.sh"
-        cd "$work/source" && find . -type f -print0 | sort -z | xargs -0 sha256sum
+        what_is_installed
     ) | sha256sum | cut -c 1-16)
     directory=$prefix/venvs/$id
     previous=$(readlink "$prefix/venv" || true)
@@ -143,14 +178,11 @@ install_python() {
         say "python: building a virtual environment with $python"
         rm -rf "$directory"
         mkdir -p "$prefix/venvs"
-        quietly "python: making the virtual environment" "$python" -I -m venv "$directory"
-        quietly "python: installing rewarm" "$directory/bin/python3" -I -m pip install --no-input "$work/source"
+        fill_environment "$python" "$directory"
         works "$directory" || {
             "$directory/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, rewarm_native' >&2 || true
             die "python: the installed packages cannot be imported"
         }
-        # rewarm needs neither, and setuptools has a .pth file that every start of Python would pay for.
-        quietly "python: removing pip" "$directory/bin/python3" -I -m pip uninstall --yes setuptools pip
         # By way of the link: rewarm finds its other parts beside `venv`.
         sed -i "1s|.*|#!$prefix/venv/bin/python3 -I|" "$directory/bin/rewarm"
         : >"$directory/.complete"
@@ -165,8 +197,11 @@ install_python() {
 }
 
 install_programs() {
-    local build=$work/build name
-    quietly "C programs: building" make -C "$work/source/native" BUILD="$build"
+    local build=${from:+$from/programs} name
+    if [[ -z $build ]]; then
+        build=$work/build
+        quietly "C programs: building" make -C "$work/source/native" BUILD="$build"
+    fi
     install_file "$build/rewarm-guard" "$prefix/libexec/rewarm-guard" 0755
     install_file "$build/rewarm-device-memory.so" "$prefix/lib/rewarm-device-memory.so" 0644
     for name in __init__ workload; do
@@ -236,11 +271,11 @@ main() {
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     provide_packages
-    stage_source
+    [[ -n $from ]] || stage_source "$source_tree" "$work/source"
     install_python
     install_programs
     link_into_path
-    bash "$here/provide_criu.sh" "$prefix" "$(find_python)" || exit 1
+    bash "$here/provide_criu.sh" "$prefix" "$(find_python)" ${from:+"$from"} || exit 1
     register_runtime
     say "installed in $prefix; check the node with: $prefix/bin/rewarm doctor"
 }

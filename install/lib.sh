@@ -1,4 +1,4 @@
-# What install.sh, uninstall.sh and provide_criu.sh share. Sourced, not run.
+# What install.sh, uninstall.sh, parts.sh and provide_criu.sh share. Sourced, not run.
 # shellcheck shell=bash
 
 
@@ -56,6 +56,15 @@ install_link() {
     mkdir -p "$(dirname "$2")"
     ln -sfnT "$1" "$2.new.$$"
     mv -fT "$2.new.$$" "$2"
+}
+
+# stage_source TREE DIRECTORY: copies what is built from, without what earlier builds left there; TREE stays as it is.
+stage_source() {
+    mkdir "$2"
+    tar -C "$1" -cf - \
+        --exclude=__pycache__ --exclude='*.egg-info' --exclude=build --exclude='*.so' --exclude='*.o' \
+        --exclude='.*_cache' --exclude=_native.c --exclude=_cuda.py pyproject.toml setup.py README.md shim hooks native |
+        tar -C "$2" --no-same-owner -xf -
 }
 
 # at_least VERSION MINIMUM

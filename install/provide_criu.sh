@@ -2,7 +2,8 @@
 # Provides a CRIU that this kernel can do with (4.1.1; 4.2 from Linux 6.16 on): the system's if it is new enough, else the
 # package of the distribution's stable release, or of the next one if that is too old, unpacked with its libraries into
 # PREFIX/criu, where nothing else on the machine sees it.
-# Usage: provide_criu.sh PREFIX PYTHON
+# Usage: provide_criu.sh PREFIX PYTHON [PARTS]     PARTS: what parts.sh made, to be taken instead of a mirror's packages
+#        provide_criu.sh --pack DIRECTORY PYTHON   unpacks the packages there, for any kernel, and runs nothing
 #
 # The packages come from the mirrors in the machine's own apt configuration, through an apt that has its own state
 # (private_apt.sh), whose empty list of installed packages brings the whole library closure.
@@ -29,14 +30,30 @@ describe_distribution() {
     [[ -n $codename ]] || codename=sid
 }
 
-# unpack: into $root the packages that private_apt's suite offers, each checked by apt, and a wrapper to run the program.
+# find_packages: sets $suite to the first of $suites that has it, and what private_apt sets. Needs $work.
+find_packages() {
+    chmod 0755 "$work" # apt downloads as the user _apt
+    for suite in "${suites[@]}"; do
+        if private_apt criu "$suite" "$minimum"; then return; fi
+    done
+    grep -hE '^(E|W|Err)' "$work"/*/update.log | sort -u | head -n 10 >&2 || true
+    die "criu: none of ${suites[*]} offers CRIU >= $minimum at this machine's $origin mirrors;" \
+        "see the lines above (a missing key: update the package ${origin,,}-archive-keyring or ubuntu-keyring)"
+}
+
+# unpack DIRECTORY: into it the packages that private_apt's suite offers, each checked by apt.
 unpack() {
-    local deb loader libraries
+    local deb
     quietly "criu: downloading the packages" \
         apt-get -c "$conf" install -y --download-only --no-install-recommends criu
     for deb in "$(dirname "$conf")"/cache/archives/*.deb; do
-        dpkg-deb -x "$deb" "$root"
+        dpkg-deb -x "$deb" "$1"
     done
+}
+
+# write_wrapper ROOT: a program that runs what was unpacked there.
+write_wrapper() {
+    local root=$1 loader libraries
     # The program's own loader with its own libraries: the system's libc is older than what this CRIU was built for.
     loader=$(find "$root" -name 'ld-linux*.so.*' -type f | head -n 1)
     [[ -n $loader && -x $root/usr/sbin/criu ]] || die "criu: the unpacked packages hold no loader or no usr/sbin/criu"
@@ -62,7 +79,7 @@ check_kernel() {
 }
 
 main() {
-    local prefix=$1 suite system old
+    local prefix=$1 parts=${3:-} suite system old
     python=$2
     minimum=$(criu_minimum)
     system=$(command -v criu || true)
@@ -77,25 +94,26 @@ main() {
         return
     fi
     [[ -z $system ]] || say "criu: the system's, $(criu_version "$system"), is too old for Linux $(uname -r)"
-    say "criu: taking the distribution's package from the machine's own mirror"
-    describe_distribution
     work=$(mktemp -d)
     unfinished=$work
     trap 'rm -rf "$work" "$unfinished"' EXIT
-    chmod 0755 "$work" # apt downloads as the user _apt
-    for suite in "${suites[@]}" ""; do
-        [[ -n $suite ]] || {
-            grep -hE '^(E|W|Err)' "$work"/*/update.log | sort -u | head -n 10 >&2 || true
-            die "criu: none of ${suites[*]} offers CRIU >= $minimum at this machine's $origin mirrors;" \
-                "see the lines above (a missing key: update the package ${origin,,}-archive-keyring or ubuntu-keyring)"
-        }
-        if private_apt criu "$suite" "$minimum"; then break; fi
-    done
+    if [[ -n $parts ]]; then
+        suite=$parts
+    else
+        say "criu: taking the distribution's package from the machine's own mirror"
+        describe_distribution
+        find_packages
+    fi
     mkdir -p "$prefix/criu"
     root=$(mktemp -d "$prefix/criu/root.XXXXXX")
     chmod 0755 "$root"
     unfinished=$root
-    unpack
+    if [[ -n $parts ]]; then
+        cp -a --no-preserve=ownership "$parts/criu/." "$root"
+    else
+        unpack "$root"
+    fi
+    write_wrapper "$root"
     good_enough "$root/criu" || die "criu: the unpacked program does not run or is older than $minimum"
     check_kernel "$root/criu"
     install_file "$root/criu" "$prefix/criu/bin/criu" 0755
@@ -107,5 +125,26 @@ main() {
     say "criu: $(criu_version "$prefix/criu/bin/criu") from $suite, in $prefix/criu"
 }
 
-[[ $# -eq 2 ]] || die "usage: provide_criu.sh PREFIX PYTHON"
-main "$@"
+# pack DIRECTORY PYTHON: for whatever kernel it will meet, so the newest that criu_minimum asks of any.
+pack() {
+    local suite
+    python=$2
+    minimum=4.2
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    describe_distribution
+    find_packages
+    mkdir -p "$1"
+    unpack "$1"
+}
+
+case ${1:-} in
+--pack)
+    [[ $# -eq 3 ]] || die "usage: provide_criu.sh --pack DIRECTORY PYTHON"
+    pack "$2" "$3"
+    ;;
+*)
+    [[ $# -eq 2 || $# -eq 3 ]] || die "usage: provide_criu.sh PREFIX PYTHON [PARTS]"
+    main "$@"
+    ;;
+esac

@@ -5,6 +5,7 @@
 #   ocr/   a layer with opt/ocr: RapidOCR with its weights, on ONNX Runtime
 #   loop/  a layer with opt/loop: uvloop
 #   containerd2/  containerd 2.1 or newer: bin/containerd, bin/ctr, bin/containerd-shim-runc-v2
+#   kustomize/    bin/kustomize, version 5
 # A second run finds the stamps of the first and does nothing. No service is started, nothing outside the cache
 # directory is changed but by apt.
 set -euo pipefail
@@ -171,6 +172,21 @@ build_containerd2() {
     "$scratch/containerd2/bin/containerd" --version >&2
 }
 
+# Debian 13's, a program of Go's that needs no library; Debian 12 has none.
+build_kustomize() {
+    local python=/usr/bin/python3 codename=$suite origin=Debian components=main conf newer work=$scratch/apt-kustomize
+    mkdir -p "$work" "$scratch/kustomize/bin"
+    chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
+    for newer in "$suite" stable testing ""; do
+        [ -n "$newer" ] || die "none of Debian's suites offers kustomize 5 at this machine's mirrors" "see: apt-get update"
+        if private_apt kustomize "$newer" 5; then break; fi
+    done
+    (cd "$work" && apt-get -q -c "$conf" download kustomize >&2) || die "downloading kustomize failed"
+    dpkg-deb -x "$work"/kustomize_*.deb "$work/root"
+    cp "$work/root/usr/bin/kustomize" "$scratch/kustomize/bin"
+    "$scratch/kustomize/bin/kustomize" version >&2
+}
+
 # provide NAME KEY COMMAND...: runs COMMAND, which fills $scratch/NAME, unless the cache has NAME made from KEY.
 provide() {
     local name=$1 key=$2 began=$SECONDS
@@ -206,3 +222,4 @@ provide base "$suite $(dpkg --print-architecture)" build_base
 provide ocr "$abi $pins" build_layer ocr rapidocr onnxruntime
 provide loop "$abi $pins" build_layer loop uvloop
 provide containerd2 "2.1 $(dpkg --print-architecture)" build_containerd2
+provide kustomize "5 $(dpkg --print-architecture)" build_kustomize
