@@ -2,6 +2,7 @@
 # Sets up what the tests and the demo need on a fresh Debian 12 or 13, as root: packages of the machine, and root
 # filesystems in a cache directory (default: <repository>/build/rootfs):
 #   base/  the machine's own Debian suite with python3 and redis-server
+#   slim/  the same suite with apt and ca-certificates, what images are built from
 #   ocr/   a layer with opt/ocr: RapidOCR with its weights, on ONNX Runtime
 #   loop/  a layer with opt/loop: uvloop
 #   containerd2/  containerd 2.1 or newer: bin/containerd, bin/ctr, bin/containerd-shim-runc-v2
@@ -118,8 +119,10 @@ debian_sources() {
         done | sort -u
 }
 
-build_base() {
-    local sources option=() name value
+# bootstrap DIRECTORY OPTION...: the machine's suite, without documentation.
+bootstrap() {
+    local sources option=() name value directory=$1
+    shift
     sources=$(debian_sources)
     if [ -z "$sources" ]; then # the lists were never fetched, or were cleaned away: the origin is in them
         apt_update
@@ -131,13 +134,19 @@ build_base() {
         option+=("--aptopt=$name $value")
     done < <(apt-config dump | grep -E '^Acquire::(https?|ftp)::(Proxy|CaInfo|Verify-Peer)' | sed 's/;$//' || true)
     printf '%s\n' "$sources" >"$scratch/sources.list"
-    mmdebstrap --quiet --mode=root --variant=essential \
-        --include=python3,redis-server,libstdc++6,libgomp1,netbase \
+    mmdebstrap --quiet --mode=root "$@" \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/info/*' \
-        "${option[@]}" "$suite" "$scratch/base" "$scratch/sources.list" >&2
-    rm -f "$scratch"/base/etc/apt/sources.list "$scratch"/base/var/cache/ldconfig/*
+        "${option[@]}" "$suite" "$directory" "$scratch/sources.list" >&2
+    rm -f "$directory"/var/cache/ldconfig/*
 }
+
+build_base() {
+    bootstrap "$scratch/base" --variant=essential --include=python3,redis-server,libstdc++6,libgomp1,netbase
+    rm -f "$scratch"/base/etc/apt/sources.list
+}
+
+build_slim() { bootstrap "$scratch/slim" --variant=apt --include=ca-certificates; }
 
 python_of_layers() {
     [ -x "$scratch/venv/bin/pip" ] || /usr/bin/python3 -m venv "$scratch/venv"
@@ -219,6 +228,7 @@ install_packages
 abi=$(/usr/bin/python3 -c 'import sys; print(sys.implementation.cache_tag)')
 pins=$(cat "$requirements")
 provide base "$suite $(dpkg --print-architecture)" build_base
+provide slim "$suite $(dpkg --print-architecture)" build_slim
 provide ocr "$abi $pins" build_layer ocr rapidocr onnxruntime
 provide loop "$abi $pins" build_layer loop uvloop
 provide containerd2 "2.1 $(dpkg --print-architecture)" build_containerd2

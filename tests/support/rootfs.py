@@ -23,7 +23,7 @@ def cache() -> Path:
 
 
 def layer(name: str) -> Path:
-    """A directory that prepare.sh built: "base", "ocr", "loop" or "containerd2". Raises NotPrepared."""
+    """A directory that prepare.sh built: "base", "slim", "ocr" and so on (see there). Raises NotPrepared."""
     path = cache() / name
     if not path.is_dir() or not (cache() / f".{name}.stamp").is_file():
         raise NotPrepared(f"no root filesystem {path}; run tests/support/prepare.sh {cache()}")
@@ -33,6 +33,11 @@ def layer(name: str) -> Path:
 def containerd2() -> Path:
     """The directory with containerd 2.1 or newer, its ctr and its shim, to go first in a PATH. Raises NotPrepared."""
     return layer("containerd2") / "bin"
+
+
+def kustomize() -> Path:
+    """The program. Raises NotPrepared."""
+    return layer("kustomize") / "bin/kustomize"
 
 
 def base() -> Path:
