@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from support import cgroups, rootfs
 from support.bundle import cgroup_parent, unmount_below
@@ -45,7 +45,7 @@ class Podman:
             self.stop()
             raise
 
-    def __enter__(self) -> Podman:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -110,12 +110,17 @@ class Podman:
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "CONTAINERS_CONF": str(self._config), "TMPDIR": str(self._run)}
 
+    def _base(self) -> tuple[Path, str]:
+        """The root filesystem to import, and the image's name."""
+        return rootfs.base(), IMAGE
+
     def _import_image(self) -> None:
         """`podman import -` of the base root filesystem, as one layer."""
-        words = ["tar", "--numeric-owner", "-C", str(rootfs.base()), "-c", "."]
+        directory, image = self._base()
+        words = ["tar", "--numeric-owner", "-C", str(directory), "-c", "."]
         with subprocess.Popen(words, stdout=subprocess.PIPE) as tar:
             done = subprocess.run(
-                self._words("import", "--quiet", "-", IMAGE),
+                self._words("import", "--quiet", "-", image),
                 stdin=tar.stdout,
                 capture_output=True,
                 text=True,

@@ -156,7 +156,7 @@ def test_hooks_need_only_the_standard_library() -> None:
     [
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
-        ("mypy", "shim/rewarm", "hooks/rewarm_hooks", "native/rewarm_native", "tests", "demo"),
+        ("mypy", "shim/rewarm", "hooks/rewarm_hooks", "native/rewarm_native", "install/daemonset.py", "tests", "demo"),
     ],
     ids=["ruff", "ruff-format", "mypy"],
 )

@@ -1,0 +1,276 @@
+"""The DaemonSet's image and program, for real: built by Podman, run with the manifest's security context, installing on
+a node that has neither network nor compiler, and talking to an API server over TLS.
+
+The node is this machine's files in a mount namespace of their own; the pod enters it by nsenter, as it would that of
+process 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import manifests
+from support.bare_node import BareNode
+from support.kube_api import Asked, KubeApi
+from support.node import Node
+from support.node_image import IMAGE, NodeImage, RunningPod
+from support.proc import CommandFailed, command
+
+LABEL = "rewarm.dev/installed"
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+SETTINGS = "/etc/rewarm/config.yaml"
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[NodeImage]:
+    with NodeImage(Node(tmp_path_factory.mktemp("image") / "node", prefix)) as podman:
+        podman.build()
+        podman.first_container()
+        yield podman
+
+
+@pytest.fixture
+def machine(nothing_left_behind: None, tmp_path: Path) -> Iterator[BareNode]:
+    with BareNode(tmp_path / "machine") as one:
+        yield one
+
+
+@pytest.fixture
+def api(nothing_left_behind: None, tmp_path: Path) -> Iterator[KubeApi]:
+    with KubeApi(tmp_path / "account", "node-1", {"kubernetes.io/hostname": "node-1"}) as one:
+        yield one
+
+
+def pod_of(overlay: str) -> dict[str, Any]:
+    daemonset = manifests.pick(manifests.build(overlay), "DaemonSet", "rewarm-node")
+    pod: dict[str, Any] = daemonset["spec"]["template"]["spec"]
+    return pod
+
+
+def start(
+    image: NodeImage,
+    machine: BareNode,
+    api: KubeApi,
+    *more: str,
+    overlay: str = "base",
+    settings: Path | None = None,
+    volumes: dict[str, Path] | None = None,
+    name: str = "node",
+) -> RunningPod:
+    return image.start(
+        pod_of(overlay),
+        f"--target={machine.pid}",
+        "--interval=2",
+        *more,
+        env={**api.environment, "NODE_NAME": api.node},
+        volumes={
+            ACCOUNT: api.directory,
+            **({"/etc/rewarm-node": settings} if settings is not None else {}),
+            **(volumes or {}),
+        },
+        name=name,
+    )
+
+
+def patches(api: KubeApi) -> list[str | None]:
+    return [asked.body["metadata"]["labels"][LABEL] for asked in api.asked]
+
+
+def test_image(image: NodeImage, tmp_path: Path) -> None:
+    """Wheels for every Python that a node may have, by pip's own opinion; no compiler; only root may write to it."""
+    words = ["run", "--rm", "--cgroup-parent", image.cgroup, "--network", "none", "--volume", f"{tmp_path}:/out"]
+    copy = "cp -r /rewarm/parts/wheels /out; ! command -v gcc make pip3; find /rewarm -perm /022 ! -type l"
+    assert image.run(*words, "--entrypoint", "sh", IMAGE, "-c", copy).stdout == ""
+    wheels = tmp_path / "wheels"
+    assert len(list(wheels.glob("pip-*.whl"))) == 1
+    for version in ("3.11", "3.12", "3.13", "3.14"):
+        pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--isolated", "--no-index"]
+        for platform in ("linux", "manylinux2014", "manylinux_2_17", "manylinux_2_28"):
+            pip += ["--platform", f"{platform}_{os.uname().machine}"]
+        pip += ["--python-version", version, "--only-binary=:all:", f"--target={tmp_path / version}"]
+        said = command(*pip, "--find-links", wheels, "rewarm").stdout
+        assert all(f"{name}-" in said.split("Would install")[1] for name in ("rewarm", "blake3", "cffi", "zstandard"))
+
+
+def test_parts_that_are_none(tmp_path: Path) -> None:
+    install = Path(__file__).parents[2] / "install/install.sh"
+    words: list[str | Path] = [
+        install,
+        "--prefix",
+        tmp_path / "prefix",
+        "--no-register",
+        "--no-packages",
+        "--from",
+        tmp_path,
+    ]
+    with pytest.raises(CommandFailed, match="holds no parts of rewarm; make them with install"):
+        command(*words)
+    tmp_path.joinpath("complete").write_text("pdp11\n")
+    with pytest.raises(CommandFailed, match="is for pdp11, this is"):
+        command(*words)
+
+
+def test_a_node_comes_and_goes(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: Path) -> None:
+    """Installed, labelled; broken: the label goes, and it is installed again; SIGTERM leaves it; uninstalled."""
+    before = machine.read("/etc/containerd/config.toml")
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    settings.joinpath("config.yaml").write_text("deadline: 30\n")
+    with start(image, machine, api, settings=settings) as pod:
+        pod.wait_for("node-1: installed and verified")
+        assert pod.ready()
+        assert api.labels == {"kubernetes.io/hostname": "node-1", LABEL: "true"}
+        wanted = Asked(
+            "PATCH",
+            "/api/v1/nodes/node-1?fieldManager=rewarm-node",
+            f"Bearer {api.token}",
+            "application/merge-patch+json",
+            {"metadata": {"labels": {LABEL: "true"}}},
+        )
+        assert api.asked[0] == wanted
+        assert machine.read(SETTINGS).endswith("deadline: 30\n")
+        assert machine.run("/usr/local/bin/rewarm", "doctor").count("failed") == 0
+        assert 'BinaryName = "/opt/rewarm/bin/rewarm-runc"' in machine.read("/etc/containerd/config.toml")
+        assert machine.read("/run/systemctl.log").count("restart containerd") == 1
+        venv = machine.run("readlink", "/opt/rewarm/venv")
+
+        api.asked.clear()
+        machine.run("rm", "/opt/rewarm/libexec/rewarm-guard")
+        pod.wait_for("verify the node: installation:")
+        pod.wait_until(lambda: None in patches(api), "the label removed")
+        pod.wait_for("node-1: installed and verified", times=2)
+        assert api.labels[LABEL] == "true"
+        assert machine.run("readlink", "/opt/rewarm/venv") == venv
+        assert machine.read("/run/systemctl.log").count("restart containerd") == 1
+        assert pod.stop() == 0
+        assert "the node stays as it is" in pod.log()
+    assert api.labels[LABEL] == "true"
+    assert machine.exists("/opt/rewarm/bin/rewarm-runc")
+
+    machine.run("mkdir", "-p", "/run/rewarm/containers/run-runc/left")  # a restored container
+    with start(image, machine, api, overlay="overlays/uninstall", name="uninstall") as pod:
+        pod.wait_for("these still need the runtime")
+        assert LABEL not in api.labels and not pod.ready()
+        assert machine.exists("/opt/rewarm/bin/rewarm-runc")
+        machine.run("rmdir", "/run/rewarm/containers/run-runc/left")
+        pod.wait_for("node-1: uninstalled")
+        assert pod.ready()
+        assert pod.stop() == 0
+    assert not machine.exists("/opt/rewarm") and not machine.exists(SETTINGS)
+    assert machine.read("/etc/containerd/config.toml") == before
+
+
+def test_settings_that_are_refused(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: Path) -> None:
+    """Bad ones, and good ones where the node has a file of its own: no label, and the node's file as it was."""
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    file = settings / "config.yaml"
+    file.write_text("deadlin: 30\n")
+    with start(image, machine, api, settings=settings) as pod:
+        pod.wait_for("unknown key 'deadlin'")
+        assert not machine.exists(SETTINGS) and not machine.exists(f"{SETTINGS}.tried")
+        machine.write(SETTINGS, "deadline: 20\n")
+        file.write_text("deadline: 30\n")
+        pod.wait_for("the node has one of its own")
+        assert machine.read(SETTINGS) == "deadline: 20\n"
+        assert LABEL not in api.labels and not pod.ready()
+        machine.run("rm", SETTINGS)
+        pod.wait_for("node-1: installed and verified")
+        assert machine.read(SETTINGS).endswith("deadline: 30\n")
+
+
+def test_an_api_server_that_refuses(image: NodeImage, machine: BareNode, api: KubeApi) -> None:
+    api.refuse = 403
+    with start(image, machine, api) as pod:
+        pod.wait_for("answers 403: nodes is forbidden: told so by the test")
+        assert not pod.ready()
+        api.refuse = 0
+        pod.wait_for("node-1: installed and verified")
+        assert api.labels[LABEL] == "true"
+
+
+def test_another_ca(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: Path) -> None:
+    """A server that the mounted CA has not signed gets no token."""
+    with KubeApi(tmp_path / "other", "node-1") as other:
+        (api.directory / "ca.crt").write_bytes((other.directory / "ca.crt").read_bytes())
+        with start(image, machine, api) as pod:
+            pod.wait_for("certificate verify failed")
+    assert api.asked == [] and other.asked == []
+
+
+def test_sigterm_while_it_installs(image: NodeImage, machine: BareNode, api: KubeApi) -> None:
+    """It ends at once, and nothing of the install runs on; the next pod installs."""
+    with start(image, machine, api) as pod:
+        pod.wait_for("building a virtual environment")
+        assert pod.stop() == 0
+    assert "install.sh" not in machine.run("sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '")
+    with start(image, machine, api, name="next") as pod:
+        pod.wait_for("node-1: installed and verified")
+
+
+@pytest.fixture
+def volume(nothing_left_behind: None, tmp_path: Path) -> Iterator[Path]:
+    """A file system that the kubelet has mounted on the node: the machine's namespace is made with it."""
+    directory = tmp_path / "volume"
+    directory.mkdir()
+    command("mount", "-t", "tmpfs", "-o", "size=16m", "rewarm-test", directory)
+    try:
+        directory.joinpath("mark").write_text("shared\n")
+        yield directory
+    finally:
+        command("umount", directory)
+
+
+def test_a_volume_becomes_the_store(
+    volume: Path, image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: Path
+) -> None:
+    """What the kubelet mounted is bound to where the settings say, once, and outlives the pod."""
+    (given,) = (item for item in manifests.build("overlays/claim") if item["kind"] == "ConfigMap")
+    settings = tmp_path / "settings"
+    settings.mkdir()
+    settings.joinpath("config.yaml").write_text(given["data"]["config.yaml"])
+    place = "/var/lib/rewarm/shared"
+    with start(image, machine, api, overlay="overlays/claim", settings=settings, name="bare") as pod:
+        pod.wait_for("the pod has no volume at /store")
+    machine.run("mkdir", "-p", place)
+    machine.run("mount", "-t", "tmpfs", "other", place)
+
+    def with_volume(*more: str, name: str) -> RunningPod:
+        volumes = {"/store": volume}
+        return start(
+            image, machine, api, *more, overlay="overlays/claim", settings=settings, volumes=volumes, name=name
+        )
+
+    with with_volume(name="first") as pod:
+        pod.wait_for(f"{place} of the node has another mount; run there: umount {place}")
+        assert LABEL not in api.labels
+        machine.run("umount", place)
+        pod.wait_for("node-1: installed and verified")
+    assert machine.read(f"{place}/mark") == "shared\n"
+    checks = json.loads(machine.run("/opt/rewarm/bin/rewarm", "doctor", "--json"))["checks"]
+    (store,) = (check for check in checks if check["name"] == "store")
+    assert store["status"] != "failed" and place in store["found"]  # it warns of so little room
+    with with_volume(name="again") as pod:
+        pod.wait_for("node-1: installed and verified")
+    assert machine.read("/proc/self/mountinfo").count(f" {place} ") == 1
+    with with_volume("--uninstall", name="uninstall") as pod:
+        pod.wait_for("node-1: uninstalled")
+    assert machine.read("/proc/self/mountinfo").count(f" {place} ") == 0
+    assert volume.joinpath("mark").exists()
+
+
+def test_outside_of_a_node(image: NodeImage, machine: BareNode, api: KubeApi) -> None:
+    """Without hostPID process 1 is the pod's own."""
+    pod_spec = {**pod_of("base"), "hostPID": False}
+    volumes = {ACCOUNT: api.directory}
+    env = {**api.environment, "NODE_NAME": "node-1"}
+    with image.start(pod_spec, "--interval=2", env=env, volumes=volumes, name="alone") as pod:
+        pod.wait_for("it is the pod's own; set hostPID")
+    assert LABEL not in api.labels
