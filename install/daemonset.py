@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 PREFIX = "/opt/rewarm"
 SETTINGS = "/etc/rewarm/config.yaml"
 MARK = b"# Written by rewarm's DaemonSet; change its ConfigMap instead.\n"
+DOCTOR = (("doctor",),)
 INSTALL_SECONDS = 900.0
 VERIFY_SECONDS = 180.0
 # Of the back-off after a failure.
@@ -40,6 +41,12 @@ SHORTEST, LONGEST = 10.0, 300.0
 
 def say(text: str) -> None:
     print(f"rewarm-node: {text}", flush=True)
+
+
+def _bad(check: str) -> tuple[str, ...]:
+    """The statuses of a check of `rewarm doctor` that keep pods away."""
+    # A runtime that no engine knows is a warning there; no pod could be started with it.
+    return ("failed", "warning") if check == "containerd" else ("failed",)
 
 
 class Keeper:
@@ -90,15 +97,15 @@ class Keeper:
         self._is_ready("uninstalled")
 
     def verify(self) -> None:
-        """`rewarm doctor` on the node. Raises Problem that names what is not well."""
-        status, said = self.host.run(f"{PREFIX}/bin/rewarm", "doctor", "--json", timeout=VERIFY_SECONDS, capture=True)
-        try:
-            checks = json.loads(said)["checks"]
-            # A runtime that no engine knows is a warning there; no pod could be started with it.
-            bad = [c for c in checks if c["status"] == "failed" or (c["name"] == "containerd" and c["status"] != "ok")]
-            found = [f"{check['name']}: {check['found']} ({check['mend']})" for check in bad]
-        except (ValueError, KeyError, TypeError):
-            raise Problem(f"verify the node: rewarm doctor has no answer (exit status {status})") from None
+        """What `rewarm doctor` says on the node. Raises Problem that names what is not well."""
+        found = []
+        for words in DOCTOR:
+            status, said = self.host.run(f"{PREFIX}/bin/rewarm", *words, "--json", timeout=VERIFY_SECONDS, capture=True)
+            try:
+                checks = json.loads(said)["checks"]
+                found += [f"{c['name']}: {c['found']} ({c['mend']})" for c in checks if c["status"] in _bad(c["name"])]
+            except (ValueError, KeyError, TypeError):
+                raise Problem(f"verify the node: rewarm doctor has no answer (exit status {status})") from None
         if found:
             raise Problem(f"verify the node: {'; '.join(found)}")
 
@@ -106,13 +113,18 @@ class Keeper:
         return f"{self.host.image}{HERE / name}"
 
     def _install(self) -> None:
+        """Programs, then settings, which rewarm itself has to take first, then the engines."""
+        self._run_installer("--no-register")
+        self._write_settings()
+        self._run_installer()
+        self.installed = True
+
+    def _run_installer(self, *more: str) -> None:
         parts = f"{self.host.image}{HERE.parent / 'parts'}"
-        words = ["bash", self._script("install.sh"), "--prefix", PREFIX, "--from", parts, "--no-packages"]
+        words = ["bash", self._script("install.sh"), "--prefix", PREFIX, "--from", parts, "--no-packages", *more]
         status, _ = self.host.run(*words, timeout=INSTALL_SECONDS)
         if status != 0:
             raise Problem(f"install.sh: exit status {status}, see its lines above; tried again later")
-        self._write_settings()
-        self.installed = True
 
     def _write_settings(self) -> None:
         """The ConfigMap's settings, if it has some and rewarm takes them; never over a file of somebody else's."""
@@ -123,7 +135,7 @@ class Keeper:
             self._remove_settings(found)
             return
         wanted = MARK + self.settings.read_bytes()
-        if found == wanted:
+        if found is not None and found.startswith(wanted):  # install.sh may have noted something below
             return
         if found is not None and not found.startswith(MARK):
             raise Problem(f"write {SETTINGS}: the node has one of its own; remove it, or the ConfigMap's config.yaml")

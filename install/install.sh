@@ -36,21 +36,22 @@ from=
 parse_arguments() {
     while [[ $# -gt 0 ]]; do
         case $1 in
-        --prefix | --containerd-config | --from)
+        --prefix | --containerd-config)
             [[ -n ${2:-} ]] || die "$1 needs a value"
-            case $1 in
-            --prefix) prefix=$2 ;;
-            --from) from=$2 ;;
-            *) containerd_config=$2 ;;
-            esac
+            if [[ $1 == --prefix ]]; then prefix=$2; else containerd_config=$2; fi
             shift
             ;;
         --prefix=*) prefix=${1#*=} ;;
         --containerd-config=*) containerd_config=${1#*=} ;;
-        --from=*) from=${1#*=} ;;
         --no-register) register=no ;;
         --no-restart) no_restart=yes ;;
         --no-packages) packages=no ;;
+        --from)
+            from=${2:-}
+            [[ -n $from ]] || die "--from needs a value"
+            shift
+            ;;
+        --from=?*) from=${1#*=} ;;
         --help | -h)
             usage
             exit 0
@@ -60,7 +61,6 @@ parse_arguments() {
         shift
     done
     check_prefix "$prefix"
-    [[ -z $from ]] || check_parts
     [[ $register == yes || -z $containerd_config ]] || die "--containerd-config and --no-register exclude each other"
     [[ -z $containerd_config || $containerd_config == /* ]] || containerd_config=$PWD/$containerd_config
 }
@@ -264,6 +264,7 @@ register_runtime() {
 main() {
     parse_arguments "$@"
     [[ $(id -u) -eq 0 ]] || die "has to run as root"
+    [[ -z $from ]] || check_parts
     state=$(state_directory "$prefix")
     mkdir -p "$prefix"
     exec {lock}>"$prefix/.lock"

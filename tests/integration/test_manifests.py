@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import re
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 
+import daemonset
+import register_containerd
+from daemonset_host import STOP_SECONDS
+from daemonset_label import LABEL
 from rewarm import request, settings
 from support import manifests
 from support.manifests import DIRECTORY, Admission, Object
 
-INSTALL = DIRECTORY.parents[1] / "install"
 # ValidatingAdmissionPolicy, the node in a pod's token and appArmorProfile are there since 1.30.
 SUPPORTED = sorted(
     {version for version in kubernetes_validate.utils.all_versions() if int(version.split(".")[1]) >= 30},
@@ -35,16 +35,6 @@ CLUSTER_WIDE = {
     "ValidatingAdmissionPolicy",
     "ValidatingAdmissionPolicyBinding",
 }
-LABEL = "rewarm.dev/installed"
-
-
-def module(name: str) -> ModuleType:
-    """A script of install/, whose siblings it imports by name."""
-    sys.path.insert(0, str(INSTALL))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(INSTALL))
 
 
 def pods(objects: list[Object]) -> list[Object]:
@@ -157,8 +147,8 @@ def test_what_is_named_is_there(target: str) -> None:
 
 def test_the_runtime_class_is_what_the_installer_registers() -> None:
     runtime = manifests.pick(manifests.build("base"), "RuntimeClass", "rewarm")
-    assert runtime["handler"] == module("register_containerd").RUNTIME
-    assert runtime["scheduling"]["nodeSelector"] == {module("daemonset_label").LABEL: "true"}
+    assert runtime["handler"] == register_containerd.RUNTIME
+    assert runtime["scheduling"]["nodeSelector"] == {LABEL: "true"}
     assert "overhead" not in runtime
 
 
@@ -201,7 +191,7 @@ def test_settings(target: str, tmp_path: Path) -> None:
 
 
 def options(args: list[str]) -> Any:
-    return module("daemonset").arguments(args)
+    return daemonset.arguments(args)
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "example"])
@@ -212,7 +202,7 @@ def test_the_daemonsets_options(target: str) -> None:
     assert given.uninstall == (target == "overlays/uninstall")
     assert str(given.ready.parent) in [mount["mountPath"] for mount in container["volumeMounts"]]
     assert container["readinessProbe"]["exec"]["command"][-1] == str(given.ready)
-    assert pod["terminationGracePeriodSeconds"] > 2 * module("daemonset_host").STOP_SECONDS
+    assert pod["terminationGracePeriodSeconds"] > 2 * STOP_SECONDS
     assert pod["hostPID"] and not pod.get("hostNetwork")
     assert not any("hostPath" in volume for volume in pod["volumes"])
     # A privileged container that may not gain privileges is refused by the API server, which no schema says.
@@ -343,4 +333,4 @@ def test_admission_names_what_the_manifests_name() -> None:
     who = f"system:serviceaccount:{account['namespace']}:{account['name']}"
     assert who in policy["spec"]["matchConditions"][0]["expression"]
     names = set(re.findall(r"rewarm\.dev/[a-z-]+", yaml.dump(policy)))
-    assert names == {module("daemonset_label").LABEL}
+    assert names == {LABEL}

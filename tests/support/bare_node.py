@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +73,15 @@ class BareNode:
         done = subprocess.run(self.argv(*words), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
+
+    def processes(self) -> set[int]:
+        """Whatever is in its mount namespace."""
+        own, found = os.readlink(f"/proc/{self.pid}/ns/mnt"), set()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(entry / "ns/mnt") == own:
+                    found.add(int(entry.name))
+        return found
 
     def exists(self, path: str) -> bool:
         return subprocess.run(self.argv("test", "-e", path), timeout=60).returncode == 0

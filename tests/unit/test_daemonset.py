@@ -1,0 +1,166 @@
+"""The parts of the DaemonSet's program alone; tests/integration/test_daemonset.py runs all of it."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import daemonset
+from daemonset_host import Host, Problem, Stopped, mounts
+from daemonset_label import LABEL, NodeLabel
+from support.kube_api import Asked, KubeApi
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[KubeApi]:
+    with KubeApi(tmp_path / "account", "node-1") as one:
+        yield one
+
+
+def label(api: KubeApi, node: str = "node-1", host: str = "127.0.0.1") -> NodeLabel:
+    return NodeLabel(node, (host, api.port), api.directory)
+
+
+def test_label(api: KubeApi) -> None:
+    label(api).remove()
+    label(api).set()
+    label(api).set()
+    assert api.labels == {LABEL: "true"}
+    label(api).remove()
+    assert api.labels == {}
+
+
+@pytest.mark.parametrize("name", ["", "../secrets", "a/b", "Node", "node-1?x=", "node-1 ", "-a", "a" * 254])
+def test_names_of_nodes(api: KubeApi, name: str) -> None:
+    with pytest.raises(Problem, match="no node's name; set NODE_NAME"):
+        label(api, name)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, {"kind": "Node", "metadata": {"labels": {}}}), "it is None afterwards"),
+        ((200, {"kind": "Node", "metadata": {}}), "it is None afterwards"),
+        ((200, {"kind": "Node", "metadata": {"labels": {LABEL: "false"}}}), "it is 'false' afterwards"),
+        ((200, ["no node"]), "is not a node"),
+        ((409, {"message": "the object\nhas been modified"}), "answers 409: the object has been modified"),
+        ((500, "what"), 'answers 500: "what"'),
+        ((301, {}), "answers 301"),
+    ],
+)
+def test_answers(api: KubeApi, monkeypatch: pytest.MonkeyPatch, answer: tuple[int, Any], message: str) -> None:
+    def answers(asked: Asked) -> tuple[int, Any]:
+        return answer
+
+    monkeypatch.setattr(api, "answer", answers)
+    with pytest.raises(Problem) as caught:
+        label(api).set()
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"set the label {LABEL} of node node-1: ")
+
+
+def test_the_token_is_read_anew(api: KubeApi) -> None:
+    """The kubelet renews it."""
+    one = label(api)
+    one.set()
+    api.token = "new"
+    with pytest.raises(Problem, match="answers 401: Unauthorized"):
+        one.set()
+    api.directory.joinpath("token").write_text("new")
+    one.set()
+
+
+def test_a_name_that_is_not_the_servers(api: KubeApi) -> None:
+    with pytest.raises(Problem, match="certificate verify failed"):
+        label(api, host="localhost").set()
+    assert api.asked == []
+
+
+def test_no_server_and_no_token(api: KubeApi) -> None:
+    with pytest.raises(Problem, match="refused"):
+        NodeLabel("node-1", ("127.0.0.1", 1), api.directory).set()
+    api.directory.joinpath("token").unlink()
+    with pytest.raises(Problem, match="No such file"):
+        label(api).set()
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """Another mount namespace."""
+    words = ["unshare", "--mount", "sh", "-c", "echo; exec sleep 60"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield Host(process.pid)
+        finally:
+            process.kill()
+
+
+def test_commands_and_files(host: Host, tmp_path: Path) -> None:
+    host.check()
+    assert host.run("sh", "-c", "echo out; exit 3", timeout=10, capture=True) == (3, "out\n")
+    path = f"{tmp_path}/a directory/file"
+    assert host.read(path) is None
+    host.write(path, b"text\n\n")
+    assert host.read(path) == b"text\n\n"
+    host.write(path, b"")
+    assert host.read(path) == b""
+    assert [each.name for each in Path(path).parent.iterdir()] == ["file"]
+    assert Path(path).stat().st_mode & 0o777 == 0o644
+    with pytest.raises(Problem, match="write /proc/nowhere/file on the node"):
+        host.write("/proc/nowhere/file", b"")
+
+
+def test_a_command_that_hangs(host: Host, tmp_path: Path) -> None:
+    """It ends, and what it started with it."""
+    note = tmp_path / "pid"
+    with pytest.raises(Problem, match="run sh on the node: not done within 1 s"):
+        host.run("sh", "-c", f"sleep 61 & echo $! >{note}; wait", timeout=1)
+    pid = int(note.read_text())
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_process_that_is_none_of_the_nodes() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        with pytest.raises(Problem, match="set hostPID"):
+            Host(process.pid).check()
+        process.kill()
+    with pytest.raises(Problem, match="No such file"):
+        Host(process.pid).check()
+
+
+def test_mountinfo(tmp_path: Path) -> None:
+    file = tmp_path / "mountinfo"
+    file.write_text(
+        "22 1 0:20 / /proc rw - proc proc rw\n31 22 0:45 /a\\040b /with\\040space\\134 rw shared:1 - nfs4 s:/x rw\n"
+    )
+    assert list(mounts(file)) == [("0:20", "/", "/proc"), ("0:45", "/a b", "/with space\\")]
+
+
+def test_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doubled after each failure, up to five minutes; the interval after a success."""
+    outcomes = [*"fffffff", "ok", "f", "ok"]
+    slept: list[float] = []
+
+    class Keeper:
+        def keep(self) -> None:
+            if not outcomes:
+                raise Stopped
+            if outcomes.pop(0) == "f":
+                raise Problem("told so by the test")
+
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(random, "uniform", lambda low, high: 1.0)
+    with pytest.raises(Stopped):
+        daemonset.stay(Keeper(), False, 300.0)  # type: ignore[arg-type]
+    assert slept == [10, 20, 40, 80, 160, 300, 300, 300, 10, 300]
