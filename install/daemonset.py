@@ -15,6 +15,7 @@ Standard library only: it runs with the image's python3.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from daemonset_store import SharedStore
 HERE = Path(__file__).resolve().parent
 PREFIX = "/opt/rewarm"
 SETTINGS = "/etc/rewarm/config.yaml"
-MARK = b"# Written by rewarm's DaemonSet; change its ConfigMap instead.\n"
+MARK = b"# Written by rewarm's DaemonSet; change its ConfigMap instead. "
 DOCTOR = (("doctor",),)
 INSTALL_SECONDS = 900.0
 VERIFY_SECONDS = 180.0
@@ -134,8 +135,10 @@ class Keeper:
         if not self.settings.exists():
             self._remove_settings(found)
             return
-        wanted = MARK + self.settings.read_bytes()
-        if found is not None and found.startswith(wanted):  # install.sh may have noted something below
+        content = self.settings.read_bytes()
+        # The digest tells these settings from others that begin like them: install.sh may have noted something below.
+        wanted = MARK + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+        if found is not None and found.startswith(wanted):
             return
         if found is not None and not found.startswith(MARK):
             raise Problem(f"write {SETTINGS}: the node has one of its own; remove it, or the ConfigMap's config.yaml")

@@ -167,8 +167,9 @@ def test_a_node_comes_and_goes(image: NodeImage, machine: BareNode, api: KubeApi
     assert machine.read("/etc/containerd/config.toml") == before
 
 
-def test_settings_that_are_refused(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: Path) -> None:
-    """Bad ones, and good ones where the node has a file of its own: no label, and the node's file as it was."""
+def test_settings(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: Path) -> None:
+    """Bad ones, and good ones where the node has a file of its own: no label, and the node's file as it was. Then those
+    of one ConfigMap after the other, the second of which begins like the first, and of none."""
     settings = tmp_path / "settings"
     settings.mkdir()
     file = settings / "config.yaml"
@@ -177,13 +178,20 @@ def test_settings_that_are_refused(image: NodeImage, machine: BareNode, api: Kub
         pod.wait_for("unknown key 'deadlin'")
         assert not machine.exists(SETTINGS) and not machine.exists(f"{SETTINGS}.tried")
         machine.write(SETTINGS, "deadline: 20\n")
-        file.write_text("deadline: 30\n")
+        file.write_text("deadline: 30\nthreads: 2\n")
         pod.wait_for("the node has one of its own")
         assert machine.read(SETTINGS) == "deadline: 20\n"
         assert LABEL not in api.labels and not pod.ready()
         machine.run("rm", SETTINGS)
         pod.wait_for("node-1: installed and verified")
-        assert machine.read(SETTINGS).endswith("deadline: 30\n")
+        assert machine.read(SETTINGS).partition("\n")[2] == "deadline: 30\nthreads: 2\n"
+    file.write_text("deadline: 30\n")
+    with start(image, machine, api, settings=settings, name="shorter") as pod:
+        pod.wait_for("node-1: installed and verified")
+        assert machine.read(SETTINGS).partition("\n")[2] == "deadline: 30\n"
+    with start(image, machine, api, name="none") as pod:
+        pod.wait_for("node-1: installed and verified")
+        assert not machine.exists(SETTINGS)
 
 
 def test_an_api_server_that_refuses(image: NodeImage, machine: BareNode, api: KubeApi) -> None:

@@ -186,7 +186,7 @@ build_kustomize() {
     local python=/usr/bin/python3 codename=$suite origin=Debian components=main conf newer work=$scratch/apt-kustomize
     mkdir -p "$work" "$scratch/kustomize/bin"
     chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
-    for newer in "$suite" stable testing ""; do
+    for newer in "$suite" stable trixie testing ""; do
         [ -n "$newer" ] || die "none of Debian's suites offers kustomize 5 at this machine's mirrors" "see: apt-get update"
         if private_apt kustomize "$newer" 5; then break; fi
     done
