@@ -14,7 +14,9 @@ import pytest
 import daemonset
 from daemonset_host import Host, Problem, Stopped, mounts
 from daemonset_label import LABEL, NodeLabel
+from daemonset_store import SharedStore
 from support.kube_api import Asked, KubeApi
+from support.proc import command
 
 
 @pytest.fixture
@@ -145,6 +147,47 @@ def test_mountinfo(tmp_path: Path) -> None:
         "22 1 0:20 / /proc rw - proc proc rw\n31 22 0:45 /a\\040b /with\\040space\\134 rw shared:1 - nfs4 s:/x rw\n"
     )
     assert list(mounts(file)) == [("0:20", "/", "/proc"), ("0:45", "/a b", "/with space\\")]
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Path]:
+    """A file system of the node, whose namespace is made with it."""
+    directory = tmp_path / "volume"
+    directory.mkdir()
+    command("mount", "-t", "tmpfs", "-o", "size=1m", "rewarm-test", directory)
+    try:
+        directory.joinpath("claims/one").mkdir(parents=True)
+        directory.joinpath("claims/one/mark").write_text("")
+        yield directory
+    finally:
+        command("umount", directory)
+
+
+def test_a_volume_that_is_a_directory(volume: Path, host: Host, tmp_path: Path) -> None:
+    """As the volumes of a cluster of one node are: no mount of the node begins there."""
+    device = next(device for device, _, point in mounts(Path("/proc/self/mountinfo")) if point == str(volume))
+    own = tmp_path / "mountinfo"
+    target = f"{tmp_path}/target"
+    store = SharedStore(host, Path("/store"), target, own)
+    own.write_text(f"1 1 {device} /claims/one /store rw - tmpfs x rw\n")
+    store.provide()
+    store.provide()
+    assert host.run("ls", target, timeout=10, capture=True) == (0, "mark\n")
+    assert [root for _, root, point in host.mounts() if point == target] == ["/claims/one"]
+    text = own.read_text()
+    own.write_text(text.replace("claims/one", "claims/two"))
+    store.remove()
+    assert host.run("ls", target, timeout=10, capture=True) == (0, "mark\n")  # not the pod's
+    own.write_text(text)
+    store.remove()
+    store.remove()
+    assert host.run("ls", target, timeout=10, capture=True) == (0, "")
+    own.write_text(f"1 1 {device} /claims/two /store rw - tmpfs x rw\n")
+    with pytest.raises(Problem, match="exit status 32"):
+        store.provide()
+    own.write_text("1 1 9999:1 / /store rw - nfs x rw\n")
+    with pytest.raises(Problem, match="no mount of what the pod has at /store"):
+        store.provide()
 
 
 def test_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
