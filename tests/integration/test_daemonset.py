@@ -196,7 +196,7 @@ def test_settings(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: P
 
 def test_an_api_server_that_refuses(image: NodeImage, machine: BareNode, api: KubeApi) -> None:
     api.refuse = 403
-    with start(image, machine, api) as pod:
+    with start(image, machine, api, overlay="overlays/gpu") as pod:  # privileged, too, it does what it has to
         pod.wait_for("answers 403: nodes is forbidden: told so by the test")
         assert not pod.ready()
         api.refuse = 0

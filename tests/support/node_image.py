@@ -105,10 +105,12 @@ class NodeImage(Podman):
         words = ["run", "--rm", "--name", name, "--cgroup-parent", self.cgroup, "--network", "host"]
         words += ["--pid=host"] if pod["hostPID"] else []
         words += ["--read-only", "--read-only-tmpfs=false"] if given["readOnlyRootFilesystem"] else []
-        words += ["--privileged"] if given["privileged"] else []
-        words += [] if given["allowPrivilegeEscalation"] else ["--security-opt=no-new-privileges"]
-        words += [f"--cap-drop={each}" for each in given["capabilities"]["drop"]]
-        words += [f"--cap-add={each}" for each in given["capabilities"]["add"]]
+        words += [] if given.get("allowPrivilegeEscalation", True) else ["--security-opt=no-new-privileges"]
+        if given["privileged"]:  # Podman takes no list of capabilities beside it
+            words += ["--privileged"]
+        else:
+            words += [f"--cap-drop={each}" for each in given["capabilities"]["drop"]]
+            words += [f"--cap-add={each}" for each in given["capabilities"]["add"]]
         words += [f"--security-opt=seccomp={given['seccompProfile']['type'].lower()}"]
         words += [f"--user={given['runAsUser']}:{given['runAsGroup']}"]
         empty = {each["name"] for each in pod["volumes"] if "emptyDir" in each}
