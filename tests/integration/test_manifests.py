@@ -16,7 +16,7 @@ import daemonset
 import register_containerd
 from daemonset_host import STOP_SECONDS
 from daemonset_label import LABEL
-from rewarm import request, settings
+from rewarm import annotation, request, settings
 from support import manifests
 from support.manifests import DIRECTORY, Admission, Object
 
@@ -162,7 +162,7 @@ def test_the_examples_annotations() -> None:
         found = request.parse(spec, settings.Settings())
         assert found is not None
         assert found.capture == "on-ready"
-        port, path = request.http_target(found.ready)
+        port, path = annotation.http_target(found.ready)
         (container,) = item["spec"]["template"]["spec"]["containers"]
         assert container["readinessProbe"]["httpGet"]["path"] == path
         assert [each["containerPort"] for each in container["ports"]] == [port]
