@@ -60,6 +60,21 @@ def server(kube: KubeNode, pod: Pod, **more: Any) -> str:
     return kube.container(pod, "server", image.workload("pod_server")[1], SERVER, env={"MIB": str(MIB)}, **more)
 
 
+@contextlib.contextmanager
+def being_created(kube: KubeNode, pod: Pod, after: float) -> Iterator[None]:
+    """A container's creation has gone on for `after` seconds, and may fail; it is over at the end."""
+
+    def create() -> None:
+        with contextlib.suppress(CriError):
+            server(kube, pod)
+
+    thread = threading.Thread(target=create)
+    thread.start()
+    time.sleep(after)
+    yield
+    thread.join()
+
+
 def nothing_of(kube: KubeNode, pod: Pod) -> None:
     """Once a pod is deleted: no process, no cgroup, no state."""
     kube.remove(pod)
@@ -94,16 +109,8 @@ def test_two_pods_of_one_name(clean: KubeNode) -> None:
 @pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.15, 0.2, 0.3])
 def test_a_pod_that_is_deleted_while_it_is_restored(clean: KubeNode, after: float) -> None:
     pod = clean.pod("short", annotations=ANNOTATIONS)
-
-    def create() -> None:
-        with contextlib.suppress(CriError):
-            server(clean, pod)
-
-    thread = threading.Thread(target=create)
-    thread.start()
-    time.sleep(after)
-    clean.cri.call("StopPodSandbox", pod_sandbox_id=pod.sandbox)
-    thread.join()
+    with being_created(clean, pod, after):
+        clean.cri.call("StopPodSandbox", pod_sandbox_id=pod.sandbox)
     nothing_of(clean, pod)
 
 
@@ -148,16 +155,8 @@ def test_an_engine_that_is_killed_while_it_restores(own: KubeNode) -> None:
 
 def _killed(clean: KubeNode, after: float) -> None:
     pod = clean.pod("orphan", annotations=ANNOTATIONS)
-
-    def create() -> None:
-        with contextlib.suppress(CriError):
-            server(clean, pod)
-
-    thread = threading.Thread(target=create)
-    thread.start()
-    time.sleep(after)
-    clean.engine.restart()
-    thread.join()
+    with being_created(clean, pod, after):
+        clean.engine.restart()
     wait_for("the pods' network", lambda: clean.cri.call("Status").status.conditions)
     listed = [one.id for one in clean.cri.call("ListContainers").containers if one.pod_sandbox_id == pod.sandbox]
     pod.containers[:] = listed

@@ -22,7 +22,7 @@ from support.proc import wait_for
 SNAPSHOT = {"rewarm.dev/snapshot": "web", "rewarm.dev/capture": "on-ready"}
 AUTO = {"rewarm.dev/snapshot": "auto", "rewarm.dev/capture": "on-ready"}
 SERVER = ["python3", "-u", "-m", "support.workloads.pod_server"]
-START = {"START": "1"}
+START = {"START": "0.2"}
 TABLE = {
     "sandbox": "runc's own",
     "container": "warm",
