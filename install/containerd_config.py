@@ -1,33 +1,29 @@
 """Reads containerd's configuration the way containerd does, and asks containerd itself what it makes of it.
 
-Standard library only; used by register_containerd.py. Nothing here writes a file.
+Standard library only; used by register_containerd.py. Nothing here writes a file of the node.
 
-What it rests on (seen with containerd 1.6 and 2.1): files named by `imports` are loaded after the file that names
-them, and a plugin's table in a later file replaces the whole table of an earlier one; a `runtimes` table in a file
-replaces the built-in one, so that naming only one runtime would lose `runc`.
+What it rests on (seen with containerd 1.6, 2.1 and 2.4): files named by `imports` are loaded after the file that names
+them. In 1.6 a plugin's table in a later file replaces the whole table of an earlier one, and a `runtimes` table in a
+file replaces the built-in one, so that naming only one runtime would lose `runc`. From 2.1 on tables are merged, but
+only those of one configuration version: a table of version 3 makes containerd 2.1 forget all of version 2.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import subprocess
-import tomllib
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from journal import Refused, read_text
+from toml_text import check_whole, parse, strings, strip, table
+
 PLUGINS = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime", 4: "io.containerd.cri.v1.runtime"}
 CRI_NAMES = {"cri", *PLUGINS.values()}
-BEGIN = "# BEGIN rewarm runtime (written by rewarm's install.sh, removed by its uninstall.sh)"
-END = "# END rewarm runtime"
-BLOCK = re.compile(r"^# BEGIN rewarm runtime[^\n]*\n.*?^# END rewarm runtime[^\n]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
-
-
-class Refused(Exception):
-    """The configuration cannot be changed safely. The text says which file, why, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +37,23 @@ class ConfigFile:
     @property
     def base(self) -> str:
         """The text without rewarm's block."""
-        return BLOCK.sub("", self.text or "")
+        return strip(self.text or "", self.path)
+
+    @property
+    def base_data(self) -> dict[str, Any]:
+        return parse(self.base, self.path)
 
     def runtimes(self) -> dict[str, dict[str, Any]]:
         """The runtimes that the text without rewarm's block names."""
-        return runtimes_in(parse(self.base, self.path))
-
-
-def parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise Refused(f"{path} is not valid TOML: {error}; mend it and run again") from error
+        return runtimes_in(self.base_data, self.path)
 
 
 def read(path: Path) -> ConfigFile:
-    """Reads one file. Bytes are decoded without newline translation, so that what is written back is the same."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
+    """Reads one file. Raises Refused."""
+    text = read_text(path)
+    if text is None:
         return ConfigFile(path, None)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} cannot be read: {error}") from error
-    if text.count("# BEGIN rewarm runtime") != len(BLOCK.findall(text)):
-        raise Refused(f"{path} has '{BEGIN[:22]}' without '{END}'; remove what is left of the block by hand")
+    check_whole(text, path)
     return ConfigFile(path, text, parse(text, path))
 
 
@@ -81,20 +70,34 @@ def load(main: Path) -> list[ConfigFile]:
         if config.text is None and path != main:
             raise Refused(f"{path}, imported by {main}, does not exist; containerd itself would not start with it")
         files.append(config)
-        for pattern in config.data.get("imports", []):
-            absolute = os.path.normpath(path.parent / pattern)
-            pending += [Path(p) for p in sorted(glob.glob(absolute))] if "*" in pattern else [Path(absolute)]
+        for pattern in imports_of(config):
+            pending += [Path(p) for p in sorted(glob.glob(pattern))] if "*" in pattern else [Path(pattern)]
     return files
 
 
-def cri_table(data: dict[str, Any]) -> dict[str, Any]:
-    plugins = data.get("plugins", {})
-    return next((plugins[name] for name in PLUGINS.values() if name in plugins), {})
+def imports_of(config: ConfigFile) -> list[str]:
+    """What a file imports: absolute paths and patterns."""
+    return [os.path.normpath(config.path.parent / name) for name in strings(config.data, config.path, "imports")]
 
 
-def runtimes_in(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = cri_table(data).get("containerd", {}).get("runtimes", {})
-    return found
+def plugin_names(data: dict[str, Any]) -> list[str]:
+    """Under which names a file may have the runtimes. In version 3 the old name is that of streaming alone."""
+    version = data.get("version")
+    return [PLUGINS[3]] if version in (3, 4) else [PLUGINS[2], PLUGINS[3]]
+
+
+def cri_table(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    plugins = table(data, path, "plugins")
+    return next((table(plugins, path, name) for name in plugin_names(data) if name in plugins), {})
+
+
+def runtimes_in(data: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    found = table(cri_table(data, path), path, "containerd", "runtimes")
+    return {name: table(found, path, name) for name in found}
+
+
+def binary_of(runtime: dict[str, Any], path: Path) -> str:
+    return str(table(runtime, path, "options").get("BinaryName", ""))
 
 
 class Containerd:
@@ -105,7 +108,9 @@ class Containerd:
 
     def _run(self, *args: str) -> str:
         try:
-            done = subprocess.run([self.program, *args], capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                [self.program, *args], capture_output=True, text=True, errors="replace", timeout=60, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Refused(f"{self.program} could not be run: {error}") from error
         if done.returncode != 0:
@@ -123,62 +128,65 @@ class Containerd:
     def effective(self, main: Path) -> dict[str, dict[str, Any]]:
         """The runtimes that containerd would have with this configuration, without values that say nothing."""
         dump = self._run("--config", str(main), "config", "dump") if main.exists() else self._run("config", "default")
-        return {name: without_empty(table) for name, table in runtimes_in(parse(dump, main)).items()}
+        return {name: without_empty(found) for name, found in runtimes_in(parse(dump, main), main).items()}
+
+    def merges_imports(self, version: int) -> bool:
+        """Whether an imported file adds to a plugin's table, tried with two files: versions alone do not say it."""
+        runtime = f'[plugins."{PLUGINS[version]}".containerd.runtimes.%s]\n  runtime_type = "io.containerd.runc.v2"\n'
+        with tempfile.TemporaryDirectory(prefix="rewarm-try-") as name:
+            main, other = Path(name, "main.toml"), Path(name, "other.toml")
+            main.write_text(f'version = {version}\nimports = ["{other}"]\n' + runtime % "rewarm-a")
+            other.write_text(f"version = {version}\n" + runtime % "rewarm-b")
+            try:
+                return {"rewarm-a", "rewarm-b"} <= set(self.effective(main))
+            except Refused:  # a version that this containerd does not know; its own file will say so, too
+                return False
 
 
-def without_empty(table: dict[str, Any]) -> dict[str, Any]:
+def without_empty(found: dict[str, Any]) -> dict[str, Any]:
     """`config dump` prints every field; empty strings, lists and zeros are what an absent field means, too."""
-    kept = {k: without_empty(v) if isinstance(v, dict) else v for k, v in table.items()}
+    kept = {k: without_empty(v) if isinstance(v, dict) else v for k, v in found.items()}
     return {k: v for k, v in kept.items() if isinstance(v, bool) or v not in ("", 0, [], {})}
-
-
-def toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, str):
-        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{toml_key(k)} = {toml_value(v)}" for k, v in value.items()) + " }"
-    raise Refused(f"a runtime option has the value {value!r}, which cannot be copied")
-
-
-def toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
-
-
-def toml_table(path: tuple[str, ...], table: dict[str, Any]) -> list[str]:
-    lines = [f"[{'.'.join(toml_key(p) for p in path)}]"]
-    lines += [f"  {toml_key(k)} = {toml_value(v)}" for k, v in table.items() if not isinstance(v, dict)]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines += toml_table((*path, key), value)
-    return lines
 
 
 def owner_of(files: list[ConfigFile]) -> ConfigFile:
     """The file with the last word on the CRI plugin: the last one that has its table, else the main file."""
-    return next((f for f in reversed(files) if cri_table(parse(f.base, f.path))), files[0])
+    return next((f for f in reversed(files) if cri_table(f.base_data, f.path)), files[0])
 
 
-def plugin_for(owner: ConfigFile, main: ConfigFile, containerd: Containerd | None) -> tuple[str, str]:
-    """The name of the CRI plugin's table in `owner`, and the `version` line that an empty file needs."""
-    base = parse(owner.base, owner.path)
-    named = [name for name in PLUGINS.values() if name in base.get("plugins", {})]
-    if named:
-        return named[0], ""
-    top = parse(main.base, main.path)
-    if not top:
-        version = containerd.default_version() if containerd else 2
-        return PLUGINS[version], f"version = {version}\n"
-    version = top.get("version", 1)
-    if version not in PLUGINS:
+def version_of(main: ConfigFile) -> int:
+    """The configuration version of a main file that says something. Raises Refused for one that rewarm cannot edit."""
+    version = main.base_data.get("version", 1)
+    if not isinstance(version, int) or version not in PLUGINS:
         raise Refused(
             f"{main.path} has configuration version {version}, rewarm can edit {', '.join(map(str, PLUGINS))}; "
             f"convert it ('containerd --config {main.path} config migrate') and run again"
         )
-    return PLUGINS[version], ""
+    return version
+
+
+def plugin_for(owner: ConfigFile, main: ConfigFile, containerd: Containerd | None) -> tuple[str, str]:
+    """The name of the CRI plugin's table in `owner`, and the `version` line that an empty file needs."""
+    plugins = table(owner.base_data, owner.path, "plugins")
+    named = [name for name in plugin_names(owner.base_data) if name in plugins]
+    if named:
+        return named[0], ""
+    if not main.base_data:
+        version = containerd.default_version() if containerd else 2
+        return PLUGINS[version], f"version = {version}\n"
+    return PLUGINS[version_of(main)], ""
+
+
+def drop_in_for(main: ConfigFile, containerd: Containerd | None) -> Path | None:
+    """Where a drop-in of rewarm's own would be read and merged: in the first directory that `main` imports.
+
+    None where this containerd replaces tables, or where the main file imports no directory: then it would have to be
+    edited for the import, and one edited file is better than two.
+    """
+    if containerd is None or not main.base_data:
+        return None
+    for pattern in imports_of(main):
+        place = Path(pattern)
+        if place.name == "*.toml" and "*" not in str(place.parent):
+            return place.parent / "rewarm.toml" if containerd.merges_imports(version_of(main)) else None
+    return None

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs rewarm on this node: its virtual environment, the C programs, CRIU, and the runtime `rewarm` in containerd.
+# Installs rewarm on this node: its virtual environment, the C programs, CRIU, and the runtime `rewarm` in each container
+# engine that is there: containerd, CRI-O, Docker, Podman.
 # Can be run again at any time: it does what is missing, and an upgrade is one rename at a time, so that containers
 # that start meanwhile find the old rewarm or the new one, never half of one.
 set -euo pipefail
@@ -9,40 +10,71 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source_tree=$(dirname "$here")
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$here/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=engines.sh
+. "$here/engines.sh"
 
 usage() {
     cat <<'EOF'
 usage: install.sh [options]       (as root, on Debian 12 or newer, or Ubuntu)
 
   --prefix DIRECTORY         where to install (default: /opt/rewarm)
+  --engines LIST             register with these only, of containerd,crio,docker,podman (default: those that are there)
+  --exclude-engines LIST     leave these alone
+  --no-register              leave all of them alone
   --containerd-config FILE   containerd's configuration (default: /etc/containerd/config.toml)
-  --no-register              leave containerd's configuration alone
-  --no-restart               do not restart containerd after a change of its configuration
+  --crio-config FILE         rewarm's drop-in for CRI-O (default: /etc/crio/crio.conf.d/99-rewarm.conf)
+  --docker-config FILE       Docker's configuration (default: /etc/docker/daemon.json)
+  --podman-config FILE       rewarm's drop-in for Podman (default: /etc/containers/containers.conf.d/rewarm.conf)
+  --settings FILE            rewarm's settings, where a low-level runtime that is not runc is noted
+                             (default: /etc/rewarm/config.yaml)
+  --no-restart               do not restart or reload an engine after a change of its configuration
   --no-packages              install nothing with apt: name what is missing, and stop
   --from DIRECTORY           build and download nothing: install what parts.sh made there
   --help                     this text
 
-uninstall.sh undoes it.
+Naming configuration files registers with their engines only, unless --engines says more. uninstall.sh undoes it.
 EOF
 }
 
 prefix=/opt/rewarm
-containerd_config=
+declare -A configs=()
+engines=
+excluded=
+settings=/etc/rewarm/config.yaml
 register=yes
 no_restart=no
 packages=yes
 from=
 
+# take_option NAME VALUE
+take_option() {
+    case $1 in
+    --prefix) prefix=$2 ;;
+    --engines) engines=$(engine_list "$1" "$2") || exit 1 ;;
+    --exclude-engines) excluded=$(engine_list "$1" "$2") || exit 1 ;;
+    --settings) settings=$(absolute "$2") ;;
+    --containerd-config | --crio-config | --docker-config | --podman-config)
+        # What stands between the words of register.py's arguments.
+        case $2 in *[:=]* | *$'\n'*) die "$1 $2: may hold no ':', '=' or line break" ;; esac
+        local name=${1#--}
+        configs[${name%-config}]=$(absolute "$2")
+        ;;
+    *) die "unknown option '$1'; see install.sh --help" ;;
+    esac
+}
+
 parse_arguments() {
     while [[ $# -gt 0 ]]; do
         case $1 in
-        --prefix | --containerd-config)
+        --prefix | --engines | --exclude-engines | --settings | --containerd-config | --crio-config | --docker-config | \
+            --podman-config)
             [[ -n ${2:-} ]] || die "$1 needs a value"
-            if [[ $1 == --prefix ]]; then prefix=$2; else containerd_config=$2; fi
+            take_option "$1" "$2"
             shift
             ;;
-        --prefix=*) prefix=${1#*=} ;;
-        --containerd-config=*) containerd_config=${1#*=} ;;
+        --prefix=?* | --engines=?* | --exclude-engines=?* | --settings=?* | --*-config=?*)
+            take_option "${1%%=*}" "${1#*=}"
+            ;;
         --no-register) register=no ;;
         --no-restart) no_restart=yes ;;
         --no-packages) packages=no ;;
@@ -61,8 +93,9 @@ parse_arguments() {
         shift
     done
     check_prefix "$prefix"
-    [[ $register == yes || -z $containerd_config ]] || die "--containerd-config and --no-register exclude each other"
-    [[ -z $containerd_config || $containerd_config == /* ]] || containerd_config=$PWD/$containerd_config
+    [[ $register == yes || (${#configs[@]} -eq 0 && -z $engines) ]] ||
+        die "--no-register and the options that name engines or their files exclude each other"
+    [[ ${#configs[@]} -eq 0 || -n $engines ]] || engines=${!configs[*]}
 }
 
 # check_parts: whether --from names what parts.sh made, for this machine.
@@ -211,7 +244,7 @@ install_programs() {
     # Last: from here on containerd can call it.
     install_file "$build/rewarm-runc" "$prefix/bin/rewarm-runc" 0755
     "$prefix/bin/rewarm-runc" --version >/dev/null || die "C programs: $prefix/bin/rewarm-runc does not run"
-    for name in uninstall.sh lib.sh register_containerd.py containerd_config.py; do
+    for name in uninstall.sh lib.sh engines.sh "${registering[@]}"; do
         install_file "$here/$name" "$prefix/share/rewarm/$name" "$(stat -c %a "$here/$name")"
     done
     for name in "$source_tree"/config/*; do
@@ -234,33 +267,6 @@ link_into_path() {
     done
 }
 
-register_runtime() {
-    local containerd result config=${containerd_config:-/etc/containerd/config.toml}
-    if [[ $register == no ]]; then
-        say "containerd: not registered (--no-register)"
-        return
-    fi
-    containerd=$(command -v containerd || true)
-    if [[ -z $containerd && -z $containerd_config && ! -e $config ]]; then
-        say "containerd: neither the program nor $config is there: not registered"
-        return
-    fi
-    result=$("$(find_python)" -E -s -B "$here/register_containerd.py" register --config "$config" \
-        --binary "$prefix/bin/rewarm-runc" --state "$state" --containerd "$containerd") ||
-        die "containerd: the runtime was not registered; the rest is installed, so mend this and run again"
-    if [[ $result == unchanged ]]; then
-        say "containerd: $config needs no change"
-    else
-        say "containerd: the runtime 'rewarm' is registered by $config"
-        [[ -z $containerd_config ]] || return 0
-        if ! restart_containerd "$no_restart"; then
-            "$(find_python)" -E -s -B "$here/register_containerd.py" unregister --state "$state" >/dev/null || true
-            systemctl restart containerd || true
-            die "containerd did not start with the runtime; its configuration was put back; see: journalctl -u containerd"
-        fi
-    fi
-}
-
 main() {
     parse_arguments "$@"
     [[ $(id -u) -eq 0 ]] || die "has to run as root"
@@ -278,7 +284,7 @@ main() {
     link_into_path
     bash "$here/provide_criu.sh" "$prefix" "$(find_python)" ${from:+"$from"} || exit 1
     register_runtime
-    say "installed in $prefix; check the node with: $prefix/bin/rewarm doctor"
+    say "installed in $prefix; check the node with: $prefix/bin/rewarm doctor, and doctor --node for its engines"
 }
 
 main "$@"

@@ -76,17 +76,3 @@ criu_minimum() { if at_least "$(uname -r)" 6.16; then echo 4.2; else echo 4.1.1;
 
 # criu_version PROGRAM: prints its version, nothing if it cannot be run.
 criu_version() { "$1" --version 2>/dev/null | sed -n 's/^Version: *//p' || true; }
-
-# Restarting containerd leaves containers alone (their shims live on). Only where systemd runs it: elsewhere its
-# owner knows how.
-# restart_containerd NO_RESTART(yes|no)
-restart_containerd() {
-    if [[ $1 == yes ]]; then
-        say "containerd: restart it to make the change known (--no-restart was given)"
-    elif [[ -d /run/systemd/system ]] && systemctl is-active --quiet containerd; then
-        systemctl restart containerd || return 1
-        say "containerd: restarted"
-    else
-        say "containerd: not running under systemd; restart it yourself to make the change known"
-    fi
-}

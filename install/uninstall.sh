@@ -5,6 +5,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$here/lib.sh"
+# shellcheck source-path=SCRIPTDIR source=engines.sh
+. "$here/engines.sh"
 
 usage() {
     cat <<'EOF'
@@ -13,7 +15,7 @@ usage: uninstall.sh [options]       (as root)
   --prefix DIRECTORY   where rewarm is installed (default: /opt/rewarm)
   --purge              remove the node's settings, state and snapshots, too (/etc/rewarm, /var/lib/rewarm, /run/rewarm)
   --force              even while containers run that need the runtime: nothing will be able to stop them by name
-  --no-restart         do not restart containerd after its configuration was put back
+  --no-restart         do not restart or reload an engine after its configuration was put back
   --help               this text
 EOF
 }
@@ -83,18 +85,23 @@ users() {
 }
 
 unregister() {
-    local python result restart=no
-    [[ -e $state/containerd.json ]] || return 0
-    if grep -qF '"/etc/containerd/' "$state/containerd.json"; then restart=yes; fi
+    local python words name at_home=()
     for python in /usr/bin/python3 /usr/bin/python3.[0-9]* "$prefix/venv/bin/python3" ""; do
-        [[ -n $python ]] || die "no python3 with tomllib to edit containerd's configuration with"
+        [[ -n $python ]] || die "no python3 with tomllib to edit the engines' configuration with"
         if "$python" -I -c 'import tomllib' 2>/dev/null; then break; fi
     done
-    result=$("$python" -E -s -B "$here/register_containerd.py" unregister --state "$state") ||
-        die "containerd's configuration could not be put back; nothing was removed"
-    if [[ $result == changed && $restart == yes ]]; then
-        restart_containerd "$no_restart" || warn "containerd did not restart; see: journalctl -u containerd"
-    fi
+    for name in containerd crio docker; do
+        if grep -qs '"/etc/' "$state/$name.json"; then at_home+=("$name"); fi
+    done
+    words=$("$python" -E -s -B "$here/register.py" unregister --state "$state") ||
+        die "an engine's configuration could not be put back; nothing was removed: mend this and run again"
+    for name in "${at_home[@]}"; do
+        if grep -qxF "$name changed" <<<"$words"; then
+            restart_engine "$name" "$no_restart" || warn "$name did not restart; see: journalctl -u $name"
+            # It takes runtimes anew from a file that has some, and keeps the old ones with a file that has none.
+            [[ $name != docker ]] || say "docker: if its file names no other runtime, it forgets this one when it is restarted"
+        fi
+    done
 }
 
 remove_links() {

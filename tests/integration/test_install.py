@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -106,13 +107,14 @@ class Node:
         return ok(script, "--prefix", self.prefix, "--containerd-config", self.config, "--no-packages", env=self.env)
 
     def register(self) -> None:
-        ok(*self._script("register"), "--config", self.config, "--binary", self.binary, "--containerd", containerd())
+        ok(*self._script("register"), "--binary", self.binary, f"containerd={self.config}:{containerd()}")
 
     def unregister(self) -> str:
-        return ok(*self._script("unregister")).strip()
+        return ok(*self._script("unregister"), "containerd").split()[1]
 
-    def _script(self, command: str) -> tuple[str | Path, ...]:
-        return "/usr/bin/python3", "-B", REPOSITORY / "install/register_containerd.py", command, "--state", self.state
+    def _script(self, command: str, state: Path | None = None) -> tuple[str | Path, ...]:
+        script = REPOSITORY / "install/register.py"
+        return "/usr/bin/python3", "-B", script, command, "--state", state or self.state
 
     @property
     def state(self) -> Path:
@@ -292,6 +294,36 @@ def test_refuses_to_leave_a_running_container_without_its_runtime(node: Node) ->
     assert "BEGIN rewarm" in node.config.read_text()
 
 
+def test_each_engine_by_its_file(node: Node, tmp_path: Path) -> None:
+    """Files that are named choose the engines; a second run changes nothing, and a left-out one stays as it is."""
+    places = {
+        "--docker-config": tmp_path / "etc/docker/daemon.json",
+        "--podman-config": tmp_path / "etc/containers/containers.conf.d/rewarm.conf",
+        "--crio-config": tmp_path / "etc/crio/crio.conf.d/99-rewarm.conf",
+    }
+    words: list[str | Path] = [node.source / "install/install.sh", "--prefix", node.prefix, "--no-packages"]
+    for option, path in places.items():
+        words += [option, path]
+    before = node.config.read_bytes()
+    settings = tmp_path / "etc/rewarm/config.yaml"
+    said = ok(*words, "--settings", settings, env=node.env)
+    assert "containerd: not registered (left out)" in said
+    assert all(f"{name}: the runtime 'rewarm' is registered" in said for name in ("docker", "podman", "crio"))
+    assert re.search("^ok +Podman ", said, re.MULTILINE), said
+    assert all(str(node.binary) in path.read_text() for path in places.values())
+    assert not settings.exists() and node.config.read_bytes() == before
+    again = ok(*words, "--exclude-engines", "crio", "--settings", settings, env=node.env)
+    assert "docker: needs no change" in again and "crio: not registered (left out)" in again
+    places["--docker-config"].write_text("{")
+    failed = run(*words, "--settings", settings, env=node.env)
+    assert failed.returncode == 1
+    assert f"docker: {places['--docker-config']} is not valid JSON" in failed.stderr
+    assert "mend this and run again" in failed.stderr
+    places["--docker-config"].unlink()
+    ok(*node._script("unregister", node.prefix / "install-state"), "docker", "podman", "crio")
+    assert not (tmp_path / "etc").exists()
+
+
 def test_missing_packages_are_named(node: Node, tmp_path: Path) -> None:
     with environment_without("runc", "make") as env:
         done = run(INSTALL, "--prefix", tmp_path / "prefix", "--no-register", "--no-packages", env=env)
@@ -380,6 +412,9 @@ mount -t tmpfs tmpfs /run
 rm -rf /opt/rewarm /etc/rewarm /var/lib/rewarm /usr/local/bin/rewarm /usr/local/sbin/rewarm-runc
 mkdir -p /etc/containerd /run/systemd/system
 printf 'version = 2\\n' > /etc/containerd/config.toml
+mkdir -p /etc/docker
+printf '{"debug": true}' > /etc/docker/daemon.json
+rm -rf /etc/containers/containers.conf.d
 printf '#!/bin/sh\\necho "$@" >> %s/systemctl.log\\n' "$scratch" > /usr/local/bin/systemctl
 chmod +x /usr/local/bin/systemctl
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin
@@ -391,7 +426,7 @@ def in_node(tmp_path: Path, script: str) -> str:
 
 
 def test_the_nodes_own_install(tmp_path: Path) -> None:
-    """The default prefix: links in /usr/local, /etc/containerd/config.toml, one restart, state and purge.
+    """The default prefix: links in /usr/local, each engine that is there, one restart or reload, state and purge.
 
     Before that, a containerd that does not start with the runtime: it gets its configuration back.
     """
@@ -401,7 +436,8 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
         cp /usr/local/bin/systemctl "$scratch/well"
         printf '#!/bin/sh\n! grep -q "BEGIN rewarm" /etc/containerd/config.toml || test "$1" != restart\n' \
             > /usr/local/bin/systemctl
-        ! "$repository/install/install.sh" --no-packages 2>&1
+        ! "$repository/install/install.sh" --no-packages --exclude-engines docker,podman 2>&1
+        test "$(cat /etc/docker/daemon.json)" = '{"debug": true}'
         test "$(cat /etc/containerd/config.toml)" = 'version = 2'
         cp "$scratch/well" /usr/local/bin/systemctl
         echo "---"
@@ -410,6 +446,9 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
         rewarm-runc --version | cmp - <(runc --version)
         grep -q 'BinaryName = "/opt/rewarm/bin/rewarm-runc"' /etc/containerd/config.toml
         test -s /var/lib/rewarm/install/containerd.json
+        grep -qF '"rewarm": {"path": "/opt/rewarm/bin/rewarm-runc"}' /etc/docker/daemon.json
+        grep -qF 'rewarm = ["/opt/rewarm/bin/rewarm-runc"]' /etc/containers/containers.conf.d/rewarm.conf
+        rewarm doctor --node || true
         "$repository/install/install.sh" --no-packages >/dev/null
         mkdir -p /run/rewarm/containers/run-runc/left /etc/rewarm /var/lib/rewarm/store/v1
         echo 'store: /srv/shared' > /etc/rewarm/config.yaml
@@ -417,6 +456,8 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
         rmdir /run/rewarm/containers/run-runc/left
         /opt/rewarm/share/rewarm/uninstall.sh
         test "$(cat /etc/containerd/config.toml)" = 'version = 2'
+        test "$(cat /etc/docker/daemon.json)" = '{"debug": true}'
+        test ! -e /etc/containers/containers.conf.d
         test ! -e /opt/rewarm -a ! -L /usr/local/bin/rewarm -a ! -L /usr/local/sbin/rewarm-runc
         test ! -e /var/lib/rewarm/install -a -e /var/lib/rewarm/store/v1
         "$repository/install/uninstall.sh" --purge
@@ -429,6 +470,9 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
     assert "installed in /opt/rewarm" in said
     assert "remove the store, too: /srv/shared" in said
     assert said.count("restart containerd\n") == 2  # once for the install, once for the uninstall
+    assert said.count("reload docker\n") == 2
+    assert re.search("^ok +Podman +.* says podman$", said, re.MULTILINE)
+    assert re.search("^warning +Docker +.*; dockerd does not answer", said, re.MULTILINE)
     assert not Path("/run/rewarm/containers/run-runc/left").exists()
 
 

@@ -1,4 +1,4 @@
-"""install/register_containerd.py on configuration files as nodes have them; the program is run, not imported.
+"""install/register.py on containerd's configuration files as nodes have them; the program is run, not imported.
 
 What containerd itself makes of the result is tests/integration/test_install.py's matter.
 """
@@ -6,16 +6,14 @@ What containerd itself makes of the result is tests/integration/test_install.py'
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "install/register_containerd.py"
-BINARY = "/opt/rewarm/bin/rewarm-runc"
+from support.registering import BINARY, Registering
+
 V2 = "io.containerd.grpc.v1.cri"
 V3 = "io.containerd.cri.v1.runtime"
 
@@ -51,35 +49,11 @@ version = 2
 """
 
 
-class Node:
+class Node(Registering):
     """A directory with containerd's files in it."""
 
     def __init__(self, directory: Path) -> None:
-        self.config = directory / "config.toml"
-        self.state = directory / "state"
-
-    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-E", "-s", "-B", str(SCRIPT), *args, "--state", str(self.state)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-    def register(self, binary: str = BINARY) -> str:
-        done = self.run("register", "--config", str(self.config), "--binary", binary)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    def refused(self, binary: str = BINARY) -> str:
-        """The message of a registration that has to fail and to change nothing."""
-        before = {p: p.read_bytes() for p in self.config.parent.glob("**/*.toml")}
-        done = self.run("register", "--config", str(self.config), "--binary", binary)
-        assert done.returncode == 1, done.stdout
-        assert {p: p.read_bytes() for p in self.config.parent.glob("**/*.toml")} == before
-        assert not self.state.exists() or not list(self.state.iterdir())
-        return done.stderr
-
-    def unregister(self) -> str:
-        done = self.run("unregister")
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        super().__init__("containerd", directory / "config.toml", directory / "state")
 
     def runtimes(self, plugin: str = V2, path: Path | None = None) -> dict[str, Any]:
         data = tomllib.loads((path or self.config).read_text())
@@ -136,9 +110,7 @@ def test_copies_runc_where_nvidia_is_the_default(node: Node) -> None:
 
 def test_copies_the_default_runtime_where_runc_is_not_named(node: Node) -> None:
     node.config.write_text(NVIDIA[: NVIDIA.index('  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]')])
-    done = node.run("register", "--config", str(node.config), "--binary", BINARY)
-    assert done.returncode == 0
-    assert "/usr/bin/nvidia-container-runtime" in done.stderr  # it has to go under `runtimes:` to stay in use
+    node.register()
     assert node.runtimes()["rewarm"]["options"] == {"BinaryName": BINARY, "SystemdCgroup": True}
 
 
@@ -226,9 +198,9 @@ def test_block_follows_the_last_word(node: Node, tmp_path: Path) -> None:
 def test_cri_switched_off(node: Node) -> None:
     """What Docker's containerd package ships: configuration version 1 by omission, and no CRI."""
     node.config.write_text('disabled_plugins = ["cri"]\n')
-    done = node.run("register", "--config", str(node.config), "--binary", BINARY)
-    assert (done.returncode, done.stdout) == (0, "unchanged\n")
-    assert "disables containerd's CRI plugin" in done.stderr
+    done = node.try_register()
+    assert (done.returncode, done.stdout) == (0, "containerd unchanged\n")
+    assert "disables the CRI plugin" in done.stderr
     assert node.config.read_text() == 'disabled_plugins = ["cri"]\n'
 
 
@@ -316,7 +288,7 @@ def test_damaged_backup_is_not_put_back(node: Node) -> None:
     (original,) = node.state.glob("*.orig")
     original.write_text("something else")
     installed = node.config.read_text()
-    done = node.run("unregister")
+    done = node.run("unregister", "containerd")
     assert done.returncode == 1
     assert "is not what was saved" in done.stderr
     assert node.config.read_text() == installed
@@ -329,7 +301,7 @@ def test_put_back_when_containerd_does_not_agree(node: Node, tmp_path: Path, bro
     program = tmp_path / "containerd"
     program.write_text(f'#!/bin/sh\nif grep -q rewarm "$2"; then {broken}; else cat "$2"; fi\n')
     program.chmod(0o755)
-    done = node.run("register", "--config", str(node.config), "--binary", BINARY, "--containerd", str(program))
+    done = node.try_register(program=str(program))
     assert done.returncode == 1
     assert "put back as it was" in done.stderr
     assert node.config.read_text() == KUBEADM_V2

@@ -1,0 +1,18 @@
+"""What the engines have in common: the runtime's name, and what registering it has come to. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNTIME = "rewarm"
+ANNOTATIONS = "rewarm.dev/*"
+
+
+@dataclass(frozen=True)
+class Done:
+    """`paths` are the files that name the runtime; `runc` is what the node's runc runtime runs, "" for plain runc."""
+
+    changed: bool = False
+    paths: tuple[Path, ...] = ()
+    runc: str = ""

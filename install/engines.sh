@@ -1,0 +1,123 @@
+# The container engines of a node: which are there, how the runtime is registered with them, how they are told. Sourced by
+# install.sh and uninstall.sh, after lib.sh.
+# shellcheck shell=bash disable=SC2154 # settings of install.sh
+
+# What registers the runtime with the engines; install.sh puts it beside uninstall.sh.
+# shellcheck disable=SC2034
+registering=(register.py register_{containerd,crio,docker,podman,settings}.py containerd_config.py engine.py
+    journal.py json_text.py toml_text.py)
+
+# engine_program ENGINE: prints the program that runs on this node, or would; nothing if there is none. A service may run
+# another one than PATH has.
+engine_program() {
+    local program pid name=$1
+    [[ $name != docker ]] || name=dockerd
+    if [[ -d /run/systemd/system && $1 != podman ]]; then
+        pid=$(systemctl show --property MainPID --value "$1" 2>/dev/null || true)
+        program=$(readlink "/proc/${pid:-0}/exe" 2>/dev/null || true)
+        if [[ ${program##*/} == "$name" && -x $program ]]; then
+            printf '%s\n' "$program"
+            return
+        fi
+    fi
+    command -v "$name" || true
+}
+
+# restart_engine ENGINE NO_RESTART(yes|no): makes a change of its configuration known. Restarting leaves containers alone
+# (their shims and monitors live on); Docker reads its runtimes again on a signal; Podman has no daemon. Only where
+# systemd runs it: elsewhere its owner knows how.
+restart_engine() {
+    local verb=restart done=restarted
+    case $1 in
+    podman) return 0 ;;
+    docker) verb=reload done=reloaded ;;
+    esac
+    if [[ $2 == yes ]]; then
+        say "$1: $verb it to make the change known (--no-restart was given)"
+    elif [[ -d /run/systemd/system ]] && systemctl is-active --quiet "$1"; then
+        systemctl "$verb" "$1" || return 1
+        say "$1: $done"
+    else
+        say "$1: not running under systemd; $verb it yourself to make the change known"
+    fi
+}
+
+absolute() { if [[ $1 == /* ]]; then printf '%s\n' "$1"; else printf '%s\n' "$PWD/$1"; fi; }
+
+# engine_list OPTION LIST: prints the names, a space between them.
+engine_list() {
+    local name names
+    IFS=, read -ra names <<<"$2"
+    for name in "${names[@]}"; do
+        case $name in
+        containerd | crio | docker | podman) ;;
+        *) die "$1: there is no engine '$name'; it takes containerd, crio, docker and podman, commas between them" ;;
+        esac
+    done
+    printf '%s\n' "${names[*]}"
+}
+
+default_config() {
+    case $1 in
+    containerd) echo /etc/containerd/config.toml ;;
+    crio) echo /etc/crio/crio.conf.d/99-rewarm.conf ;;
+    docker) echo /etc/docker/daemon.json ;;
+    podman) echo /etc/containers/containers.conf.d/rewarm.conf ;;
+    esac
+}
+
+# chosen ENGINE: whether to register with it. Podman's and CRI-O's drop-ins say nothing of whether they are there.
+chosen() {
+    [[ " $excluded " != *" $1 "* ]] || return 1
+    [[ -z $engines ]] || {
+        [[ " $engines " == *" $1 "* ]]
+        return
+    }
+    case $1 in
+    containerd) command -v containerd || [[ -e /etc/containerd/config.toml ]] ;;
+    crio) command -v crio || [[ -d /etc/crio ]] ;;
+    docker) command -v dockerd || [[ -e /etc/docker/daemon.json ]] ;;
+    podman) command -v podman ;;
+    esac >/dev/null
+}
+
+register_runtime() {
+    local name python words status=0 arguments=() names=()
+    if [[ $register == no ]]; then
+        say "engines: not registered (--no-register)"
+        return
+    fi
+    for name in containerd crio docker podman; do
+        if ! chosen "$name"; then
+            say "$name: not registered ($([[ -n "$engines$excluded" ]] && echo "left out" || echo "not on this node"))"
+            continue
+        fi
+        names+=("$name")
+        arguments+=("$name=${configs[$name]:-$(default_config "$name")}:$(engine_program "$name")")
+    done
+    [[ ${#names[@]} -gt 0 ]] || return 0
+    python=$(find_python)
+    words=$("$python" -E -s -B "$here/register.py" register --binary "$prefix/bin/rewarm-runc" --state "$state" \
+        --settings "$settings" --python "$prefix/venv/bin/python3" "${arguments[@]}") || status=1
+    for name in "${names[@]}"; do
+        if grep -qxF "$name unchanged" <<<"$words"; then
+            say "$name: needs no change"
+        elif grep -qxF "$name changed" <<<"$words"; then
+            say "$name: the runtime 'rewarm' is registered"
+            [[ -z ${configs[$name]:-} ]] || continue
+            if ! restart_engine "$name" "$no_restart"; then
+                "$python" -E -s -B "$here/register.py" unregister --state "$state" "$name" >/dev/null || true
+                restart_engine "$name" no || true
+                die "$name did not start with the runtime; its configuration was put back; see: journalctl -u $name"
+            fi
+        fi
+    done
+    [[ $status -eq 0 ]] || die "not every engine has the runtime; the rest is installed, so mend this and run again"
+    verify "${names[@]}"
+}
+
+# verify ENGINE...: by rewarm's own eyes. What is not restarted yet is told, and is no failure of the install.
+verify() {
+    REWARM_CONFIG=$settings "$prefix/bin/rewarm" doctor --node ||
+        warn "the node is not ready yet: see the lines above, and then run: $prefix/bin/rewarm doctor --node"
+}

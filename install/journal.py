@@ -1,0 +1,263 @@
+"""What install.sh found in the engines' files and what it wrote there, so that uninstall.sh can put it back.
+
+Standard library only. One `ENGINE.json` an engine in the state directory, and the originals beside it. What is written
+is noted before it is written, with what was written the time before: whichever of the two a kill leaves in the file,
+nobody but rewarm wrote it, and the original is put back byte for byte. A file that somebody else has changed since
+loses rewarm's part only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 8 << 20
+_TEMPORARY = ".rewarm-tmp"
+
+
+class Refused(Exception):
+    """A file cannot be changed safely. The text says which one, why, and what to do about it."""
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """The content of a configuration file, None if there is none. Refused for what is not a file of sane size."""
+    try:
+        # A FIFO would keep an open() waiting for ever, a device could do anything.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Refused(f"{path} is not a regular file; make it one and run again")
+            data = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as error:
+        raise Refused(f"{path} cannot be read: a part of its path is not a directory") from error
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror or error}; mend that and run again") from error
+    if len(data) > MAX_BYTES:
+        raise Refused(f"{path} has more than {MAX_BYTES >> 20} MiB, which is no configuration; mend it and run again")
+    return data
+
+
+def decode(data: bytes, path: Path) -> str:
+    """Without newline translation, so that what is written back is the same. Raises Refused."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} cannot be read: it is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a configuration file, None if there is none. Raises Refused."""
+    data = read_bytes(path)
+    return None if data is None else decode(data, path)
+
+
+def atomic_write(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Writes by rename, at a symlink its target. Keeps mode, owner and attributes (new file: 0644). Raises Refused.
+
+    `scratch` is where the temporary file is made, on the same file system: for directories whose every file is read by
+    somebody (CRI-O's), who must not find half of one there. By default it is the file's own directory.
+    """
+    path = Path(os.path.realpath(path))
+    directory = scratch or path.parent
+    sweep(path, directory)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{path.name}.", suffix=_TEMPORARY)
+    except OSError as error:
+        raise Refused(f"{path} cannot be written: {directory}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            if path.exists():
+                _copy_attributes(path, out.fileno())
+            else:
+                os.fchmod(out.fileno(), 0o644)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        _unlink(temporary)
+        raise Refused(f"{path} cannot be written: {error.strerror or error}; mend that and run again") from error
+    except BaseException:
+        _unlink(temporary)
+        raise
+    _sync(path.parent)
+
+
+def _copy_attributes(path: Path, handle: int) -> None:
+    status = path.stat()
+    os.fchown(handle, status.st_uid, status.st_gid)
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # not every file system has attributes
+        names = os.listxattr(path)
+    for name in names:
+        with contextlib.suppress(OSError):  # some are the kernel's own
+            os.setxattr(handle, name, os.getxattr(path, name))
+    os.fchmod(handle, status.st_mode & 0o7777)
+
+
+def sweep(path: Path, directory: Path | None = None) -> None:
+    """Removes what a killed `atomic_write` of `path` has left."""
+    pattern = f".{glob.escape(path.name)}.*{_TEMPORARY}"
+    for left in glob.glob(str(Path(glob.escape(str(directory or path.parent))) / pattern)):
+        _unlink(left)
+
+
+def _unlink(path: str | Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _sync(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class Journal:
+    """The record of one engine's files: `engine` names it, `label` is its name in messages.
+
+    `strip` takes rewarm's part out of a text (the text of a file that holds nothing else becomes empty or, as JSON, an
+    empty object); `keep_out` says that no temporary file may lie in the directory of the engine's files.
+    """
+
+    def __init__(
+        self, directory: Path, engine: str, label: str, strip: Callable[[str, Path], str], *, keep_out: bool = False
+    ) -> None:
+        self.directory = directory
+        self.label = label
+        self.file = directory / f"{engine}.json"
+        self._strip = strip
+        self._keep_out = keep_out
+        try:
+            self.entries: dict[str, dict[str, Any]] = json.loads(self.file.read_bytes())
+            for entry in self.entries.values():
+                installed = entry["installed"]
+                entry["installed"] = [installed] if isinstance(installed, str) else installed
+                entry.setdefault("made", [])
+        except FileNotFoundError:
+            self.entries = {}
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise Refused(f"{self.file} is damaged: {error}; remove it and rewarm's part of {label}'s files") from error
+
+    def say(self, message: str) -> None:
+        print(f"rewarm: {self.label}: {message}", file=sys.stderr)
+
+    def original(self, path: Path) -> Path:
+        return self.directory / (str(path).lstrip("/").replace("-", r"\x2d").replace("/", "-") + ".orig")
+
+    def wrote(self, path: Path, data: bytes | None) -> bool:
+        """Whether `data` is what rewarm wrote to this file: nobody else has changed it since."""
+        return data is not None and digest(data) in self.entries.get(str(path), {}).get("installed", ())
+
+    def found(self, path: Path) -> bytes | None:
+        """The file as it was found, None if there was none. Refused if the saved copy is damaged."""
+        expected = self.entries[str(path)]["found"]
+        if expected is None:
+            return None
+        saved = read_bytes(self.original(path)) or b""
+        if digest(saved) != expected:
+            raise Refused(f"{self.original(path)} is not what was saved; remove rewarm's part of {path} by hand")
+        return saved
+
+    def write(self, path: Path, current: bytes | None, base: bytes | None, new: bytes) -> None:
+        """Writes `new`; `current` is what is there, `base` the same without rewarm's part. Raises Refused."""
+        made = self.entries.get(str(path), {}).get("made", [])
+        installed = [digest(new)]
+        if self.wrote(path, current):
+            # Nobody but us wrote since: what was found the first time is still what uninstall has to put back.
+            base = self.found(path)
+            installed.append(digest(current or b""))
+        missing = [str(parent) for parent in path.parents if not parent.exists()]
+        self._note(path, base, installed, [*made, *(name for name in missing if name not in made)])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"{path.parent} cannot be made: {error.strerror or error}") from error
+        atomic_write(path, new, self._scratch(path))
+
+    def _scratch(self, path: Path) -> Path | None:
+        return Path(os.path.realpath(path)).parent.parent if self._keep_out else None
+
+    def _note(self, path: Path, base: bytes | None, installed: list[str], made: list[str]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if base is not None:
+            atomic_write(self.original(path), base)
+        found = None if base is None else digest(base)
+        self.entries[str(path)] = {"found": found, "installed": installed, "made": made}
+        self._save()
+
+    def _forget(self, path: Path) -> None:
+        for name in self.entries.pop(str(path), {}).get("made", []):
+            with contextlib.suppress(OSError):  # others have files there by now
+                os.rmdir(name)
+        self._save()
+        self.original(path).unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        if self.entries:
+            atomic_write(self.file, json.dumps(self.entries, indent=1, sort_keys=True).encode() + b"\n")
+        else:
+            self.file.unlink(missing_ok=True)
+
+    def undo(self, path: Path, current: bytes | None) -> None:
+        """Takes back a `write` that did not do: `current` is what was there before it. Raises Refused."""
+        if current is None:
+            _unlink(os.path.realpath(path))
+            self._forget(path)
+            return
+        atomic_write(path, current, self._scratch(path))
+        text = current.decode("utf-8", "surrogateescape")
+        if self._strip(text, path) == text:
+            self._forget(path)
+        else:  # rewarm's part of an earlier run is in it, and stays
+            self.entries[str(path)]["installed"] = [digest(current)]
+            self._save()
+
+    def put_back(self, path: Path) -> bool:
+        """Takes rewarm's part out of one file: by the original, if nobody changed the file since. True if changed."""
+        current = read_bytes(path)
+        real = Path(os.path.realpath(path))
+        sweep(real, self._scratch(path))
+        if self.wrote(path, current):
+            found = self.found(path)
+            if found is None:
+                _unlink(real)
+                self.say(f"removed {path}, which was not there before")
+            elif found != current:
+                atomic_write(path, found, self._scratch(path))
+                self.say(f"put {path} back as it was found")
+            self._forget(path)
+            return True
+        changed = False
+        if current is not None:
+            text = current.decode("utf-8", "surrogateescape")
+            rest = self._strip(text, path)
+            changed = rest != text
+            if changed and self.entries.get(str(path), {}).get("found") is None and rest.strip() in ("", "{}"):
+                _unlink(real)
+                self.say(f"removed {path}, which held nothing else")
+            elif changed:
+                atomic_write(path, rest.encode("utf-8", "surrogateescape"), self._scratch(path))
+                self.say(f"{path} was changed since: took out rewarm's part only")
+        self._forget(path)
+        return changed
+
+    def put_all_back(self) -> list[Path]:
+        """Undoes all that is recorded. The files that were changed."""
+        return [path for path in map(Path, list(self.entries)) if self.put_back(path)]

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Registers the runtime `rewarm` with the node's engines, and takes it out again.
+
+    register.py register --binary FILE --state DIRECTORY [--settings FILE] [--python FILE] ENGINE=FILE[:PROGRAM]...
+    register.py unregister --state DIRECTORY [ENGINE...]
+
+Standard library only: install.sh runs it with the system's python3 (>= 3.11, for tomllib). ENGINE is containerd, crio,
+docker or podman, FILE its configuration (of CRI-O and Podman: rewarm's drop-in), PROGRAM what checks the result.
+
+Every engine is tried. Prints a line for each: `ENGINE changed`, `unchanged` or `refused`, whose cause is on standard
+error; exit status 1 if any was refused. `engines.json` in the state directory says where each engine is registered,
+for `rewarm doctor --node`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import register_containerd
+import register_crio
+import register_docker
+import register_podman
+import register_settings
+from engine import Done
+from journal import Refused, atomic_write, read_bytes
+
+ENGINES = {
+    "containerd": register_containerd,
+    "crio": register_crio,
+    "docker": register_docker,
+    "podman": register_podman,
+}
+RECORD = "engines.json"
+
+
+def complain(label: str, error: Exception) -> None:
+    print(f"rewarm: error: {label}: {error}", file=sys.stderr)
+
+
+def register(wanted: dict[str, tuple[Path, str]], binary: str, state: Path, settings: Path | None, python: str) -> bool:
+    """Registers with each engine. False if one refused."""
+    programs, done = [], {}
+    for name, (config, program) in wanted.items():
+        try:
+            done[name] = ENGINES[name].register(config, binary, state, program)
+            programs.append(done[name].runc)
+        except (Refused, OSError) as error:
+            complain(name, error)
+    well = len(done) == len(wanted)
+    if settings is not None:
+        try:
+            noted = register_settings.note(settings, programs, binary, state, python)
+            print(f"settings {'changed' if noted.changed else 'unchanged'}")
+        except (Refused, OSError) as error:
+            complain("settings", error)
+            well = False
+    _record(state, wanted, done)
+    for name in wanted:
+        print(f"{name} {_word(done.get(name))}")
+    return well
+
+
+def _word(done: Done | None) -> str:
+    if done is None:
+        return "refused"
+    return "changed" if done.changed else "unchanged"
+
+
+def _record(state: Path, wanted: dict[str, tuple[Path, str]], done: dict[str, Done]) -> None:
+    state.mkdir(parents=True, exist_ok=True)
+    record = {
+        name: {"config": str(config), "program": program, "files": [str(path) for path in done[name].paths]}
+        for name, (config, program) in wanted.items()
+        if name in done
+    }
+    atomic_write(state / RECORD, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def unregister(state: Path, names: list[str]) -> bool:
+    """Undoes what the state directory records, of the engines named or of all. False if one refused."""
+    well = True
+    for name in names or [*ENGINES, "settings"]:
+        engine = ENGINES.get(name, register_settings)
+        try:
+            changed = engine.journal_in(state).put_all_back()
+        except (Refused, OSError) as error:
+            complain(name, error)
+            print(f"{name} refused")
+            well = False
+            continue
+        print(f"{name} {'changed' if changed else 'unchanged'}")
+        _forget(state, name)
+    return well
+
+
+def _forget(state: Path, name: str) -> None:
+    data = read_bytes(state / RECORD)
+    try:
+        record = json.loads(data or b"{}")
+    except ValueError:  # it is for doctor's eyes only
+        record = {}
+    if record.pop(name, None) is not None and record:
+        atomic_write(state / RECORD, json.dumps(record, indent=1).encode() + b"\n")
+    elif not record:
+        (state / RECORD).unlink(missing_ok=True)
+
+
+def place(text: str) -> tuple[str, tuple[Path, str]]:
+    """ENGINE=FILE[:PROGRAM], as argparse wants it."""
+    name, equals, rest = text.partition("=")
+    config, _, program = rest.partition(":")
+    if name not in ENGINES or not equals or not config:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ENGINE=FILE[:PROGRAM]; engines: {', '.join(ENGINES)}")
+    return name, (Path(os.path.abspath(config)), program)
+
+
+def recorded(name: str) -> str:
+    """What has a record of its own, as argparse wants it."""
+    if name not in (*ENGINES, "settings"):
+        raise argparse.ArgumentTypeError(f"there is no engine {name!r}; there are {', '.join(ENGINES)} and settings")
+    return name
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("register", help="add or refresh the runtime")
+    add.add_argument("--binary", required=True, help="absolute path of rewarm-runc")
+    add.add_argument("--settings", type=Path, help="rewarm's settings, for a low-level runtime that is not runc")
+    add.add_argument("--python", default="", help="an interpreter that has rewarm, which checks the settings")
+    add.add_argument("engines", metavar="ENGINE=FILE[:PROGRAM]", type=place, nargs="+")
+    remove = commands.add_parser("unregister", help="put back what was found")
+    remove.add_argument("engines", metavar="ENGINE", type=recorded, nargs="*")
+    for command in (add, remove):
+        command.add_argument("--state", type=Path, required=True, help="directory for the originals")
+    args = parser.parse_args(argv)
+    if args.command == "unregister":
+        return 0 if unregister(args.state, args.engines) else 1
+    settings = Path(os.path.abspath(args.settings)) if args.settings else None
+    return 0 if register(dict(args.engines), args.binary, args.state, settings, args.python) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

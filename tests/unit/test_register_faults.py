@@ -1,0 +1,303 @@
+"""install/register.py where files are odd or it is killed, for every engine; and the settings that it notes runc in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from rewarm.settings import load
+from support.registering import BINARY, ENGINES, FILES, INSTALL, Registering, at, content, without_state, write
+
+CONTAINERD = """\
+version = 2
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+"""
+
+
+def original_of(engine: str) -> str:
+    """A file that the engine may have where rewarm's goes; for a drop-in there is none."""
+    return {"containerd": CONTAINERD, "docker": '{"debug": true}'}.get(engine, "")
+
+
+KILLED = """\
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import register
+left = [int(sys.argv[2])]
+def counted(real):
+    def step(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            os._exit(137)
+        return real(*arguments)
+    return step
+os.replace, os.unlink, os.rmdir = counted(os.replace), counted(os.unlink), counted(os.rmdir)
+sys.exit(register.main(sys.argv[3:]))
+"""
+
+
+def killed_at(step: int, *words: str) -> bool:
+    """Runs register.py until its `step`th rename or removal. False if it came to an end before."""
+    command = [sys.executable, "-E", "-s", "-B", "-c", KILLED, str(INSTALL), str(step), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).returncode == 137
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("command", ["register", "unregister"])
+def test_killed_between_two_steps(tmp_path: Path, engine: str, command: str) -> None:
+    """A second run of either kind mends it, to the byte; the file has no last newline."""
+    step, ended = 0, False
+    while not ended:
+        step += 1
+        for mend in ("unregister", "register"):
+            directory = tmp_path / f"{step}-{mend}"
+            one = at(directory, engine)
+            one.config.parent.parent.mkdir(parents=True)
+            if original_of(engine):
+                write(one.config, original_of(engine).rstrip("\n")).chmod(0o640)
+            before = without_state(directory)
+            words = [command, "--state", str(one.state)]
+            if command != "register":
+                one.register()
+            words += [engine] if command == "unregister" else ["--binary", BINARY, f"{engine}={one.config}"]
+            ended = not killed_at(step, *words)
+            if mend == "register":
+                one.register()
+                assert BINARY in one.config.read_text()
+            one.unregister()
+            assert without_state(directory) == before, (step, mend)
+    assert step > 1
+
+
+def test_killed_while_the_block_is_refreshed(tmp_path: Path) -> None:
+    """Whichever block is left, it is rewarm's: the file goes back to what it was, its missing newline too."""
+    step, ended = 0, False
+    while not ended:
+        step += 1
+        one = at(tmp_path / str(step), "containerd")
+        original = write(one.config, CONTAINERD.rstrip("\n")).read_bytes()
+        older = one.state / "older"
+        older.mkdir(parents=True)
+        # An install of an earlier rewarm, whose block had other words.
+        for name in INSTALL.glob("*.py"):
+            (older / name.name).write_text(name.read_text().replace("written by rewarm's install.sh", "written by it"))
+        words = ["register", "--state", str(one.state), "--binary", BINARY, f"containerd={one.config}"]
+        subprocess.run([sys.executable, "-B", str(older / "register.py"), *words], check=True, capture_output=True)
+        assert "(written by it" in one.config.read_text()
+        ended = not killed_at(step, *words)
+        one.unregister()
+        assert one.config.read_bytes() == original, step
+    assert "(written by it" not in one.config.read_text() and step > 2
+
+
+# Odd files
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_symlink_mode_and_owner_stay(tmp_path: Path, engine: str) -> None:
+    one = at(tmp_path, engine)
+    real = write(tmp_path / "real/file", original_of(engine))
+    one.config.parent.mkdir(parents=True)
+    one.config.symlink_to("../" * (len(FILES[engine].split("/")) - 1) + "real/file")
+    real.chmod(0o600)
+    os.chown(real, 12345, 54321)
+    before = content(tmp_path)
+    one.register()
+    status = real.stat()
+    assert one.config.is_symlink()
+    assert (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o600, 12345, 54321)
+    assert BINARY in real.read_text()
+    one.unregister()
+    assert without_state(tmp_path) == before
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_symlink_to_nothing(tmp_path: Path, engine: str) -> None:
+    one = at(tmp_path, engine)
+    one.config.parent.mkdir(parents=True)
+    (tmp_path / "real").mkdir()
+    one.config.symlink_to(tmp_path / "real/file")
+    before = content(tmp_path)
+    one.register()
+    assert BINARY in (tmp_path / "real/file").read_text()
+    one.unregister()
+    assert without_state(tmp_path) == before
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("odd", ["directory", "fifo", "loop", "file above", "not text"])
+def test_refused_by_name(tmp_path: Path, engine: str, odd: str) -> None:
+    one = at(tmp_path, engine)
+    if odd == "file above":
+        write(one.config.parent, "")
+    else:
+        one.config.parent.mkdir(parents=True)
+    if odd == "directory":
+        one.config.mkdir()
+    elif odd == "fifo":
+        os.mkfifo(one.config)
+    elif odd == "loop":
+        one.config.symlink_to(one.config.name)
+    elif odd == "not text":
+        one.config.write_bytes(b"# \xff\n")
+    done = one.try_register()
+    assert (done.returncode, done.stdout) == (1, f"{engine} refused\n"), done.stderr
+    assert str(one.config) in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_where_nothing_can_be_written(tmp_path: Path, engine: str) -> None:
+    """A read-only mount: the error names the file, and nothing is on record."""
+    one = at(tmp_path, engine)
+    one.config.parent.mkdir(parents=True)
+    script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && shift && exec "$@"'
+    words = [sys.executable, "-B", str(INSTALL / "register.py"), "register", "--state", str(one.state)]
+    words += ["--binary", BINARY, f"{engine}={one.config}"]
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path / "etc"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, f"{engine} refused\n"), done.stderr
+    assert f"{one.config} cannot be written" in done.stderr and "Read-only file system" in done.stderr
+    assert one.unregister() == "unchanged"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_read_only_file(tmp_path: Path, engine: str) -> None:
+    one = at(tmp_path, engine)
+    if original_of(engine):
+        write(one.config, original_of(engine)).chmod(0o444)
+    one.config.parent.mkdir(parents=True, exist_ok=True)
+    before = content(tmp_path)
+    one.register()
+    one.unregister()
+    assert without_state(tmp_path) == before
+
+
+def test_imports_in_a_loop(tmp_path: Path) -> None:
+    one = at(tmp_path, "containerd")
+    other = write(one.config.parent / "other.toml", f'version = 2\nimports = ["{one.config}", "other.toml"]\n')
+    write(one.config, 'imports = ["other.toml", "config.toml"]\n' + CONTAINERD)
+    before = content(tmp_path)
+    one.register()
+    assert BINARY in one.config.read_text() and BINARY not in other.read_text()
+    one.unregister()
+    assert without_state(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("imports = 7\n", "imports is not a list of strings"),
+        ('version = 2\nplugins = "x"\n', "plugins is not a table"),
+        ('version = [2]\nroot = "/x"\n', "configuration version [2]"),
+        (CONTAINERD.replace('"io.containerd.runc.v2"', "7"), "runtime_type 7"),
+        (CONTAINERD + "  pod_annotations = 7\n", "pod_annotations is not a list of strings"),
+        (CONTAINERD + "  options = 7\n", "options is not a table"),
+    ],
+)
+def test_containerd_of_odd_form(tmp_path: Path, text: str, message: str) -> None:
+    one = at(tmp_path, "containerd")
+    write(one.config, text)
+    assert message in one.refused()
+
+
+def test_version_3_with_streaming_under_the_old_name(tmp_path: Path) -> None:
+    one = at(tmp_path, "containerd")
+    old, new = "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"
+    text = CONTAINERD.replace("version = 2", "version = 3").replace(old, new)
+    write(one.config, text + f'[plugins."{old}"]\n  disable_tcp_service = true\n')
+    one.register()
+    plugins = tomllib.loads(one.config.read_text())["plugins"]
+    assert set(plugins[new]["containerd"]["runtimes"]) == {"runc", "rewarm"}
+    assert plugins[old] == {"disable_tcp_service": True}
+
+
+def test_one_engines_refusal_is_no_other_ones(tmp_path: Path) -> None:
+    docker, podman = at(tmp_path, "docker"), at(tmp_path, "podman")
+    write(docker.config, "{")
+    done = docker.run("register", "--binary", BINARY, f"docker={docker.config}", f"podman={podman.config}")
+    assert (done.returncode, done.stdout) == (1, "docker refused\npodman changed\n")
+    record = json.loads((docker.state / "engines.json").read_text())
+    assert record == {"podman": {"config": str(podman.config), "program": "", "files": [str(podman.config)]}}
+
+
+# The low-level runtime
+
+
+def with_custom_runc(directory: Path, name: str, said: str = "runc version 1.1.5") -> tuple[Registering, Path, str]:
+    program = write(directory / name, f"#!/bin/sh\necho {said}\n")
+    program.chmod(0o755)
+    one = at(directory, "containerd")
+    write(one.config, CONTAINERD + f'  options = {{ BinaryName = "{program}" }}\n')
+    return one, directory / "etc/rewarm/config.yaml", str(program)
+
+
+def noted(one: Registering, settings: Path) -> subprocess.CompletedProcess[str]:
+    words = ("--binary", BINARY, "--settings", str(settings), "--python", sys.executable)
+    return one.run("register", *words, f"containerd={one.config}")
+
+
+@pytest.mark.parametrize("text", [None, "deadline: 60", "# nothing\n"])
+def test_a_custom_runc_goes_into_the_settings(tmp_path: Path, text: str | None) -> None:
+    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
+    if text is not None:
+        write(settings, text)
+    before = content(tmp_path)
+    done = noted(one, settings)
+    assert done.stdout == "settings changed\ncontainerd changed\n", done.stderr
+    assert f"runs {program}: so does rewarm" in done.stderr
+    assert load(settings).runtimes == (program,)
+    assert load(settings).deadline == (60 if text == "deadline: 60" else 90)
+    assert noted(one, settings).stdout == "settings unchanged\ncontainerd unchanged\n"
+    assert one.run("unregister").returncode == 0
+    assert without_state(tmp_path) == before
+
+
+def test_settings_of_the_users_own_stand(tmp_path: Path) -> None:
+    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
+    write(settings, "runtimes: [runc]\n")
+    done = noted(one, settings)
+    assert done.stdout == "settings unchanged\ncontainerd changed\n"
+    assert f"put {program} first there" in done.stderr
+    assert settings.read_text() == "runtimes: [runc]\n"
+
+
+def test_settings_that_cannot_be_extended(tmp_path: Path) -> None:
+    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
+    write(settings, "{deadline: 60}\n")
+    done = noted(one, settings)
+    assert done.returncode == 1
+    assert f"add 'runtimes: [\"{program}\"]' there by hand" in done.stderr
+    assert settings.read_text() == "{deadline: 60}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "message"),
+    [
+        ("crun", "crun version 1.8.1", "runs crun"),
+        ("a\u00e9 b", "runc", "does rewarm"),
+        ("gone", "", "does not run"),
+    ],
+)
+def test_what_can_stand_below(tmp_path: Path, name: str, said: str, message: str) -> None:
+    one, settings, program = with_custom_runc(tmp_path, name, said)
+    if name == "gone":
+        Path(program).unlink()
+    done = noted(one, settings)
+    assert message in done.stderr
+    assert settings.exists() == (message == "does rewarm")
+    assert not settings.exists() or load(settings).runtimes == (program,)
+
+
+def test_the_note_goes_when_the_node_runs_runc_again(tmp_path: Path) -> None:
+    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
+    noted(one, settings)
+    one.config.write_text(one.config.read_text().replace(f'  options = {{ BinaryName = "{program}" }}\n', ""))
+    assert noted(one, settings).stdout == "settings changed\ncontainerd unchanged\n"
+    assert not settings.exists()
