@@ -40,6 +40,11 @@ class Node:
     def launcher(self) -> str:
         return os.path.join(self.prefix, "bin", "rewarm-runc")
 
+    @property
+    def install_state(self) -> str:
+        """Where install.sh keeps what it found and did (install/lib.sh has the same rule)."""
+        return "/var/lib/rewarm/install" if self.prefix == "/opt/rewarm" else os.path.join(self.prefix, "install-state")
+
 
 def ask(words: Sequence[str], timeout: float = 20) -> tuple[int, str]:
     """Exit status and output (both streams) of a program; a status of -1 and the reason when it cannot be run."""

@@ -7,11 +7,21 @@ and captures left.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from rewarm import doctor_containerd, doctor_gpu, doctor_kernel, doctor_memory, doctor_places, doctor_programs, settings
+from rewarm import (
+    doctor_containerd,
+    doctor_gpu,
+    doctor_kernel,
+    doctor_memory,
+    doctor_node,
+    doctor_places,
+    doctor_programs,
+    settings,
+)
 from rewarm.checks import FAILED, OK, Check, Node
 from rewarm.errors import RewarmError
 from rewarm.settings import Settings
@@ -59,12 +69,31 @@ CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (
     ("left-overs", doctor_places.left_overs),
     ("containerd", doctor_containerd.containerd),
 )
+NODE_CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (
+    ("settings", check_settings),
+    ("runc", doctor_programs.runc),
+    ("installation", doctor_programs.installation),
+    ("launcher", doctor_node.launcher),
+)
 WIDTH = max(len(name) for name, _ in CHECKS)
 
 
 def examine(node: Node) -> Iterator[Check]:
     """Run every check. One that cannot look is a failed one, and keeps no other from looking."""
-    for name, check in CHECKS:
+    yield from _run(node, CHECKS)
+
+
+def examine_node(node: Node) -> Iterator[Check]:
+    """Run the checks of how the node's engines reach rewarm, for each engine that is there."""
+    engines = [(engine.label, partial(engine.check, placed=engine)) for engine in doctor_node.found(node)]
+    yield from _run(node, (*NODE_CHECKS, *engines))
+    if not engines:
+        step = "run install/install.sh --engines NAME, or give containers the runtime by its path"
+        yield Check("engines", FAILED, "none of containerd, CRI-O, Docker and Podman is on this node", step)
+
+
+def _run(node: Node, checks: Sequence[tuple[str, Callable[[Node], Check]]]) -> Iterator[Check]:
+    for name, check in checks:
         try:
             yield check(node)
         except RewarmError as error:

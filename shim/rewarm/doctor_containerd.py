@@ -18,9 +18,14 @@ _ANNOTATIONS = "rewarm.dev/"
 def containerd(node: Node) -> Check:
     """Never a failure: containers of other engines, and of `ctr --runc-binary`, do without."""
     program = shutil.which("containerd") or ""
+    if not program and not os.path.exists(node.containerd_config):
+        return Check("containerd", OK, "not on this node")
+    return registered(node, program)
+
+
+def registered(node: Node, program: str) -> Check:
+    """What `program` ("": nobody) makes of the node's containerd_config: a warning where the runtime is not in it."""
     if not os.path.exists(node.containerd_config):
-        if not program:
-            return Check("containerd", OK, "not on this node")
         return Check("containerd", WARNING, f"there is no {node.containerd_config}, so no runtime rewarm", _REGISTER)
     try:
         config = tomllib.loads(_text(program, node.containerd_config))

@@ -44,7 +44,13 @@ def test_containerd(name: str, plugin: str) -> None:
     runtimes = data["plugins"][plugin]["containerd"]["runtimes"]
     assert runtimes["rewarm"]["options"]["BinaryName"] == BINARY
     assert runtimes["rewarm"]["pod_annotations"] == ["rewarm.dev/*"]
-    assert "runc" in runtimes
+    assert ("runc" in runtimes) == (name == "v2"), "where a table replaces the built-in one it has to be there"
+
+
+def test_crio() -> None:
+    handlers = tomllib.loads((CONFIG / "crio.conf").read_text())["crio"]["runtime"]["runtimes"]
+    assert (handlers["rewarm"]["runtime_path"], handlers["rewarm"]["runtime_type"]) == (BINARY, "oci")
+    assert not [name for name in handlers["rewarm"]["allowed_annotations"] if "rewarm" in name]
 
 
 def test_docker_and_podman() -> None:

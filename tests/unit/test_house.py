@@ -84,6 +84,8 @@ ROOMS = {
     "rewarm.doctor_memory": 6,
     "rewarm.doctor_gpu": 6,
     "rewarm.doctor_containerd": 6,
+    "rewarm.doctor_engines": 6,
+    "rewarm.doctor_node": 6,
     "rewarm.doctor": 6,
     "rewarm.cli": 7,
 }

@@ -17,22 +17,28 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 @click.command("doctor")
 @click.option("--fix", is_flag=True, help="First undo what killed restores and captures left behind.")
+@click.option("--node", "registration", is_flag=True, help="Check how the node's engines reach rewarm instead.")
 @options.as_json
 @options.store
 @options.config
 @click.pass_context
-def command(ctx: click.Context, fix: bool, as_json: bool, store: str | None, config: Path | None) -> None:
+def command(
+    ctx: click.Context, fix: bool, registration: bool, as_json: bool, store: str | None, config: Path | None
+) -> None:
     """Check whether this node can capture and restore.
 
     Each check says what was found and, where it is not well, how to mend it. Exit status 1 when one has failed; a
     warning is something that costs time or that only some containers need.
+
+    With --node each container engine of the node is asked whether it knows the runtime `rewarm`, hands it annotations
+    and runs with that configuration.
     """
     node = doctor.look(config, None if store is None else options.absolute(store))
     problems = doctor.fix(node) if fix else []
     for problem in problems:
         output.complain(problem)
     checks = []
-    for check in doctor.examine(node):
+    for check in doctor.examine_node(node) if registration else doctor.examine(node):
         checks.append(check)
         if not as_json:
             _show(check)
