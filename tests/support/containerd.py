@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from support import cgroups
 from support.bundle import cgroup_parent, unmount_below
@@ -96,7 +96,7 @@ class Containerd:
         self.socket.unlink(missing_ok=True)
         self._start()
 
-    def __enter__(self) -> Containerd:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,10 +44,11 @@ class Docker:
     Its own containerd is a `Containerd`, not the one dockerd would start: dockerd takes the machine's when that
     runs. No bridge, no firewall rules: containers have the network "none", or "host", which is the daemon's
     namespace. Runtime `rewarm` is this node's rewarm-runc, found by name in daemon.json; its REWARM_CONFIG comes
-    by the environment that containerd hands to shim and runtime. `node` is configured to find the containers.
+    by the environment that containerd hands to shim and runtime. `node` is configured to find the containers. Unless
+    `registered`, daemon.json (`config`) says nothing of rewarm, for a test to register it there.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, *, registered: bool = True) -> None:
         self.node = node
         self.directory = node.directory / "docker"
         self.directory.mkdir(parents=True)
@@ -56,6 +58,8 @@ class Docker:
         # The runc root of all of dockerd's runtimes, whatever their name; moby is its containerd namespace.
         self.runc_root = self._run / "exec" / "runtime-runc" / "moby"
         self.log = self.directory / "dockerd.log"
+        self.config = self.directory / "daemon.json"
+        self._registered = registered
         self._had_key = _KEY.exists()
         self._process: subprocess.Popen[bytes] | None = None
         self._containerd: Containerd | None = None
@@ -91,14 +95,14 @@ class Docker:
             "ip-forward": False,
             "iptables": False,
             "pidfile": str(self._run / "docker.pid"),
-            "runtimes": {RUNTIME: {"path": str(self.node.prefix / "bin" / "rewarm-runc")}},
             "storage-driver": "overlay2",  # rewarm takes a container's changes out of its overlay
         }
-        config = self.directory / "daemon.json"
-        config.write_text(json.dumps(settings, indent=1))
+        if self._registered:
+            settings["runtimes"] = {RUNTIME: {"path": str(self.node.prefix / "bin" / "rewarm-runc")}}
+        self.config.write_text(json.dumps(settings, indent=1))
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                containerd.network.argv("dockerd", "--config-file", config),
+                containerd.network.argv("dockerd", "--config-file", self.config),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -126,6 +130,19 @@ class Docker:
             said = self.api.import_image(src=pieces, repository=repository, tag=tag)
         if tar.returncode != 0:
             raise CommandFailed(words, tar.returncode, str(said))
+
+    def reload(self) -> None:
+        """What `systemctl reload docker` does: dockerd reads its file again. Returns once it has."""
+        assert self._process is not None
+        before = self.log.read_text(errors="replace").count("Got signal to reload")
+        self._process.send_signal(signal.SIGHUP)
+        wait_for(
+            "dockerd reading its file again",
+            lambda: (
+                "Reloaded configuration" in self.log.read_text(errors="replace").split("Got signal to reload")[-1]
+                and self.log.read_text(errors="replace").count("Got signal to reload") > before
+            ),
+        )
 
     @contextmanager
     def environment(self) -> Iterator[None]:
