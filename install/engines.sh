@@ -42,12 +42,23 @@ restart_engine() {
     fi
 }
 
+# note_restart ENGINE: before its file is changed, so that after a kill in between another run restarts it. Adds the engine to
+# $pending if one was killed then.
+note_restart() {
+    [[ ! -e $state/restart.$1 ]] || pending+="$1 "
+    mkdir -p "$state"
+    : >"$state/restart.$1"
+}
+
+forget_restart() { rm -f "$state/restart.$1"; }
+
 absolute() { if [[ $1 == /* ]]; then printf '%s\n' "$1"; else printf '%s\n' "$PWD/$1"; fi; }
 
 # engine_list OPTION LIST: prints the names, a space between them.
 engine_list() {
     local name names
-    IFS=, read -ra names <<<"$2"
+    IFS=, read -ra names <<<"$2,"
+    [[ $2 != *, && $2 != ,* ]] || names+=("")
     for name in "${names[@]}"; do
         case $name in
         containerd | crio | docker | podman) ;;
@@ -82,7 +93,7 @@ chosen() {
 }
 
 register_runtime() {
-    local name python words status=0 arguments=() names=()
+    local name python words status=0 arguments=() names=() pending=" "
     if [[ $register == no ]]; then
         say "engines: not registered (--no-register)"
         return
@@ -93,6 +104,7 @@ register_runtime() {
             continue
         fi
         names+=("$name")
+        [[ -n ${configs[$name]:-} ]] || note_restart "$name"
         arguments+=("$name=${configs[$name]:-$(default_config "$name")}:$(engine_program "$name")")
     done
     [[ ${#names[@]} -gt 0 ]] || return 0
@@ -100,17 +112,26 @@ register_runtime() {
     words=$("$python" -E -s -B "$here/register.py" register --binary "$prefix/bin/rewarm-runc" --state "$state" \
         --settings "$settings" --python "$prefix/venv/bin/python3" "${arguments[@]}") || status=1
     for name in "${names[@]}"; do
-        if grep -qxF "$name unchanged" <<<"$words"; then
-            say "$name: needs no change"
+        if grep -qxF "$name refused" <<<"$words"; then
+            forget_restart "$name"
+            continue
         elif grep -qxF "$name changed" <<<"$words"; then
             say "$name: the runtime 'rewarm' is registered"
-            [[ -z ${configs[$name]:-} ]] || continue
-            if ! restart_engine "$name" "$no_restart"; then
-                "$python" -E -s -B "$here/register.py" unregister --state "$state" "$name" >/dev/null || true
-                restart_engine "$name" no || true
-                die "$name did not start with the runtime; its configuration was put back; see: journalctl -u $name"
-            fi
+        elif [[ $pending == *" $name "* ]]; then
+            say "$name: needs no change, but to be told of the last one"
+        else
+            say "$name: needs no change"
+            forget_restart "$name"
+            continue
         fi
+        [[ -z ${configs[$name]:-} ]] || continue
+        if ! restart_engine "$name" "$no_restart"; then
+            "$python" -E -s -B "$here/register.py" unregister --state "$state" "$name" >/dev/null || true
+            restart_engine "$name" no || true
+            forget_restart "$name"
+            die "$name did not start with the runtime; its configuration was put back; see: journalctl -u $name"
+        fi
+        forget_restart "$name"
     done
     [[ $status -eq 0 ]] || die "not every engine has the runtime; the rest is installed, so mend this and run again"
     verify "${names[@]}"

@@ -65,8 +65,8 @@ def read_text(path: Path) -> str | None:
     return None if data is None else decode(data, path)
 
 
-def atomic_write(path: Path, data: bytes, scratch: Path | None = None) -> None:
-    """Writes by rename, at a symlink its target. Keeps mode, owner and attributes (new file: 0644). Raises Refused.
+def atomic_write(path: Path, data: bytes, scratch: Path | None = None, mode: int = 0o644) -> None:
+    """Writes by rename, at a symlink its target. Keeps mode, owner and attributes (new file: `mode`). Raises Refused.
 
     `scratch` is where the temporary file is made, on the same file system: for directories whose every file is read by
     somebody (CRI-O's), who must not find half of one there. By default it is the file's own directory.
@@ -84,7 +84,7 @@ def atomic_write(path: Path, data: bytes, scratch: Path | None = None) -> None:
             if path.exists():
                 _copy_attributes(path, out.fileno())
             else:
-                os.fchmod(out.fileno(), 0o644)
+                os.fchmod(out.fileno(), mode)
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, path)
@@ -197,7 +197,7 @@ class Journal:
     def _note(self, path: Path, base: bytes | None, installed: list[str], made: list[str]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
         if base is not None:
-            atomic_write(self.original(path), base)
+            atomic_write(self.original(path), base, mode=0o600)  # it may hold what others must not read
         found = None if base is None else digest(base)
         self.entries[str(path)] = {"found": found, "installed": installed, "made": made}
         self._save()

@@ -61,6 +61,10 @@ def note(config: Path, programs: Sequence[str], binary: str, state: Path, python
             journal.undo(config, current)
             raise Refused(f"{error}; add 'runtimes: {_list(wanted[0])}' there by hand") from error
         journal.say(f"the node's runc runtime runs {wanted[0]}: so does rewarm, by `runtimes` in {config}")
+        if "nvidia" in os.path.basename(wanted[0]):
+            journal.say(
+                "note: containers that get their GPUs by it start cold; those that get them by CDI need runc there"
+            )
     return Done(changed=new != text, paths=(config,), runc=wanted[0])
 
 

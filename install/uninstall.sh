@@ -85,18 +85,21 @@ users() {
 }
 
 unregister() {
-    local python words name at_home=()
+    local python words name at_home=() pending=" "
     for python in /usr/bin/python3 /usr/bin/python3.[0-9]* "$prefix/venv/bin/python3" ""; do
         [[ -n $python ]] || die "no python3 with tomllib to edit the engines' configuration with"
         if "$python" -I -c 'import tomllib' 2>/dev/null; then break; fi
     done
     for name in containerd crio docker; do
-        if grep -qs '"/etc/' "$state/$name.json"; then at_home+=("$name"); fi
+        if grep -qs '"/etc/' "$state/$name.json" || [[ -e $state/restart.$name ]]; then
+            at_home+=("$name")
+            note_restart "$name"
+        fi
     done
     words=$("$python" -E -s -B "$here/register.py" unregister --state "$state") ||
         die "an engine's configuration could not be put back; nothing was removed: mend this and run again"
     for name in "${at_home[@]}"; do
-        if grep -qxF "$name changed" <<<"$words"; then
+        if grep -qxF "$name changed" <<<"$words" || [[ $pending == *" $name "* ]]; then
             restart_engine "$name" "$no_restart" || warn "$name did not restart; see: journalctl -u $name"
             # It takes runtimes anew from a file that has some, and keeps the old ones with a file that has none.
             [[ $name != docker ]] || say "docker: if its file names no other runtime, it forgets this one when it is restarted"

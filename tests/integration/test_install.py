@@ -350,6 +350,25 @@ def test_bad_arguments(script: Path, arguments: list[str], message: str) -> None
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engines", "lxc"], "there is no engine 'lxc'"),
+        (["--exclude-engines=docker,"], "there is no engine ''"),
+        (["--docker-config", "/tmp/a:b"], "may hold no ':'"),
+        (["--runc-config", "/tmp/a"], "unknown option '--runc-config'"),
+        (["--docker-config", "/tmp/a", "--no-register"], "exclude each other"),
+        (["--engines", "docker", "--no-register"], "exclude each other"),
+        (["--engines"], "needs a value"),
+    ],
+)
+def test_bad_engines(arguments: list[str], message: str) -> None:
+    # No directory can be made there: whatever gets by the options ends before it could touch this machine.
+    done = run(INSTALL, "--prefix", "/proc/never", "--no-packages", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
 def test_purge_is_for_the_node(tmp_path: Path) -> None:
     done = run(UNINSTALL, "--prefix", tmp_path / "prefix", "--purge")
     assert done.returncode == 1
@@ -439,6 +458,9 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
         ! "$repository/install/install.sh" --no-packages --exclude-engines docker,podman 2>&1
         test "$(cat /etc/docker/daemon.json)" = '{"debug": true}'
         test "$(cat /etc/containerd/config.toml)" = 'version = 2'
+        printf '#!/bin/sh\ntest "$1" != restart || kill -9 $PPID\n' > /usr/local/bin/systemctl
+        ! "$repository/install/install.sh" --no-packages --exclude-engines docker,podman 2>&1
+        grep -q 'BEGIN rewarm' /etc/containerd/config.toml
         cp "$scratch/well" /usr/local/bin/systemctl
         echo "---"
         "$repository/install/install.sh" --no-packages
@@ -466,6 +488,7 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
         """,
     )
     failed, _, said = said.partition("---\n")
+    assert "containerd: needs no change, but to be told of the last one" in said
     assert "its configuration was put back" in failed
     assert "installed in /opt/rewarm" in said
     assert "remove the store, too: /srv/shared" in said

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,35 @@ def test_containerd(
         engine.restart()
         with pytest.raises(grpc.RpcError, match="rewarm"), engine.pod("rewarm", {}):
             pytest.fail("the handler is still there")
+
+
+def test_containerd_that_is_replaced(tmp_path: Path, registered: Registered) -> None:
+    """From 1.6 to 2.x and back: the runtime moves to where that one reads it, and nothing stays at the other place."""
+    config, drop_in = tmp_path / "config.toml", tmp_path / "conf.d/rewarm.toml"
+    nvidia = tmp_path / "conf.d/99-nvidia.toml"
+    nvidia.parent.mkdir()
+    config.write_text(f'version = 2\nimports = ["{tmp_path}/conf.d/*.toml"]')
+    table = 'plugins."io.containerd.grpc.v1.cri".containerd'
+    nvidia.write_text(
+        f'version = 2\n[{table}]\ndefault_runtime_name = "nvidia"\n[{table}.runtimes.nvidia]\n'
+        f'runtime_type = "io.containerd.runc.v2"\n[{table}.runtimes.nvidia.options]\nSystemdCgroup = true\n'
+    )
+    before = config.read_bytes(), nvidia.read_bytes()
+    old, new = "/usr/bin/containerd", str(rootfs.containerd2() / "containerd")
+    for program in (old, new, old, new, new):
+        registered.register(f"containerd={config}:{program}")
+        dump = tomllib.loads(command(program, "--config", config, "config", "dump").stdout)["plugins"]
+        plugin = dump.get("io.containerd.cri.v1.runtime") or dump["io.containerd.grpc.v1.cri"]
+        assert plugin["containerd"]["default_runtime_name"] == "nvidia"
+        runtimes = plugin["containerd"]["runtimes"]
+        assert set(runtimes) - {"runc"} == {"nvidia", "rewarm"}  # 1.6 has no runc beside those that are named
+        assert runtimes["rewarm"]["options"]["BinaryName"] == str(registered.binary)
+        assert runtimes["rewarm"]["options"]["SystemdCgroup"] is True, "as the node's default runtime has it"
+        assert (drop_in.exists(), nvidia.read_bytes() == before[1]) == (program == new, program == new)
+        assert config.read_bytes() == before[0]
+    registered.unregister()
+    assert (config.read_bytes(), nvidia.read_bytes()) == before
+    assert list(nvidia.parent.iterdir()) == [nvidia]
 
 
 def test_a_custom_runc_captures_and_restores(tmp_path: Path, node: Node) -> None:

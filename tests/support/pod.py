@@ -77,7 +77,8 @@ class CriContainerd(Containerd):
         self.config = directory / "config.toml"
         try:
             command = ("python3", "-c", "import time; time.sleep(3600)")
-            self.import_image(pack(directory / "base.tar", IMAGE, [rootfs.base()], args=command), namespace="k8s.io")
+            image = pack(rootfs.cache() / "images" / "pod.tar", IMAGE, [rootfs.base()], args=command)
+            self.import_image(image, namespace="k8s.io")
         except BaseException:
             self.stop()
             raise

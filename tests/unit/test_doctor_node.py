@@ -129,7 +129,8 @@ def test_podman(node: Node, tmp_path: Path) -> None:
     for script, status, message in (
         (f"echo {node.launcher}", OK, "says podman"),
         ("echo /usr/bin/else", FAILED, "podman takes /usr/bin/else"),
-        ("echo no storage; exit 125", FAILED, "no storage"),
+        ("echo no storage; exit 125", WARNING, "no storage"),
+        ("echo 'default OCI runtime \"rewarm\" not found: invalid argument'; exit 125", FAILED, "not found"),
     ):
         says(doctor_engines.podman(node, str(config), program(tmp_path / "podman", script)), status, message)
     for text, message in (("[engine]\n", "has no runtime"), ("[engine\n", "cannot be understood")):

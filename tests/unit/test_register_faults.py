@@ -114,6 +114,7 @@ def test_symlink_mode_and_owner_stay(tmp_path: Path, engine: str) -> None:
     assert one.config.is_symlink()
     assert (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o600, 12345, 54321)
     assert BINARY in real.read_text()
+    assert all(path.stat().st_mode & 0o077 == 0 for path in one.state.glob("*.orig")), "it may hold secrets"
     one.unregister()
     assert without_state(tmp_path) == before
 
