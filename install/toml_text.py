@@ -19,8 +19,8 @@ BLOCK = re.compile(r"^# BEGIN rewarm runtime[^\n]*\n.*?^# END rewarm runtime[^\n
 
 
 def strip(text: str, path: Path) -> str:
-    """The text without rewarm's block."""
-    del path
+    """The text without rewarm's block. Refused if it has a part of one."""
+    check_whole(text, path)
     return BLOCK.sub("", text)
 
 

@@ -169,6 +169,23 @@ def test_where_nothing_can_be_written(tmp_path: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_part_that_somebody_has_torn(tmp_path: Path, engine: str) -> None:
+    """Where rewarm's part ends would be a guess: it is said, and the original stays on record."""
+    one = at(tmp_path, engine)
+    if original_of(engine):
+        write(one.config, original_of(engine))
+    one.register()
+    whole = one.config.read_text()
+    one.config.write_text(whole[: whole.rindex("\n", 0, -1)] if engine != "docker" else whole[:-2])
+    done = one.run("unregister", engine)
+    assert (done.returncode, done.stdout) == (1, f"{engine} refused\n")
+    assert str(one.config) in done.stderr and "Traceback" not in done.stderr
+    one.config.write_text(whole)
+    assert one.unregister() == "changed"
+    assert (one.config.read_text() if one.config.exists() else "") == original_of(engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_read_only_file(tmp_path: Path, engine: str) -> None:
     one = at(tmp_path, engine)
     if original_of(engine):
