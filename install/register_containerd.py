@@ -137,15 +137,15 @@ def _in_place(files: list[ConfigFile], binary: str, containerd: Containerd | Non
     owner = owner_of(files)
     plugin, version_line = plugin_for(owner, files[0], containerd)
     named = owner.runtimes()
-    implied: Runtimes = {}
-    if not named:
-        implied = containerd.effective(files[0].path) if containerd else {}
-        implied.pop(RUNTIME, None)
-        implied = implied or BUILT_IN
+    effective = containerd.effective(files[0].path) if containerd else {}
+    effective.pop(RUNTIME, None)
+    implied = {} if named else effective or BUILT_IN
     default = str(
         table(cri_table(owner.base_data, owner.path), owner.path, "containerd").get("default_runtime_name", "runc")
     )
     runtimes = _with_types(named, files[0].path, containerd) or implied
+    if not runtimes.keys() & {"runc", default}:  # another file may have it, where tables are merged
+        runtimes = effective or runtimes
     mine, runc = derive(runtimes, default, binary, owner.path)
     base = owner.base
     before = base + ("\n" if base and not base.endswith("\n") else "") + version_line

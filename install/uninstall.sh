@@ -97,7 +97,7 @@ unregister() {
         fi
     done
     words=$("$python" -E -s -B "$here/register.py" unregister --state "$state") ||
-        die "an engine's configuration could not be put back; nothing was removed: mend this and run again"
+        die "an engine's configuration could not be put back; rewarm stays installed: mend this and run again"
     for name in "${at_home[@]}"; do
         if grep -qxF "$name changed" <<<"$words" || [[ $pending == *" $name "* ]]; then
             restart_engine "$name" "$no_restart" || warn "$name did not restart; see: journalctl -u $name"

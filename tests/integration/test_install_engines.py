@@ -22,7 +22,7 @@ from support.bundle import cgroup_parent
 from support.docker import Docker
 from support.node import Node
 from support.pod import CriContainerd
-from support.proc import command, wait_for
+from support.proc import CommandFailed, command, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 REGISTER = REPOSITORY / "install/register.py"
@@ -159,6 +159,26 @@ def test_containerd_that_is_replaced(tmp_path: Path, registered: Registered) -> 
     registered.unregister()
     assert (config.read_bytes(), nvidia.read_bytes()) == before
     assert list(nvidia.parent.iterdir()) == [nvidia]
+
+
+def test_containerd_with_runc_in_another_file(tmp_path: Path, registered: Registered) -> None:
+    """Where tables are merged runc may be named before the file that has the last word; 1.6 has no runc then."""
+    config, kata = tmp_path / "config.toml", tmp_path / "kata.toml"
+    table = 'plugins."io.containerd.grpc.v1.cri".containerd.runtimes'
+    config.write_text(f'version = 2\nimports = ["{kata}"]\n[{table}.runc.options]\nSystemdCgroup = true\n')
+    kata.write_text(f'version = 2\n[{table}.kata]\nruntime_type = "io.containerd.kata.v2"\n')
+    before = config.read_bytes(), kata.read_bytes()
+    with pytest.raises(CommandFailed, match="neither a runtime 'runc'"):
+        registered.register(f"containerd={config}:/usr/bin/containerd")
+    assert (config.read_bytes(), kata.read_bytes()) == before
+    program = rootfs.containerd2() / "containerd"
+    registered.register(f"containerd={config}:{program}")
+    dump = tomllib.loads(command(program, "--config", config, "config", "dump").stdout)["plugins"]
+    runtimes = dump["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"]
+    assert set(runtimes) == {"runc", "kata", "rewarm"}
+    assert runtimes["rewarm"]["options"]["SystemdCgroup"] is True
+    registered.unregister()
+    assert (config.read_bytes(), kata.read_bytes()) == before
 
 
 def test_a_custom_runc_captures_and_restores(tmp_path: Path, node: Node) -> None:
