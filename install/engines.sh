@@ -112,16 +112,14 @@ register_runtime() {
     words=$("$python" -E -s -B "$here/register.py" register --binary "$prefix/bin/rewarm-runc" --state "$state" \
         --settings "$settings" --python "$prefix/venv/bin/python3" "${arguments[@]}") || status=1
     for name in "${names[@]}"; do
-        if grep -qxF "$name refused" <<<"$words"; then
-            forget_restart "$name"
-            continue
-        elif grep -qxF "$name changed" <<<"$words"; then
+        if grep -qxF "$name changed" <<<"$words"; then
             say "$name: the runtime 'rewarm' is registered"
-        elif [[ $pending == *" $name "* ]]; then
+        elif grep -qxF "$name unchanged" <<<"$words" && [[ $pending == *" $name "* ]]; then
             say "$name: needs no change, but to be told of the last one"
         else
-            say "$name: needs no change"
-            forget_restart "$name"
+            if grep -qxF "$name unchanged" <<<"$words"; then say "$name: needs no change"; fi
+            # A register.py that broke down says nothing, and may have changed the file.
+            if [[ -n $words && $pending != *" $name "* ]]; then forget_restart "$name"; fi
             continue
         fi
         [[ -z ${configs[$name]:-} ]] || continue

@@ -6,7 +6,7 @@ belongs to that one's program.
 
 `allowed_annotations` is copied and gets nothing of rewarm's: the list is of annotations that CRI-O itself acts on.
 Those it does not know go through to the runtime as they are, and a handler that lists one is ignored ("invalid
-allowed_annotation", in the sources of CRI-O 1.24 to 1.36).
+allowed_annotation": seen with CRI-O 1.37, and so in the sources since 1.24).
 """
 
 from __future__ import annotations
