@@ -14,11 +14,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from support import cgroups, counter, rootfs
 from support.bundle import cgroup_parent
+from support.cri import CriError
 from support.docker import Docker
 from support.node import Node
 from support.pod import CriContainerd
@@ -106,7 +106,7 @@ def test_containerd(
     runc = str(program) if custom else ""
     with CriContainerd(tmp_path / "c", node, newer=newer, version=version, runc=runc) as engine:
         original = engine.config.read_bytes()
-        with pytest.raises(grpc.RpcError, match="rewarm"), engine.pod("rewarm", {}):
+        with pytest.raises(CriError, match="rewarm"), engine.pod("rewarm", {}):
             pytest.fail("the handler is there before it is registered")
         where = f"containerd={engine.config}:{engine.program}"
         assert "containerd changed" in registered.register(where, settings=node.config).stdout
@@ -128,7 +128,7 @@ def test_containerd(
         assert not drop_in.parent.exists()
         assert "containerd unchanged" in registered.unregister().stdout
         engine.restart()
-        with pytest.raises(grpc.RpcError, match="rewarm"), engine.pod("rewarm", {}):
+        with pytest.raises(CriError, match="rewarm"), engine.pod("rewarm", {}):
             pytest.fail("the handler is still there")
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import daemonset
-import register_containerd
+import engine
 from daemonset_host import STOP_SECONDS
 from daemonset_label import LABEL
 from rewarm import annotation, request, settings
@@ -147,7 +147,7 @@ def test_what_is_named_is_there(target: str) -> None:
 
 def test_the_runtime_class_is_what_the_installer_registers() -> None:
     runtime = manifests.pick(manifests.build("base"), "RuntimeClass", "rewarm")
-    assert runtime["handler"] == register_containerd.RUNTIME
+    assert runtime["handler"] == engine.RUNTIME
     assert runtime["scheduling"]["nodeSelector"] == {LABEL: "true"}
     assert "overhead" not in runtime
 

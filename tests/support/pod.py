@@ -1,60 +1,23 @@
-"""A containerd with its CRI plugin whose configuration a test may change: restarted as a node would, asked by gRPC.
-
-The few calls of the CRI that a pod with one container takes, in the protobuf wire format: fields by their numbers in
-api.proto of k8s.io/cri-api v1.
-"""
+"""A containerd with its CRI plugin whose configuration a test may change, restarted as a node's is."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from support import rootfs
 from support.containerd import Containerd
+from support.cri import Cri, pb
 from support.image import pack
 from support.node import Node
-from support.proc import wait_for
 
 IMAGE = "rewarm.test/base:1"
-# NamespaceMode: the node's own network, so that no plugin is needed, and pids as kubelet has them by default.
-_NODE, _CONTAINER = 2, 1
-
-
-def message(*fields: tuple[int, object]) -> bytes:
-    """Encodes (number, value) pairs: int, str, bytes (a message) or a dict of strings (map<string, string>)."""
-    encoded = b""
-    for number, value in fields:
-        if isinstance(value, dict):
-            for key, text in value.items():
-                encoded += message((number, message((1, key), (2, text))))
-        elif isinstance(value, int):
-            encoded += _varint(number << 3) + _varint(value)
-        else:
-            data = value.encode() if isinstance(value, str) else value
-            assert isinstance(data, bytes)
-            encoded += _varint(number << 3 | 2) + _varint(len(data)) + data
-    return encoded
-
-
-def _varint(number: int) -> bytes:
-    encoded = bytearray()
-    while number > 127:
-        encoded.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*encoded, number])
-
-
-def first_text(answer: bytes) -> str:
-    """The string in field 1 of an answer that is shorter than 128 bytes there: an id."""
-    assert answer[0] == 1 << 3 | 2, answer
-    return answer[2 : 2 + answer[1]].decode()
+# The node's own network, so that no plugin is needed, and pids as the kubelet has them by default.
+_NAMESPACES = pb.NamespaceOption(network=pb.NODE, pid=pb.CONTAINER)
 
 
 class CriContainerd(Containerd):
@@ -70,10 +33,10 @@ class CriContainerd(Containerd):
         self.runc = runc
         programs = rootfs.containerd2() if newer else None
         self.program = str(programs / "containerd") if programs else "/usr/bin/containerd"
-        self.env = dict(node.env)
+        env = dict(node.env)
         if programs:  # its shim is found in PATH
-            self.env["PATH"] = f"{programs}:{os.environ['PATH']}"
-        super().__init__(directory, cri=True, binary=self.program, env=self.env)
+            env["PATH"] = f"{programs}:{os.environ['PATH']}"
+        super().__init__(directory, cri=True, binary=self.program, env=env)
         self.config = directory / "config.toml"
         try:
             command = ("python3", "-c", "import time; time.sleep(3600)")
@@ -83,8 +46,8 @@ class CriContainerd(Containerd):
             self.stop()
             raise
 
-    def _config(self, cri: bool) -> str:
-        text = super()._config(cri)
+    def _config(self, cri: bool, cri_config: Sequence[str], runtimes: Mapping[str, Path | None]) -> str:
+        text = super()._config(cri, cri_config, runtimes)
         runtime = "io.containerd.cri.v1.runtime" if self.version == 3 else "io.containerd.grpc.v1.cri"
         if self.version == 3:
             text = text.replace("io.containerd.grpc.v1.cri", runtime).replace("version = 2", "version = 3")
@@ -104,57 +67,46 @@ class CriContainerd(Containerd):
         """runc's root for the CRI's containers, which no option of the CRI plugin changes."""
         return Path("/run/containerd/runc/k8s.io")
 
-    def restart(self) -> None:
-        """Ends the daemon and starts it anew, with whatever is in its configuration now."""
-        assert self._process is not None
-        self._process.terminate()
-        self._process.wait(30)
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.network.argv(self.program, "--config", self.config),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self.env, "TMPDIR": str(self._run)},
-                start_new_session=True,
-            )
-        wait_for("containerd's answer", self._answers, timeout=30)
-
-    def call(self, method: str, request: bytes) -> bytes:
-        """One call of the CRI. Raises grpc.RpcError."""
-        with grpc.insecure_channel(f"unix://{self.socket}") as channel:
-            ask = channel.unary_unary(f"/runtime.v1.RuntimeService/{method}", None, None)
-            answer: bytes = ask(request, timeout=60, wait_for_ready=True)
-            return answer
+    def call(self, method: str, **fields: Any) -> Any:
+        """One call of the CRI. Raises CriError."""
+        with Cri(self.socket) as cri:
+            return cri.call(method, **fields)
 
     @contextmanager
-    def pod(self, handler: str, annotations: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
+    def pod(self, handler: str, annotations: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
         """A pod sandbox: its id and the configuration that its containers need; stopped and removed afterwards."""
-        names = message((1, _NODE), (2, _CONTAINER))
-        linux = message((1, self.cgroup), (2, message((1, names))))
-        metadata = message((1, "pod"), (2, "uid-1"), (3, "default"))
         logs = self.directory / "pods"
         logs.mkdir(exist_ok=True)
-        config = message((1, metadata), (3, str(logs)), (7, dict(annotations)), (8, linux))
-        made = first_text(self.call("RunPodSandbox", message((1, config), (2, handler))))
+        config = pb.PodSandboxConfig(
+            metadata=pb.PodSandboxMetadata(name="pod", uid="uid-1", namespace="default"),
+            log_directory=str(logs),
+            annotations=dict(annotations),
+            linux=pb.LinuxPodSandboxConfig(
+                cgroup_parent=self.cgroup,
+                security_context=pb.LinuxSandboxSecurityContext(namespace_options=_NAMESPACES),
+            ),
+        )
+        made = self.call("RunPodSandbox", config=config, runtime_handler=handler).pod_sandbox_id
         try:
             yield made, config
         finally:
-            self.call("StopPodSandbox", message((1, made)))
-            self.call("RemovePodSandbox", message((1, made)))
+            self.call("StopPodSandbox", pod_sandbox_id=made)
+            self.call("RemovePodSandbox", pod_sandbox_id=made)
 
-    def run_container(self, pod: tuple[str, bytes], name: str, command: Sequence[str]) -> str:
+    def run_container(self, pod: tuple[str, Any], name: str, command: Sequence[str]) -> str:
         """Creates and starts a container of the pod; its id. Its output goes to `log_of`."""
-        namespaces = message((1, _NODE), (2, _CONTAINER))
-        config = message(
-            (1, message((1, name))),
-            (2, message((1, IMAGE))),
-            *((3, word) for word in command),
-            (11, f"{name}.log"),
-            (15, message((2, message((3, namespaces))))),
+        context = pb.LinuxContainerSecurityContext(namespace_options=_NAMESPACES)
+        config = pb.ContainerConfig(
+            metadata=pb.ContainerMetadata(name=name),
+            image=pb.ImageSpec(image=IMAGE),
+            command=list(command),
+            log_path=f"{name}.log",
+            linux=pb.LinuxContainerConfig(security_context=context),
         )
-        made = first_text(self.call("CreateContainer", message((1, pod[0]), (2, config), (3, pod[1]))))
-        self.call("StartContainer", message((1, made)))
+        made: str = self.call(
+            "CreateContainer", pod_sandbox_id=pod[0], config=config, sandbox_config=pod[1]
+        ).container_id
+        self.call("StartContainer", container_id=made)
         return made
 
     def log_of(self, name: str) -> str:
