@@ -46,7 +46,8 @@ def apply_layer(
     with _walk(root_fd) as walker:
         steps = plan.make(tarread.members(layer), walker, devices=False)
         if shared is not None:
-            steps = [step for step in steps if _is_to_be_made(step, shared, walker)]
+            needed = _with_links(steps, shared)
+            steps = [step for step in steps if _is_to_be_made(step, needed, walker)]
         if undo_path is not None:
             undo.write_undo(steps, root_fd, undo_path)
         try:
@@ -97,14 +98,21 @@ def _walk(root_fd: int) -> Walker:
         raise failed("./", "opening the root filesystem", error) from error
 
 
+def _with_links(steps: list[Step], needed: Container[Parts]) -> set[Parts]:
+    """What is needed, by all its names: a hard link to another's file would be another file than the program had."""
+    first = {step.parts: names.parse(step.member.link) for step in steps if step.member.kind == kinds.LINK}
+    wanted = {first.get(step.parts, step.parts) for step in steps if step.parts in needed}
+    return {step.parts for step in steps if first.get(step.parts, step.parts) in wanted}
+
+
 def _is_to_be_made(step: Step, needed: Container[Parts], walker: Walker) -> bool:
     """Whether a step among others' files is to be taken. Raises LayerError."""
     if step.what != ENTRY:
         raise LayerError(joined(step.parts), "it is to be deleted, and may be in use by others")
-    if step.found is None or step.over_directory:
+    if step.found is None:
         return True
     if step.parts not in needed:
-        return False
+        return False  # a directory as well: its mode is not the snapshot's to say
     try:
         left = stat.S_ISREG(step.found.st_mode) and not _is_open(step.parts, walker)
     except OSError as error:

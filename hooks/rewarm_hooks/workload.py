@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -113,6 +114,7 @@ class _Listener:
             os.fchmod(self.socket.fileno(), 0o600)  # the mode that bind(2) gives to the file
             self.socket.bind(self.path)
             self.socket.listen(8)
+            self.socket.setblocking(False)
             self._start()
         except BaseException:
             self.close()
@@ -137,8 +139,17 @@ class _Listener:
 
     def _serve(self) -> None:
         while self.socket.fileno() >= 0:
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+                waiting = select.poll()
+                waiting.register(self.socket, select.POLLIN)
+                waiting.poll()
+            # A program that closes all descriptors may have one of its own with this number by now.
+            if self._is_lost():
+                return
             try:
                 connection, _ = self.socket.accept()
+            except BlockingIOError:
+                continue
             except OSError:
                 time.sleep(1.0)  # out of descriptors, perhaps
                 continue
@@ -149,6 +160,14 @@ class _Listener:
                     self._tell()
             except Exception:
                 traceback.print_exc()
+
+    def _is_lost(self) -> bool:
+        """Whether the descriptor was closed by somebody else, or is somebody else's. Its inode is another after each
+        restore, its name is not."""
+        try:
+            return self.socket.getsockname() != self.path
+        except OSError:
+            return True
 
     def _tell(self) -> None:
         with _lock:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rewarm
-from rewarm import aside, compat, losses, netlock, node, overlay, processes, registered, source
+from rewarm import addresses, aside, compat, losses, netlock, node, overlay, processes, registered, source
 from rewarm.alone import alone
 from rewarm.criu import connections, images, remaps
 from rewarm.criu.carve import carve
@@ -35,7 +35,7 @@ from rewarm.saved import SavedMemory, add_library
 from rewarm.scratch import Scratch
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore, SnapshotRef
-from rewarm.store.manifest import Cuda, HugeMapping, Manifest, Memory, timestamp
+from rewarm.store.manifest import MAX_ADDRESSES, Cuda, HugeMapping, Manifest, Memory, timestamp
 from rewarm.store.names import check_name, check_namespace
 from rewarm.store.writer import SnapshotWriter
 from rewarm.trace import Trace
@@ -45,6 +45,7 @@ WAITING = "waiting for the helper of the capture before"
 GPU_MEMORY, DUMP = "moving GPU memory", "dumping memory"
 """Steps that a signal must not end in the middle."""
 _KILL_TIMEOUT = 10.0
+_TRIES, _PAUSE = 20, 0.005
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,7 @@ def capture(
             memory=carved,
             cuda=cuda,
             signals=signals,
+            addresses=_addresses(container.pid),
         )
         with trace.phase("capture.publish"):
             ref, published = writer.publish(manifest)
@@ -257,6 +259,13 @@ def _carve(container: Container, images_directory: Path, writer: SnapshotWriter,
     return Memory(filled=found.filled, zeros=found.zeros, left=found.left, huge=huge)
 
 
+def _addresses(pid: int) -> tuple[str, ...]:
+    try:
+        return tuple(addresses.addresses(pid)[:MAX_ADDRESSES])
+    except OSError:
+        return ()  # a restore that needs to know them says so
+
+
 def _keep_connections(container: Container, checkpoint: Path, pids: list[int]) -> list[str]:
     try:
         return connections.keep(checkpoint, pids)
@@ -290,7 +299,7 @@ def _write_layers(
             in_rootfs = remaps.by_name_in_upper(in_rootfs, upper, pids[0])
             _write_layer(snapshot / ROOTFS_DIFF, upper, [(link.name, link.source) for link in in_rootfs])
         if shm:
-            _write_layer(snapshot / DEV_SHM, Path(shm), [(link.name[len(SHM) :], link.source) for link in in_shm])
+            _write_shared(snapshot / DEV_SHM, Path(shm), [(link.name[len(SHM) :], link.source) for link in in_shm])
     except LayerError as error:
         raise CaptureError("write changed files of", container.id, str(error)) from error
 
@@ -314,6 +323,17 @@ def _write_layer(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:
         stats = write_layer(tree, out, extra=extra)
     if not stats.entries:
         path.unlink()
+
+
+def _write_shared(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:
+    """A tree in which other containers of the pod, which are not frozen, may make and delete files meanwhile."""
+    for _ in range(_TRIES):
+        try:
+            _write_layer(path, tree, extra)
+            return
+        except LayerError:
+            time.sleep(_PAUSE)
+    _write_layer(path, tree, extra)
 
 
 def _stop(container: Container, low_level: Runc, frozen: Frozen) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from rewarm import node
 from rewarm.errors import Unfit
 from rewarm.gpu.container import ContainerGpus
+from rewarm.oci import pod
 from rewarm.oci.spec import OWN_DESTINATIONS, digest, mounts, without_io_uring
-from rewarm.request import environment_keys, image_name
+from rewarm.request import environment_keys
 from rewarm.settings import Settings
 from rewarm.store.manifest import GpuDevice, Mount, Requires
 from rewarm_hooks import gpu_pairs
@@ -55,7 +56,7 @@ def describe(
         kernel=node.kernel(),
         criu=criu_version,
         runc=runc_version,
-        image=image_name(spec),
+        image=pod.image(spec),
         args=tuple(map(str, process.get("args") or [])),
         env_keys=environment_keys(spec, settings),
         mounts=tuple(Mount(destination, kind) for destination, kind in mounts(spec)),

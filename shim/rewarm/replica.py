@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rewarm import addresses, ports
 from rewarm.criu import connections, sockets, uts
-from rewarm.criu.sockets import FILES
-from rewarm.errors import Unfit
 from rewarm.oci import pod, spec
 from rewarm.oci import uts as oci_uts
 from rewarm.oci.spec import Spec
@@ -24,18 +23,19 @@ from rewarm.oci.spec import Spec
 NAME = "restored.json"
 
 
-def rename(checkpoint: Path, bundle_spec: Spec) -> None:
+def rename(checkpoint: Path, bundle_spec: Spec, before: Sequence[str]) -> None:
     """Have CRIU give the container the host name of its spec, or leave that of the pod that it joins, and bind its
-    sockets to the addresses that it has. Raises Unfit where it cannot have that, images.ImageError and OSError."""
+    sockets to the addresses that it has; `before` are those of the source. Raises Unfit where it cannot have that,
+    images.ImageError and OSError."""
     if (names := oci_uts.names(bundle_spec)) is not None:
         uts.rename(checkpoint, *names)
-    survive = connections.kept(checkpoint)
-    if survive and (cause := connections.check(checkpoint)):
-        raise Unfit("restore snapshot", FILES, cause)
-    if survive and (target := _network(bundle_spec)):
-        connections.renumber(checkpoint, ports.ports(target))
-    if found := _addresses(bundle_spec):
-        sockets.readdress(checkpoint, found, connections=survive)
+    here = _addresses(bundle_spec) or []
+    # Where there are none yet nothing tells: the engine may still give it those of the source.
+    if here:
+        sockets.readdress(checkpoint, before, here)
+    if connections.kept(checkpoint):
+        target = _network(bundle_spec)
+        connections.settle(checkpoint, here, () if target is None else ports.ports(target))
 
 
 def tell(control: str, container: str, snapshot: str, bundle_spec: Spec) -> None:

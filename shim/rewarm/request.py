@@ -12,13 +12,6 @@ from rewarm.oci import pod
 from rewarm.oci.spec import OWN_DESTINATIONS, Spec, digest, mounts, spec_annotations, without_own
 from rewarm.settings import Settings
 
-_IMAGE_NAMES = (
-    "io.kubernetes.cri.image-name",
-    "io.kubernetes.cri-o.ImageName",
-    "org.opencontainers.image.ref.name",
-    "io.containerd.image.name",
-)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -88,12 +81,6 @@ def _namespace(spec: Spec) -> str:
         raise RequestError("read annotation", *error.args) from None
 
 
-def image_name(spec: Spec) -> str:
-    """The image as the engine annotates it, or "" where no engine did."""
-    found = spec_annotations(spec)
-    return next((found[key] for key in _IMAGE_NAMES if found.get(key)), "")
-
-
 def environment(spec: Spec) -> dict[str, str]:
     """The container's own, without what rewarm has added."""
     words = (spec.get("process") or {}).get("env") or []
@@ -109,7 +96,7 @@ def environment_keys(spec: Spec, settings: Settings) -> tuple[str, ...]:
 def derived_name(spec: Spec, settings: Settings) -> str:
     """The name that `auto` stands for: equal for containers that one snapshot can serve."""
     identity = {
-        "image": image_name(spec),
+        "image": pod.image(spec),
         "args": list((spec.get("process") or {}).get("args") or []),
         "env": sorted((key, environment(spec)[key]) for key in environment_keys(spec, settings)),
         "mounts": sorted(m for m in mounts(spec) if m[0] not in OWN_DESTINATIONS),

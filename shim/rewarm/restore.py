@@ -235,7 +235,7 @@ def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
     checkpoint = Path(_file(plan, CHECKPOINT))
     try:
         vet.vet(checkpoint, plan.spec, mounts.destinations(plan.invocation.bundle, plan.spec))
-        rename(checkpoint, plan.spec)
+        rename(checkpoint, plan.spec, plan.manifest.addresses)
     except images.ImageError as error:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
     if memory is not None:

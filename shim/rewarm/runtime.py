@@ -58,6 +58,10 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
         recover.settle(directory, binary)
     bundle_spec = spec.load(invocation.bundle)
     wanted = requests.parse(bundle_spec, settings)
+    if wanted is not None and problem is not None:
+        from dataclasses import replace
+
+        wanted = replace(wanted, capture="never")  # what the settings say of the pod's namespace is not known
     # With the id taken, runc has the words for it.
     if runc.exists(invocation.root, invocation.container_id):
         runc.replace_process(binary, invocation.words)

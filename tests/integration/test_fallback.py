@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from rewarm.oci import record
 from support import cgroups, faults
 from support.node import Node
 from support.outcomes import annotate, bound, fails, falls_back, said, starts_cold
@@ -320,6 +321,20 @@ def test_settings_that_cannot_be_read(other: Node) -> None:
     before.check_config()
     before.check_files()
     assert not Path("/run/rewarm").exists() or faults.remains(other, "copy", made) == []
+
+
+def test_settings_that_cannot_be_read_capture_nothing(other: Node) -> None:
+    """What they say of the pod's namespace is not known."""
+    other.configure(stoer="/typo")
+    made = faults.bundle(other.directory / "copy")
+    made.spec["annotations"]["rewarm.dev/capture"] = "on-ready"
+    annotate(made, "cold-start")
+    other.runtime.create("copy", made)
+    try:
+        kept = record.load(record.directory("/run/rewarm", str(other.runtime.root), "copy"))
+        assert kept is not None and kept.phase == record.COLD and kept.request["capture"] == "never"
+    finally:
+        other.runtime.delete("copy", force=True)
 
 
 def test_state_directory_that_cannot_be_made(other: Node) -> None:

@@ -24,9 +24,12 @@ def record(
     state: int = LISTEN,
     protocol: int = socket.IPPROTO_TCP,
     inode: int = 7,
+    number: int = 23,
+    network: int = 0,
 ) -> bytes:
     family = socket.AF_INET6 if ":" in near else socket.AF_INET
     far = far or ("::" if ":" in near else "0.0.0.0")
-    entry = field(1, 23) + field(2, inode) + field(3, family) + field(4, 1) + field(5, protocol) + field(6, state)
+    entry = field(1, number) + field(2, inode) + field(3, family) + field(4, 1) + field(5, protocol) + field(6, state)
     entry += field(7, port) + field(8, far_port) + words(11, near) + words(12, far) + field(13, b"") + field(19, 1)
-    return field(1, 4) + field(2, 23) + field(4, entry)
+    entry += field(18, network) if network else b""
+    return field(1, 4) + field(2, number) + field(4, entry)

@@ -42,6 +42,7 @@ FULL = replace(
     packs=(PACK,),
     cuda=Cuda((1, 7), (5, 0)),
     signals=(Wanted(1, 10), Wanted(7, 64)),
+    addresses=("10.1.0.5", "fd00::5"),
 )
 FULL = replace(FULL, requires=replace(FULL.requires, gpus=GPUS, driver="580.159.04"))
 
@@ -114,7 +115,7 @@ def test_the_paths_reach_every_level() -> None:
     assert {"files[0].offset", "requires.mounts[0].type", "processes[0].threads[0].tid"} <= set(map(dotted, PATHS))
 
 
-LATER = [("cuda", "served_bytes"), ("cuda", "served_zeros"), ("requires", "engine"), ("signals",)]
+LATER = [("cuda", "served_bytes"), ("cuda", "served_zeros"), ("requires", "engine"), ("signals",), ("addresses",)]
 """Fields that older snapshots have not."""
 
 
@@ -132,7 +133,7 @@ def test_an_older_snapshot_is_read() -> None:
     found = parse(encode(value))
     assert found.cuda.served_bytes == 0
     assert found.requires.engine == "none"
-    assert found.signals == ()
+    assert found.signals == () and found.addresses == ()
 
 
 @pytest.mark.parametrize(("path", "wrong"), WRONG_PATHS)
@@ -158,6 +159,21 @@ def test_a_field_of_another_type_is_named(path: tuple[Any, ...], wrong: Any) -> 
 def test_gpus_are_checked(path: tuple[Any, ...], wrong: Any, said: str) -> None:
     value = document()
     parent(value, path)[path[-1]] = wrong
+    assert said in damage(encode(value))
+
+
+@pytest.mark.parametrize(
+    ("addresses", "said"),
+    [
+        (["10.1.0.5", "10.1.0"], "field addresses[1] is no address"),
+        (["fe80::1%eth0"], "field addresses[0] is no address"),
+        (["10.0.0.1"] * 1025, "field addresses has more than 1024 entries"),
+        ("10.0.0.1", "field addresses must be a list"),
+    ],
+)
+def test_bad_addresses(addresses: object, said: str) -> None:
+    value = document()
+    value["addresses"] = addresses
     assert said in damage(encode(value))
 
 

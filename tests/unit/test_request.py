@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rewarm import policy, request
 from rewarm.errors import RequestError
+from rewarm.oci import pod
 from rewarm.settings import Settings
 
 SETTINGS = Settings()
@@ -124,19 +125,29 @@ def test_a_pod_of_cri_o() -> None:
     made["annotations"].update(names)
     found = request.parse(made, SETTINGS)
     assert found is not None and found.namespace == "team-1"
-    assert request.image_name(made) == "ocr:1"
+    made["annotations"] |= {"io.kubernetes.cri.image-name": "other", "io.kubernetes.cri.container-name": "other"}
+    assert pod.image(made) == "ocr:1" and pod.container(made) == "server", "what the pod has made up counts"
     made["annotations"]["rewarm.dev/container"] = "sidecar"
     assert request.parse(made, SETTINGS) is None
     made["annotations"] |= {"rewarm.dev/container": "server", "io.kubernetes.cri-o.ContainerType": "sandbox"}
     assert request.parse(made, SETTINGS) is None
 
 
-@pytest.mark.parametrize("own", ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"])
-def test_a_namespace_that_a_pod_has_made_up(own: str) -> None:
-    """An engine that lets all annotations through writes its own key last, but not that of another engine."""
+@pytest.mark.parametrize(
+    ("own", "kind", "other"),
+    [
+        ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri.container-type", "io.kubernetes.pod.namespace"),
+        ("io.kubernetes.pod.namespace", "io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri.sandbox-namespace"),
+    ],
+)
+def test_a_namespace_that_a_pod_has_made_up(own: str, kind: str, other: str) -> None:
+    """An engine that lets all annotations through writes its own keys last, but not those of another engine."""
     made = spec(snapshot="a")
-    made["annotations"] |= {"io.kubernetes.cri.sandbox-namespace": "victim", "io.kubernetes.pod.namespace": "victim"}
-    made["annotations"][own] = "mine"
+    made["annotations"] |= {own: "mine", kind: "container", other: "victim"}
+    found = request.parse(made, SETTINGS)
+    assert found is not None and found.namespace == "mine"
+    kinds = ("io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType")
+    made["annotations"] |= dict.fromkeys(kinds, "container")
     with pytest.raises(RequestError, match="no engine writes both"):
         request.parse(made, SETTINGS)
 

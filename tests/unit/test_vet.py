@@ -80,6 +80,26 @@ def test_a_namespace_of_the_nodes_that_is_joined_by_its_path(tmp_path: Path, kin
         vet.vet(tmp_path, live, set())
 
 
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        (field(1, 4) + field(4, field(3, 2) + field(4, 3)), "a raw socket.*CAP_NET_RAW"),
+        (field(1, 4) + field(4, field(3, 10) + field(4, 3)), "a raw socket.*CAP_NET_RAW"),
+        (field(1, 4) + field(4, field(3, 17) + field(4, 2)), "family 17"),
+        (field(1, 10), "a packet socket.*CAP_NET_RAW"),
+        (field(1, 15), "a network tunnel.*CAP_NET_ADMIN"),
+        (field(1, 19), "a BPF map.*CAP_BPF"),
+    ],
+)
+def test_files_that_take_a_capability(tmp_path: Path, record: bytes, text: str) -> None:
+    (tmp_path / "files.img").write_bytes(image(field(1, 4) + field(4, field(3, 2) + field(4, 1)), record))
+    with pytest.raises(Unfit, match=text):
+        check(tmp_path, spec())
+    if "CAP" in text:
+        held = ["CAP_KILL", "CAP_SETUID", "CAP_NET_RAW", "CAP_NET_ADMIN", "CAP_BPF"]
+        check(tmp_path, spec(capabilities={"bounding": held}))
+
+
 def test_an_honest_snapshot_passes(tmp_path: Path) -> None:
     mounts = (mount("./proc", PROC), mount("./models", UNSUPPORTED, key=b"/models"), mount("./dev/shm", TMPFS))
     check(tmp_path, spec(), mounts=(*mounts, mount("./proc/kcore", TMPFS), mount("./dev/pts", 6)))

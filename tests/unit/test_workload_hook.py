@@ -214,6 +214,33 @@ def test_nothing_is_imported_to_be_seeded(control: Path) -> None:
         assert started.communicate() == ("\n", "")
 
 
+def test_a_program_that_closes_its_descriptors(control: Path) -> None:
+    """The number is another socket's then, of which no connection may be taken, also once the thread looks again."""
+    text = """
+import socket
+workload.on_restore(lambda found: say("told"))
+os.closerange(3, 100)
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0)); listener.listen(64)
+while listener.fileno() < workload._listener.socket.fileno():
+    listener = socket.socket(fileno=os.dup(listener.fileno()))
+say(listener.getsockname()[1], listener.fileno() == workload._listener.socket.fileno())
+say('ready')
+while True:
+    listener.accept()[0].sendall(b"mine")
+"""
+    with program(control, text, end="") as started:
+        port, same = line(started).split()
+        assert same == "True" and line(started) == "ready"
+        for _ in range(3):
+            started.send_signal(signal.SIGSTOP)
+            wait_for("the stop", lambda: processes.running(started.pid) == "")
+            started.send_signal(signal.SIGCONT)
+            for _ in range(8):
+                with socket.create_connection(("127.0.0.1", int(port)), timeout=5) as connection:
+                    assert connection.recv(4) == b"mine"
+
+
 @pytest.mark.parametrize("initialised", [True, False])
 def test_pytorch(control: Path, initialised: bool) -> None:
     """Its CUDA only where the process uses it. By a stand-in: PyTorch itself is not for every run of the tests."""

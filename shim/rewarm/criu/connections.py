@@ -15,7 +15,9 @@ import secrets
 import socket
 import struct
 import termios
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,9 @@ from rewarm.criu.sockets import (
     DESTINATION,
     FAR_PORT,
     FILES,
+    ID,
     INODE,
+    NETWORK,
     PORT,
     PROTOCOL,
     SOURCE,
@@ -35,13 +39,17 @@ from rewarm.criu.sockets import (
     address,
     entry_of,
     is_connection,
+    is_loopback,
+    plain,
     rewrite,
     words,
 )
+from rewarm.criu.tree import living
 
 _MAGIC = struct.pack("<II", 0x54564319, 0x51465506)  # criu/include/magic.h: IMG_COMMON_MAGIC, TCP_STREAM_MAGIC
 _ESTABLISHED, _CLOSED = 1, 7  # linux/tcp_states.h
 _TCP_CLOSE = 10  # images/inventory.proto
+_FILES_ID = 2  # images/core.proto: task_kobj_ids_entry
 _SACK, _WINDOW_SCALE = 2, 4  # linux/tcp.h: TCPI_OPT_*
 _SCALE = 7
 _SEGMENT = 65463
@@ -50,15 +58,21 @@ _WINDOW = 65535
 _EPHEMERAL = (32768, 61000)
 _LONGEST = 1 << 20
 """Bytes that may wait to be read."""
-_SIOCOUTQ = termios.TIOCOUTQ
+_PATIENCE = 0.25
+"""Seconds for what is acknowledged late (40 ms as a rule: TCP_DELACK_MIN), of all connections together."""
+_SO_PEEK_OFF = 42  # asm-generic/socket.h
+_TCP_ULP = 31  # linux/tcp.h
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
 class _End(NamedTuple):
-    """One end of a connection: inode, state, and both addresses with their ports."""
+    """One end of a connection: its numbers in the images, and both addresses with their ports. IPv4's are so in sockets
+    of IPv6, too."""
 
+    id: int
     inode: int
     state: int
+    network: int
     near: tuple[bytes, int]
     far: tuple[bytes, int]
 
@@ -103,24 +117,52 @@ def keep(checkpoint: Path, pids: Iterable[int]) -> list[str]:
     return notes
 
 
-def check(checkpoint: Path) -> str:
-    """What is wrong with the connections of images that are hostile, "" if nothing: each has to have both ends in them,
-    or a container could speak in the middle of a connection of others. Raises images.ImageError."""
-    for end, far in _ends(checkpoint / FILES).items():
-        if far is None or end.state != _ESTABLISHED or not (checkpoint / stream(end.inode)).exists():
-            return f"a connection of port {end.near[1]}, whose other end is not in the images"
-    return ""
-
-
-def renumber(checkpoint: Path, taken: Collection[int]) -> None:
-    """Give a connection another port if one of `taken` would be in its way: those of a container that ended less than a
-    minute ago, in the same pod, had the same. It is the port of the end that has connected, which nobody looks for.
+def settle(checkpoint: Path, here: Sequence[str], taken: Collection[int]) -> None:
+    """Leave those connections in the images of which CRIU makes both ends, between addresses that the container has:
+    loopback, and `here`. All others become closed sockets, whatever the images say: with one end alone the container
+    would speak in the middle of a connection of others. And none has a port of `taken`.
 
     Raises images.ImageError and OSError.
     """
     path = checkpoint / FILES
+    if not path.exists():
+        raise images.ImageError(f"{FILES}: it is not there, but connections are")
+    own = {socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one) for one in here}
+    opened = _opened(checkpoint)
+    good = {
+        end.id
+        for end, far in _ends(path).items()
+        if far is not None
+        and _ESTABLISHED == end.state == far.state
+        and end.network == far.network
+        and {end.id, far.id} <= opened
+        and all(is_loopback(at) or at in own for at in (end.near[0], end.far[0]))
+        and all((checkpoint / stream(one.inode)).exists() for one in (end, far))
+    }
+    rewrite(path, lambda entry: {} if images.u32(entry, ID) in good else _closed(entry))
+    _renumber(path, taken)
+
+
+def _opened(checkpoint: Path) -> set[int]:
+    """Ids of the files that living processes have open: CRIU makes no others, whatever files.img has."""
+    found: set[int] = set()
+    for files in {images.u32(ids, _FILES_ID) for pid in living(checkpoint) for ids in _ids(checkpoint, pid)}:
+        path = checkpoint / f"fdinfo-{files}.img"
+        found |= {images.u32(one, 1) for one in images.records(path)} if path.exists() else set()
+    return found
+
+
+def _ids(checkpoint: Path, pid: int) -> Iterator[Message]:
+    path = checkpoint / f"ids-{pid}.img"
+    return images.records(path) if path.exists() else iter(())
+
+
+def _renumber(path: Path, taken: Collection[int]) -> None:
+    """Give a connection another port if one of `taken` would be in its way: those of a container that ended less than a
+    minute ago, in the same pod, had the same. It is the port of the end that has connected, which nobody looks for.
+    """
     entries = [entry for entry in map(entry_of, images.records(path)) if entry is not None]
-    tcp = [entry for entry in entries if images.number(entry, PROTOCOL) == socket.IPPROTO_TCP]
+    tcp = [entry for entry in entries if images.u32(entry, PROTOCOL) == socket.IPPROTO_TCP]
     served = {images.u32(entry, PORT) for entry in tcp if not is_connection(entry)}
     used = {*served, *taken, *(end.near[1] for end in _ends(path))}
     changed: dict[int, int] = {}
@@ -157,9 +199,10 @@ def _ends(path: Path) -> dict[_End, _End | None]:
 
 
 def _end(entry: Message) -> _End:
-    near = address(entry, SOURCE), images.u32(entry, PORT)
-    far = address(entry, DESTINATION), images.u32(entry, FAR_PORT)
-    return _End(images.u32(entry, INODE), images.u32(entry, STATE), near, far)
+    near = plain(address(entry, SOURCE)), images.u32(entry, PORT)
+    far = plain(address(entry, DESTINATION)), images.u32(entry, FAR_PORT)
+    number, inode, state, network = (images.u32(entry, field) for field in (ID, INODE, STATE, NETWORK))
+    return _End(number, inode, state, network, near, far)
 
 
 def _closed(entry: Message) -> dict[int, bytes]:
@@ -182,29 +225,37 @@ def _without_tcp_close(path: Path) -> None:
 def _waiting(inodes: set[int], pids: Iterable[int]) -> dict[int, bytes]:
     """What waits to be read at each of these sockets; without those that still have something under way."""
     found: dict[int, bytes] = {}
+    until = time.monotonic() + _PATIENCE
     for pid in pids:
         for name in _names(f"/proc/{pid}/fd"):
             link = _SOCKET.fullmatch(_link(f"/proc/{pid}/fd/{name}"))
             if link is None or int(link[1]) not in inodes or int(link[1]) in found:
                 continue
-            data = _look(pid, int(name))
+            data = None
+            with suppress(OSError):  # it comes back closed, then
+                data = _look(pid, int(name), until)
             if data is not None:
                 found[int(link[1])] = data
     return found
 
 
-def _look(pid: int, descriptor: int) -> bytes | None:
+def _look(pid: int, descriptor: int, until: float) -> bytes | None:
     from rewarm_native import process
 
     with socket.socket(fileno=process.get_fd(pid, descriptor)) as taken:
-        if _asked(taken, _SIOCOUTQ):
+        # TLS of the kernel's is nothing that could be restored; and looking would move the offset of a program's own.
+        if taken.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).rstrip(b"\0"):
             return None
+        if taken.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF) >= 0:
+            return None
+        while _asked(taken, termios.TIOCOUTQ):
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.002)
         length = _asked(taken, termios.FIONREAD)
         if length > _LONGEST:
             return None
-        data = b""
-        if length:
-            data = taken.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        data = taken.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT) if length else b""
         return data if len(data) == length else None
 
 

@@ -19,33 +19,57 @@ from rewarm.errors import Unfit
 FILES = "files.img"
 _INET_SOCKET = 4  # images/fdinfo.proto: fd_types
 _TYPE, _ENTRY = 1, 4  # file_entry
-INODE, FAMILY, PROTOCOL, STATE, PORT, FAR_PORT, SOURCE, DESTINATION = 2, 3, 5, 6, 7, 8, 11, 12
+ID, INODE, FAMILY, PROTOCOL, STATE, PORT, FAR_PORT, SOURCE, DESTINATION, NETWORK = 1, 2, 3, 5, 6, 7, 8, 11, 12, 18
 """Fields of inet_sk_entry (images/sk-inet.proto)."""
 _FAMILIES = {int(socket.AF_INET): 4, int(socket.AF_INET6): 16}
 """Bytes of an address."""
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
-def readdress(checkpoint: Path, addresses: Sequence[str], *, connections: bool) -> None:
-    """Bind what was bound to an address that is not there any more to the one of its kind that is. `addresses` are
-    those of the network namespace that the container gets, without loopback and link-local ones. `connections`: whether
-    TCP connections are more than closed sockets, which are bound to nothing.
+def readdress(checkpoint: Path, before: Sequence[str], here: Sequence[str]) -> None:
+    """Bind what was bound to the source's address to the one of its kind that the container has. `before` are the
+    addresses of the network namespace of the source, `here` those of the one that the container gets, both without
+    loopback and link-local ones. Ends of connections whose address cannot be told stay as they are (connections.py).
 
-    Raises Unfit where there is none of that kind, or several: a guess could open a port to others than before.
-    images.ImageError; OSError.
+    Raises Unfit where the source or the container has not just one of that kind: a guess could open a port to others
+    than before. images.ImageError; OSError.
     """
     path = checkpoint / FILES
     if not path.exists():
         return
-    here = [socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one) for one in addresses]
+    old, new = [_kinds(addresses) for addresses in (before, here)]
     moved: dict[bytes, bytes] = {}
     for entry in filter(None, map(entry_of, images.records(path))):
-        old = _plain(address(entry, SOURCE))
-        bound = images.number(entry, PORT) and (connections or not is_connection(entry))
-        if bound and _is_of_a_pod(old) and old not in here:
-            moved[old] = _only(old, [one for one in here if len(one) == len(old)])
+        own = plain(address(entry, SOURCE))
+        if not images.u32(entry, PORT) or not _is_of_a_pod(own) or own in new.get(len(own), ()):
+            continue
+        was, now = old.get(len(own), []), new.get(len(own), [])
+        if was == [own] and len(now) == 1:
+            moved[own] = now[0]
+        elif not is_connection(entry):
+            raise _unknown(own, was, now)
     if moved:
         rewrite(path, lambda entry: _replacements(entry, moved))
+
+
+def _kinds(addresses: Sequence[str]) -> dict[int, list[bytes]]:
+    """By their length in bytes: of IPv4, and of IPv6."""
+    found: dict[int, list[bytes]] = {}
+    for one in addresses:
+        raw = socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one)
+        found.setdefault(len(raw), []).append(raw)
+    return found
+
+
+def _unknown(own: bytes, was: list[bytes], now: list[bytes]) -> Unfit:
+    family, kind = (socket.AF_INET, "IPv4") if len(own) == 4 else (socket.AF_INET6, "IPv6")
+    counts = f"the source had {len(was) or 'no'} {kind} address{'es' * (len(was) > 1)}, this container has"
+    return Unfit(
+        "restore snapshot",
+        f"sockets bound to {socket.inet_ntop(family, own)}",
+        f"{counts} {len(now) or 'none'}, and they have to have one each to tell which becomes which",
+        "have the program listen on any address, or on loopback",
+    )
 
 
 def rewrite(path: Path, change: Callable[[Message], dict[int, bytes]]) -> None:
@@ -69,7 +93,7 @@ def _changed(
 
 def entry_of(record: Message) -> Message | None:
     """The socket of a record of files.img, if it is one."""
-    if images.number(record, _TYPE) != _INET_SOCKET:
+    if images.u32(record, _TYPE) != _INET_SOCKET:
         return None
     entries = list(images.messages(record, _ENTRY))
     if len(entries) > 1:
@@ -79,19 +103,23 @@ def entry_of(record: Message) -> Message | None:
 
 def is_connection(entry: Message) -> bool:
     """What CRIU takes for a TCP connection (criu/sk-inet.c: tcp_connection)."""
-    return images.number(entry, PROTOCOL) == socket.IPPROTO_TCP and images.number(entry, FAR_PORT) != 0
+    return images.u32(entry, PROTOCOL) == socket.IPPROTO_TCP and images.u32(entry, FAR_PORT) != 0
 
 
 def address(entry: Message, field: int) -> bytes:
     """As in sockaddr_in and sockaddr_in6, b"" if it is none."""
-    length = _FAMILIES.get(images.number(entry, FAMILY), 0)
+    length = _FAMILIES.get(images.u32(entry, FAMILY), 0)
     words = [word & 0xFFFFFFFF for word in images.numbers(entry, field)]
     return struct.pack(f"={len(words)}I", *words)[:length]
 
 
-def _plain(address: bytes) -> bytes:
+def plain(address: bytes) -> bytes:
     """IPv4 where IPv6 stands for it (RFC 4291, 2.5.5.2)."""
     return address.removeprefix(_MAPPED) if len(address) == 16 else address
+
+
+def is_loopback(address: bytes) -> bool:
+    return address[:1] == b"\x7f" if len(address) == 4 else address == bytes(15) + b"\x01"
 
 
 def _is_of_a_pod(address: bytes) -> bool:
@@ -104,26 +132,12 @@ def _is_of_a_pod(address: bytes) -> bool:
     return False
 
 
-def _only(address: bytes, found: list[bytes]) -> bytes:
-    if len(found) == 1:
-        return found[0]
-    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-    text = socket.inet_ntop(family, address)
-    kind = "IPv4" if len(address) == 4 else "IPv6"
-    raise Unfit(
-        "restore snapshot",
-        f"sockets bound to {text}",
-        f"this container has {len(found) or 'no'} {kind} address{'es, which do not tell which' if found else ''}",
-        "have the program listen on any address, or on loopback",
-    )
-
-
 def _replacements(entry: Message, moved: dict[bytes, bytes]) -> dict[int, bytes]:
     """It may be connected to another of the container's own sockets: so the destination's, too."""
     found = {}
     for field in (SOURCE, DESTINATION):
         old = address(entry, field)
-        if new := moved.get(_plain(old)):
+        if new := moved.get(plain(old)):
             found[field] = words(field, _MAPPED + new if len(new) < len(old) else new)
     return found
 

@@ -12,15 +12,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rewarm.criu import images, namespaces
+from rewarm.criu import descriptors, images, namespaces
 from rewarm.criu.images import Message
+from rewarm.criu.tree import is_dead
 from rewarm.errors import Unfit
 
 # images/mnt.proto: file systems that the kernel fills by itself or that CRIU fills from its own images.
 _VIRTUAL = {1: "proc", 2: "sysfs", 5: "tmpfs", 6: "devpts", 12: "cgroup", 14: "mqueue", 23: "cgroup2"}
 _OVERLAY = 17
 _FILTER = 2  # SECCOMP_MODE_FILTER
-_DEAD = 2  # criu/include/pstree.h: TASK_DEAD
 _TSYNC = 1  # SECCOMP_FILTER_FLAG_TSYNC
 # runc makes these itself: masked and read-only paths, and what it mounts below its own mounts.
 _BELOW = ("/proc", "/sys", "/dev")
@@ -48,10 +48,11 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
     if not cores:
         raise Unfit("restore snapshot", "checkpoint", "it has no core image, so no process")
     limits = _Limits(spec)
+    descriptors.check(directory, limits.capabilities())
     followers = _followers(directory)
     for path in cores:
         records = list(images.records(path))
-        if records and all(_is_dead(core) for core in records):
+        if records and all(is_dead(core) for core in records):
             continue
         some = False
         for thread in (one for core in records for one in images.messages(core, 5)):
@@ -62,12 +63,6 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
             limits.check(thread, path.name, path.name in followers)
         if not some:
             raise Unfit("restore snapshot", path.name, "it has no credentials in it")
-
-
-def _is_dead(core: Message) -> bool:
-    """A process that its parent has not reaped: CRIU (restore_one_zombie) has it end at once, whatever else it says."""
-    states = [images.number(task, 1) for task in images.messages(core, 3)]
-    return bool(states) and all(state == _DEAD for state in states)
 
 
 def _check_cgroups(directory: Path) -> None:
@@ -162,6 +157,10 @@ class _Limits:
         self._held = self._bounding if may_gain else ambient
         self._filtered = bool((spec.get("linux") or {}).get("seccomp"))
         self._lsm = str(process.get("apparmorProfile") or process.get("selinuxLabel") or "")
+
+    def capabilities(self) -> set[str]:
+        """Without CAP_, what a process may have."""
+        return {name for at, name in enumerate(_CAPABILITIES) if self._bounding & 1 << at}
 
     def check(self, thread: Message, name: str, follows: bool) -> None:
         """`follows`: the thread gets the seccomp filter of another that is checked as well."""

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from rewarm.naming import is_name
 from rewarm.oci.spec import Spec, spec_annotations
 
 DEFAULT = "default"
 """The namespace outside of Kubernetes."""
 _KEYS = ("namespace", "name", "uid", "container")
-_ANNOTATIONS = (
+
+
+class _Engine(NamedTuple):
+    """Annotations that an engine writes: `kind` tells sandboxes from containers."""
+
+    kind: str
+    image: str
+    names: tuple[str, ...]
+
+
+_CONTAINERD = _Engine(
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.cri.image-name",
     (
         "io.kubernetes.cri.sandbox-namespace",
         "io.kubernetes.cri.sandbox-name",
-        "io.kubernetes.cri.sandbox-uid",
+        "io.kubernetes.cri.sandbox-uid",  # not of older versions
         "io.kubernetes.cri.container-name",
     ),
+)
+_CRIO = _Engine(
+    "io.kubernetes.cri-o.ContainerType",
+    "io.kubernetes.cri-o.ImageName",
     (
         "io.kubernetes.pod.namespace",
         "io.kubernetes.pod.name",
@@ -22,45 +40,52 @@ _ANNOTATIONS = (
         "io.kubernetes.container.name",
     ),
 )
-"""Of containerd (whose older versions write no uid), and of CRI-O."""
-_TYPES = ("io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType")
+_OTHER_IMAGES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
+"""Of tools outside of Kubernetes."""
+
+
+def _engine(annotations: dict[str, str]) -> _Engine:
+    """Whose annotations count: an engine writes its own over a pod's of that name, but may let another's through. A pod
+    cannot take the one's away, so with both it has made the other's up (`namespace`)."""
+    return _CRIO if _CRIO.kind in annotations and _CONTAINERD.kind not in annotations else _CONTAINERD
 
 
 def pod(spec: Spec) -> dict[str, str] | None:
     """`namespace`, `name`, `uid` (empty where it is not told) and `container`, the container's name in the pod. None
     outside of Kubernetes."""
     found = spec_annotations(spec)
-    for names in _ANNOTATIONS:
-        values = dict(zip(_KEYS, (found.get(name, "") for name in names), strict=True))
-        if all(value or key == "uid" for key, value in values.items()):
-            return values
-    return None
+    values = dict(zip(_KEYS, (found.get(name, "") for name in _engine(found).names), strict=True))
+    return values if all(value or key == "uid" for key, value in values.items()) else None
 
 
 def namespace(spec: Spec) -> str:
-    """The pod's namespace, DEFAULT outside of Kubernetes.
-
-    An engine writes its own annotation over a pod's of that name, but lets that of another engine through where it is
-    told to: a pod that has both has made one of them up. Raises ValueError, whose arguments are the annotation's key
-    and what is wrong.
-    """
+    """The pod's namespace, DEFAULT outside of Kubernetes. Raises ValueError, whose arguments are the annotation's key
+    and what is wrong."""
     found = spec_annotations(spec)
-    said = {names[0]: found[names[0]] for names in _ANNOTATIONS if names[0] in found}
-    for key, value in said.items():
-        if not is_name(value):
-            raise ValueError(key, f"{value[:80]!r} is not a namespace")
-    if len(set(said.values())) > 1:
-        raise ValueError(next(iter(said)), f"another says {list(said.values())[1]!r}: no engine writes both")
-    return next(iter(said.values()), DEFAULT)
+    if _CRIO.kind in found and _CONTAINERD.kind in found:
+        raise ValueError(_CRIO.kind, f"it is there beside {_CONTAINERD.kind}, and no engine writes both")
+    key = _engine(found).names[0]
+    value = found.get(key, DEFAULT)
+    if not is_name(value):
+        raise ValueError(key, f"{value[:80]!r} is not a namespace")
+    return value
 
 
 def container(spec: Spec) -> str:
     """The container's name in the pod, "" where it is not told."""
     found = spec_annotations(spec)
-    return next((found[names[3]] for names in _ANNOTATIONS if found.get(names[3])), "")
+    return found.get(_engine(found).names[3], "")
+
+
+def image(spec: Spec) -> str:
+    """The image as the engine names it, "" where none does."""
+    found = spec_annotations(spec)
+    engine = _engine(found)
+    others = () if engine.kind in found else _OTHER_IMAGES
+    return next((found[key] for key in (engine.image, *others) if found.get(key)), "")
 
 
 def is_sandbox(spec: Spec) -> bool:
     """Whether it is a pod's own container, which holds its namespaces."""
     found = spec_annotations(spec)
-    return any(found.get(key) == "sandbox" for key in _TYPES)
+    return any(found.get(engine.kind) == "sandbox" for engine in (_CONTAINERD, _CRIO))

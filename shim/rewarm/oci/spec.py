@@ -24,8 +24,11 @@ HOOKS_DESTINATION = "/run/rewarm-hooks"
 """Where Python programs in a container find `rewarm_hooks.workload`."""
 OWN_DESTINATIONS = (CONTROL_DESTINATION, LIBRARY_DESTINATION, HOOKS_DESTINATION)
 _PRELOAD, _PYTHON = "LD_PRELOAD", "PYTHONPATH"
-# runc's `features` lists it as potentially unsafe: it names a file of CRIU options on the node.
-_STRIPPED_ANNOTATIONS = ("org.criu.config",)
+# What runc's `features` lists as potentially unsafe: a file of CRIU options on the node, and what systemd is told of
+# the container's unit (beside what CRI-O itself says there).
+_CRIU_CONFIG = "org.criu.config"
+_UNIT = "org.systemd.property."
+_UNIT_KEPT = tuple(_UNIT + name for name in ("CollectMode", "DefaultDependencies", "TimeoutStopUSec"))
 _IO_URING = ("io_uring_setup", "io_uring_enter", "io_uring_register")
 _EPERM = 1
 _LARGEST = 64 << 20
@@ -142,9 +145,8 @@ def prepared(spec: Spec, control: str | None, library: str | None = None, hooks:
     changes nothing more.
     """
     spec = copy.deepcopy(spec)
-    for name in _STRIPPED_ANNOTATIONS:
-        if isinstance(spec.get("annotations"), dict):
-            spec["annotations"].pop(name, None)
+    if isinstance(spec.get("annotations"), dict):
+        spec["annotations"] = {key: value for key, value in spec["annotations"].items() if not _is_unsafe(key)}
     linux = spec.setdefault("linux", {})
     linux["seccomp"] = without_io_uring(linux.get("seccomp"))
     others = [m for m in spec.get("mounts") or [] if m.get("destination") not in OWN_DESTINATIONS]
@@ -228,6 +230,10 @@ def with_hook(spec: Spec, argv: list[str], timeout: int) -> Spec:
     hook = {"path": argv[0], "args": argv, "timeout": timeout}
     hooks["createRuntime"] = [hook, *(hooks.get("createRuntime") or [])]
     return spec
+
+
+def _is_unsafe(annotation: str) -> bool:
+    return annotation == _CRIU_CONFIG or (annotation.startswith(_UNIT) and annotation not in _UNIT_KEPT)
 
 
 def digest(value: object) -> str:

@@ -89,6 +89,10 @@ class Reader:
         path = self.path(key)
         return tuple(_text(item, f"{path}[{index}]", MAX_TEXT) for index, item in enumerate(self._list(key)))
 
+    def texts_or_none(self, key: str) -> tuple[str, ...]:
+        """The same for a field that older documents have not."""
+        return self.texts(key) if key in self._left else ()
+
     def integers(self, key: str, highest: int = MAX_I64) -> tuple[int, ...]:
         """A list of integers in 0..highest."""
         path = self.path(key)

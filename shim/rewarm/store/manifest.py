@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 VERSION = 1
+MAX_ADDRESSES = 1024
 MAX_BYTES = 64 << 20
 """No manifest is longer. A real one has some 100 KB."""
 MAX_VALUES = 4_000_000
@@ -154,6 +156,8 @@ class Manifest:
     memory: Memory = field(default=Memory())
     cuda: Cuda = field(default=Cuda())
     signals: tuple[Wanted, ...] = field(default=())
+    addresses: tuple[str, ...] = field(default=())
+    """Of the source's network namespace, as `addresses.addresses` tells them."""
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -221,6 +225,18 @@ def _damaged(where: str, cause: str) -> SnapshotDamaged:
     return SnapshotDamaged("read manifest", where, cause, _NEXT_STEP)
 
 
+def _addresses(top: Reader) -> tuple[str, ...]:
+    found = top.texts_or_none("addresses")
+    if len(found) > MAX_ADDRESSES:
+        raise Bad(f"field addresses has more than {MAX_ADDRESSES} entries")
+    for index, one in enumerate(found):
+        try:
+            socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one)
+        except OSError:
+            raise Bad(f"field addresses[{index}] is no address") from None
+    return found
+
+
 def _manifest(top: Reader) -> Manifest:
     # The version comes first: the other fields mean what it says they mean.
     version = top.integer("version")
@@ -245,6 +261,7 @@ def _manifest(top: Reader) -> Manifest:
         memory=read_memory(top.object("memory")),
         cuda=read_cuda(top.object("cuda"), len(requires.gpus)),
         signals=read_signals(top, "signals"),
+        addresses=_addresses(top),
     )
     top.done()
     check_files(manifest.files)

@@ -1,0 +1,111 @@
+"""A layer among files of others, as a pod's /dev/shm has them: nothing of theirs is changed."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rewarm_hooks.layer import LayerError, apply_layer, undo_layer, write_layer
+
+SEMAPHORE, REMAP = (b"sem.x",), (b"link_remap.5",)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    made = tmp_path / "root"
+    made.mkdir()
+    made.chmod(0o1777)
+    return made
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> bytes:
+    """Of a source with a semaphore that is open, by the name that CRIU gave it as well, a file, and a directory."""
+    source = tmp_path / "source"
+    (source / "side").mkdir(parents=True)
+    (source / "side").chmod(0o777)
+    (source / "side" / "file").write_text("source")
+    (source / "sem.x").write_text("source")
+    os.link(source / "sem.x", source / "link_remap.5")
+    source.chmod(0o755)
+    out = io.BytesIO()
+    write_layer(source, out)
+    return out.getvalue()
+
+
+@contextmanager
+def opened(root: Path) -> Iterator[int]:
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def apply(layer: bytes, root: Path, needed: set[tuple[bytes, ...]]) -> None:
+    with opened(root) as fd:
+        apply_layer(io.BytesIO(layer), fd, root.parent / "undo", shared=needed)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_directories_of_others_keep_their_mode(root: Path, layer: bytes) -> None:
+    (root / "side").mkdir(mode=0o700)
+    before = (root / "side").stat().st_mtime_ns
+    apply(layer, root, set())
+    assert (mode(root), mode(root / "side")) == (0o1777, 0o700)
+    assert (root / "side" / "file").read_text() == "source"
+    assert (root / "side").stat().st_mtime_ns != before
+    with opened(root) as fd:
+        undo_layer(root.parent / "undo", fd)
+    assert (mode(root), mode(root / "side"), list((root / "side").iterdir())) == (0o1777, 0o700, [])
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_what_is_there_stays(root: Path, layer: bytes, kind: str) -> None:
+    other = root / "sem.x"
+    if kind == "file":
+        other.write_text("other")
+    elif kind == "link":
+        other.symlink_to("/etc/passwd")
+    else:
+        other.mkdir()
+    inode = other.lstat().st_ino
+    apply(layer, root, set())
+    assert other.lstat().st_ino == inode
+    assert kind != "file" or other.read_text() == "other"
+
+
+@pytest.mark.parametrize("needed", [{REMAP}, {SEMAPHORE}, {REMAP, SEMAPHORE}])
+def test_what_is_open_comes_back_by_all_its_names(root: Path, layer: bytes, needed: set[tuple[bytes, ...]]) -> None:
+    """CRIU opens link_remap.5: linked to what another has left at sem.x the program would have another semaphore."""
+    (root / "sem.x").write_text("stale")
+    apply(layer, root, needed)
+    assert (root / "link_remap.5").read_text() == (root / "sem.x").read_text() == "source"
+    assert (root / "link_remap.5").stat().st_ino == (root / "sem.x").stat().st_ino
+    with opened(root) as fd:
+        undo_layer(root.parent / "undo", fd)
+    assert (root / "sem.x").read_text() == "stale" and not (root / "link_remap.5").exists()
+
+
+def test_what_others_have_open_is_not_taken_away(root: Path, layer: bytes) -> None:
+    with (root / "sem.x").open("w") as held:
+        held.write("other")
+        held.flush()
+        with pytest.raises(LayerError, match="in use by others"):
+            apply(layer, root, {REMAP})
+    assert [path.name for path in root.iterdir()] == ["sem.x"] and (root / "sem.x").read_text() == "other"
+
+
+def test_a_fifo_is_not_waited_for(root: Path, layer: bytes) -> None:
+    os.mkfifo(root / "sem.x")
+    with pytest.raises(LayerError, match="in use by others"):
+        apply(layer, root, {SEMAPHORE})
