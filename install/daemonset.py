@@ -117,7 +117,7 @@ class Keeper:
         """Programs, then settings, which rewarm itself has to take first, then the engines."""
         self._run_installer("--no-register")
         self._write_settings()
-        self._run_installer()
+        self._run_installer("--exclude-engines", "docker,podman")  # no kubelet's
         self.installed = True
 
     def _run_installer(self, *more: str) -> None:

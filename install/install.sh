@@ -230,15 +230,16 @@ install_python() {
 }
 
 install_programs() {
-    local build=${from:+$from/programs} name
+    local build=${from:+$from/programs} name hooks
     if [[ -z $build ]]; then
         build=$work/build
         quietly "C programs: building" make -C "$work/source/native" BUILD="$build"
     fi
     install_file "$build/rewarm-guard" "$prefix/libexec/rewarm-guard" 0755
     install_file "$build/rewarm-device-memory.so" "$prefix/lib/rewarm-device-memory.so" 0644
+    hooks=$("$prefix/venv/bin/python3" -I -c 'import rewarm_hooks; print(*rewarm_hooks.__path__)')
     for name in __init__ workload; do
-        install_file "$work/source/hooks/rewarm_hooks/$name.py" "$prefix/lib/rewarm-hooks/rewarm_hooks/$name.py" 0644
+        install_file "$hooks/$name.py" "$prefix/lib/rewarm-hooks/rewarm_hooks/$name.py" 0644
     done
     install_link ../venv/bin/rewarm "$prefix/bin/rewarm"
     # Last: from here on containerd can call it.

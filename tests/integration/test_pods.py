@@ -34,7 +34,7 @@ TABLE = {
     "termination grace period": "kept",
     "init containers, sidecars": "cold, unless the annotation means them",
     "several containers with snapshots of their own": "warm, with `auto`",
-    "non-root user, dropped capabilities, no new privileges": "warm",
+    "dropped capabilities, no new privileges": "warm",
     "read-only root filesystem": "warm",
     "RuntimeDefault seccomp": "warm",
     "ConfigMap, Secret, projected token, emptyDir": "the new pod's",
