@@ -164,7 +164,7 @@ def test_store(other: Node, tmp_path: Path, kind: str, expected: list[str]) -> N
     ("name", "change", "expected"),
     [
         ("inventory.img", lambda data: data[:9], ["read images of snapshot counter", "inventory.img"]),
-        ("files.img", lambda data: data[: len(data) // 2], ["restore container copy"]),
+        ("files.img", lambda data: data[: len(data) // 2], ["read images of snapshot counter", "files.img"]),
         ("pagemap-1.img", lambda data: data[:8] + b"\xff" * (len(data) - 8), ["restore container copy"]),
         ("core-1.img", lambda data: data[: len(data) // 2], ["read images of snapshot counter", "core-1.img"]),
         ("mountpoints-12.img", lambda data: b"", ["read images of snapshot counter", "mountpoints-"]),
