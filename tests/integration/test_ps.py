@@ -21,6 +21,7 @@ POD = {
     "io.kubernetes.cri.container-name": "server",
 }
 CRI_O = {
+    "io.kubernetes.cri-o.ContainerType": "container",
     "io.kubernetes.pod.namespace": "team",
     "io.kubernetes.pod.name": "ocr-0",
     "io.kubernetes.pod.uid": "u-1",
