@@ -34,6 +34,8 @@ PREFIX = "/opt/rewarm"
 SETTINGS = "/etc/rewarm/config.yaml"
 MARK = b"# Written by rewarm's DaemonSet; change its ConfigMap instead. "
 DOCTOR = (("doctor",),)
+ABSENT = "not on this node"
+"""What doctor says of containerd where it sees none (k3s has its own places): no pod could be started with rewarm."""
 INSTALL_SECONDS = 900.0
 VERIFY_SECONDS = 180.0
 # Of the back-off after a failure.
@@ -107,6 +109,8 @@ class Keeper:
                 found += [f"{c['name']}: {c['found']} ({c['mend']})" for c in checks if c["status"] in _bad(c["name"])]
             except (ValueError, KeyError, TypeError):
                 raise Problem(f"verify the node: rewarm doctor has no answer (exit status {status})") from None
+            if any(c["name"] == "containerd" and c["found"] == ABSENT for c in checks):
+                found.append("containerd: neither the program nor /etc/containerd/config.toml is there")
         if found:
             raise Problem(f"verify the node: {'; '.join(found)}")
 

@@ -25,11 +25,15 @@ engine_program() {
 
 # restart_engine ENGINE NO_RESTART(yes|no): makes a change of its configuration known. Restarting leaves containers alone
 # (their shims and monitors live on); Docker reads its runtimes again on a signal; Podman has no daemon. Only where
-# systemd runs it: elsewhere its owner knows how.
+# systemd runs it: elsewhere its owner knows how. Sets $restarted to yes or no.
 restart_engine() {
     local verb=restart done=restarted
+    restarted=no
     case $1 in
-    podman) return 0 ;;
+    podman)
+        restarted=yes
+        return 0
+        ;;
     docker) verb=reload done=reloaded ;;
     esac
     if [[ $2 == yes ]]; then
@@ -37,6 +41,7 @@ restart_engine() {
     elif [[ -d /run/systemd/system ]] && systemctl is-active --quiet "$1"; then
         systemctl "$verb" "$1" || return 1
         say "$1: $done"
+        restarted=yes
     else
         say "$1: not running under systemd; $verb it yourself to make the change known"
     fi
@@ -129,7 +134,8 @@ register_runtime() {
             forget_restart "$name"
             die "$name did not start with the runtime; its configuration was put back; see: journalctl -u $name"
         fi
-        forget_restart "$name"
+        # Else the next run finds it untold.
+        if [[ $restarted == yes ]]; then forget_restart "$name"; fi
     done
     [[ $status -eq 0 ]] || die "not every engine has the runtime; the rest is installed, so mend this and run again"
     verify "${names[@]}"

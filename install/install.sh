@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs rewarm on this node: its virtual environment, the C programs, CRIU, and the runtime `rewarm` in each container
 # engine that is there: containerd, CRI-O, Docker, Podman.
-# Can be run again at any time: it does what is missing, and an upgrade is one rename at a time, so that containers
-# that start meanwhile find the old rewarm or the new one, never half of one.
+# Can be run again at any time: it does what is missing, and an upgrade is one rename at a time, so that nothing is ever
+# found half written. A restore that goes on meanwhile may import modules of the new version, and fail: a cold start.
 set -euo pipefail
 umask 022
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -173,7 +173,7 @@ works() { "$1/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, re
 
 # what_is_installed: prints what the virtual environment is made from, as digests.
 what_is_installed() {
-    sha256sum "$here/install.sh"
+    sha256sum <"$here/install.sh"
     if [[ -n $from ]]; then cd "$from/wheels"; else cd "$work/source"; fi
     find . -type f -print0 | sort -z | xargs -0 sha256sum
 }

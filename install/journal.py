@@ -150,6 +150,9 @@ class Journal:
                 installed = entry["installed"]
                 entry["installed"] = [installed] if isinstance(installed, str) else installed
                 entry.setdefault("made", [])
+            for path in self.entries:  # earlier versions let others read them
+                with contextlib.suppress(FileNotFoundError):
+                    os.chmod(self.original(Path(path)), 0o600)
         except FileNotFoundError:
             self.entries = {}
         except (ValueError, AttributeError, KeyError, TypeError) as error:

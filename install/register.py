@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import register_docker
 import register_podman
 import register_settings
 from engine import Done
-from journal import Refused, atomic_write, read_bytes
+from journal import Journal, Refused, atomic_write, read_bytes
 
 ENGINES = {
     "containerd": register_containerd,
@@ -72,12 +73,31 @@ def _word(done: Done | None) -> str:
 
 def _record(state: Path, wanted: dict[str, tuple[Path, str]], done: dict[str, Done]) -> None:
     state.mkdir(parents=True, exist_ok=True)
-    record = {
+    # Of engines that are left out this time, or refuse, the last registration still stands.
+    record = _recorded(state) | {
         name: {"config": str(config), "program": program, "files": [str(path) for path in done[name].paths]}
         for name, (config, program) in wanted.items()
         if name in done
     }
     atomic_write(state / RECORD, json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _recorded(state: Path) -> dict[str, object]:
+    try:
+        found = json.loads(read_bytes(state / RECORD) or b"{}")
+    except ValueError:  # it is for doctor's eyes only
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+_DEFAULT = re.compile(r"""default[-_]runtime(?:_name)?"?\s*[=:]\s*["']rewarm["']""")
+
+
+def _check_default(journal: Journal) -> None:
+    """An engine whose default runtime is gone does not start. Raises Refused."""
+    for path in map(Path, journal.entries):
+        if _DEFAULT.search((read_bytes(path) or b"").decode(errors="replace")):
+            raise Refused(f"{path} makes rewarm the default runtime: name another there, then run again")
 
 
 def unregister(state: Path, names: list[str]) -> bool:
@@ -86,7 +106,9 @@ def unregister(state: Path, names: list[str]) -> bool:
     for name in names or [*ENGINES, "settings"]:
         engine = ENGINES.get(name, register_settings)
         try:
-            changed = engine.journal_in(state).put_all_back()
+            journal = engine.journal_in(state)
+            _check_default(journal)
+            changed = journal.put_all_back()
         except (Refused, OSError) as error:
             complain(name, error)
             print(f"{name} refused")
@@ -98,11 +120,7 @@ def unregister(state: Path, names: list[str]) -> bool:
 
 
 def _forget(state: Path, name: str) -> None:
-    data = read_bytes(state / RECORD)
-    try:
-        record = json.loads(data or b"{}")
-    except ValueError:  # it is for doctor's eyes only
-        record = {}
+    record = _recorded(state)
     if record.pop(name, None) is not None and record:
         atomic_write(state / RECORD, json.dumps(record, indent=1).encode() + b"\n")
     elif not record:

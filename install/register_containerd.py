@@ -10,6 +10,7 @@ Afterwards containerd itself is asked whether it has the new runtime, and every 
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from containerd_config import (
     version_of,
 )
 from engine import ANNOTATIONS, RUNTIME, Done
-from journal import Journal, Refused
+from journal import Journal, Refused, read_bytes
 from toml_text import block, strings, strip, table, toml_table
 
 LABEL = "containerd"
@@ -99,6 +100,7 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
             return _finish(journal, main, binary, containerd, _drop_in(drop_in, files, binary, containerd))
         except Refused as error:
             journal.say(f"a drop-in does not do ({error}): editing in place")
+            files = load(main)
     return _finish(journal, main, binary, containerd, _in_place(files, binary, containerd))
 
 
@@ -184,14 +186,24 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
         current = None if target.text is None else target.text.encode()
         base = None if target.text is None else target.base.encode()
         journal.write(target.path, current, base, plan.text.encode())
+    kept = {path: (data, path.stat().st_mtime_ns) for path in stale if (data := read_bytes(path)) is not None}
     moved = [path for path in stale if journal.put_back(path)]
     if changed and containerd:
         try:
             _check(containerd, main, target.path, before if not moved else None, binary)
         except Refused as error:
             journal.undo(target.path, current)
+            for path in moved:
+                _restore(journal, path, *kept[path])
             raise Refused(f"{error}; the file was put back as it was") from error
     return Done(changed=changed or bool(moved), paths=(target.path,), runc=plan.runc)
+
+
+def _restore(journal: Journal, path: Path, data: bytes, changed_ns: int) -> None:
+    """Puts rewarm's part back into a file, which is as before then, its time of change included: doctor goes by it."""
+    now = read_bytes(path)
+    journal.write(path, now, now, data)
+    os.utime(path, ns=(changed_ns, changed_ns))
 
 
 def _check(containerd: Containerd, main: Path, path: Path, before: Runtimes | None, binary: str) -> None:

@@ -154,6 +154,12 @@ main() {
     fi
     if [[ -d $prefix || -d $state ]]; then
         unregister
+        # What was started since the first look, by an engine that still knew the runtime.
+        needed=$(users)
+        if [[ -n $needed && $force == no ]]; then
+            printf '%s\n' "$needed" >&2
+            die "these were started meanwhile: the engines do not know the runtime any more, rewarm stays until they end; run again"
+        fi
         remove_links
         remove_files
         say "removed from $prefix"

@@ -165,7 +165,7 @@ class _Listener:
         """Whether the descriptor was closed by somebody else, or is somebody else's. Its inode is another after each
         restore, its name is not."""
         try:
-            return self.socket.getsockname() != self.path
+            return bool(self.socket.getsockname() != self.path)
         except OSError:
             return True
 

@@ -161,6 +161,29 @@ def test_containerd_that_is_replaced(tmp_path: Path, registered: Registered) -> 
     assert list(nvidia.parent.iterdir()) == [nvidia]
 
 
+def test_registered_again_where_a_drop_in_does_not_do(tmp_path: Path, registered: Registered) -> None:
+    """A main file of version 2 with an import of version 3: the drop-in is tried by each run, and must cost nothing."""
+    config, nvidia = tmp_path / "config.toml", tmp_path / "conf.d/99-nvidia.toml"
+    nvidia.parent.mkdir()
+    config.write_text(f'version = 2\nimports = ["{tmp_path}/conf.d/*.toml"]\n')
+    table = "plugins.'io.containerd.cri.v1.runtime'.containerd"
+    nvidia.write_text(f"version = 3\n[{table}.runtimes.nvidia]\nruntime_type = 'io.containerd.runc.v2'\n")
+    before = config.read_bytes(), nvidia.read_bytes()
+    program = rootfs.containerd2() / "containerd"
+    said = []
+    for _ in range(4):
+        said.append("containerd changed" in registered.register(f"containerd={config}:{program}").stdout)
+        dump = tomllib.loads(command(program, "--config", config, "config", "dump").stdout)["plugins"]
+        assert "rewarm" in dump["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"]
+        if len(said) == 1:
+            written, changed = nvidia.read_bytes(), nvidia.stat().st_mtime_ns
+        assert (nvidia.read_bytes(), nvidia.stat().st_mtime_ns) == (written, changed)
+    assert said == [True, False, False, False]
+    registered.unregister()
+    assert (config.read_bytes(), nvidia.read_bytes()) == before
+    assert list(nvidia.parent.iterdir()) == [nvidia]
+
+
 def test_containerd_with_runc_in_another_file(tmp_path: Path, registered: Registered) -> None:
     """Where tables are merged runc may be named before the file that has the last word; 1.6 has no runc then."""
     config, kata = tmp_path / "config.toml", tmp_path / "kata.toml"

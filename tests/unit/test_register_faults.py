@@ -319,3 +319,48 @@ def test_the_note_goes_when_the_node_runs_runc_again(tmp_path: Path) -> None:
     one.config.write_text(one.config.read_text().replace(f'  options = {{ BinaryName = "{program}" }}\n', ""))
     assert noted(one, settings).stdout == "settings changed\ncontainerd unchanged\n"
     assert not settings.exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "line"),
+    [
+        ("containerd", '[plugins."io.containerd.grpc.v1.cri".containerd]\n  default_runtime_name = "rewarm"\n'),
+        ("docker", '{"default-runtime": "rewarm"}'),
+    ],
+)
+def test_the_default_runtime_is_not_taken_away(tmp_path: Path, engine: str, line: str) -> None:
+    """An engine whose default runtime is gone does not start."""
+    one = at(tmp_path, engine)
+    write(one.config, original_of(engine))
+    one.register()
+    text = one.config.read_text()
+    changed = text + line if engine == "containerd" else json.dumps(json.loads(text) | json.loads(line))
+    one.config.write_text(changed)
+    done = one.run("unregister")
+    assert done.returncode == 1 and "makes rewarm the default runtime" in done.stderr, done.stderr
+    assert one.config.read_text() == changed
+    one.config.write_text(text)
+    assert one.unregister() == "changed" and one.config.read_text() == original_of(engine)
+
+
+def test_what_is_left_out_stays_recorded(tmp_path: Path) -> None:
+    """doctor --node goes by the record: an engine that is registered fails there when its runtime is lost."""
+    docker, podman = (at(tmp_path, name) for name in ("docker", "podman"))
+    write(docker.config, original_of("docker"))
+    docker.register()
+    done = podman.run("register", "--binary", BINARY, f"podman={podman.config}:")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((docker.state / "engines.json").read_text())) == {"docker", "podman"}
+    assert docker.unregister() == "changed"
+    assert set(json.loads((docker.state / "engines.json").read_text())) == {"podman"}
+
+
+def test_originals_that_others_could_read(tmp_path: Path) -> None:
+    """Earlier versions kept them so; the next run of any kind takes that away."""
+    one = at(tmp_path, "docker")
+    write(one.config, original_of("docker"))
+    one.register()
+    (original,) = one.state.glob("*.orig")
+    original.chmod(0o644)
+    one.register()
+    assert original.stat().st_mode & 0o777 == 0o600
