@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import time
 from dataclasses import asdict, dataclass, field
 
@@ -229,6 +228,8 @@ def _addresses(top: Reader) -> tuple[str, ...]:
     found = top.texts_or_none("addresses")
     if len(found) > MAX_ADDRESSES:
         raise Bad(f"field addresses has more than {MAX_ADDRESSES} entries")
+    if found:
+        import socket  # who only lists a store does without
     for index, one in enumerate(found):
         try:
             socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one)
