@@ -90,7 +90,8 @@ def _recorded(state: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-_DEFAULT = re.compile(r"""default[-_]runtime(?:_name)?"?\s*[=:]\s*["']rewarm["']""")
+# In TOML and JSON, and not in a comment.
+_DEFAULT = re.compile(r"""^[^#\n]*\bdefault[-_]runtime(?:_name)?["']?\s*[=:]\s*["']rewarm["']""", re.MULTILINE)
 
 
 def _check_default(journal: Journal) -> None:

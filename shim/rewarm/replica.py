@@ -29,12 +29,12 @@ def rename(checkpoint: Path, bundle_spec: Spec, before: Sequence[str]) -> None:
     images.ImageError and OSError."""
     if (names := oci_uts.names(bundle_spec)) is not None:
         uts.rename(checkpoint, *names)
+    target = _network(bundle_spec)
     here = _addresses(bundle_spec) or []
-    # Where there are none yet nothing tells: the engine may still give it those of the source.
-    if here:
+    # Where there is no namespace yet nothing tells: the engine may still give it the source's addresses.
+    if target is not None:
         sockets.readdress(checkpoint, before, here)
     if connections.kept(checkpoint):
-        target = _network(bundle_spec)
         connections.settle(checkpoint, here, () if target is None else ports.ports(target))
 
 

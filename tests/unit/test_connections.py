@@ -262,6 +262,55 @@ def test_hostile_images(tmp_path: Path, pair: Pair, changed: dict[str, Any], ope
     assert survivors(made) == [1, 2], "the test refuses something else"
 
 
+def decoy(made: Path, name: str, *records: bytes) -> None:
+    (made / name).write_bytes(image(*records))
+
+
+SOCKET, REGULAR = 4, 1
+DEAD, ALIVE = field(3, field(1, 2)), field(3, field(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "records"),
+    [
+        # A file of another kind that is open under the id: CRIU looks for both.
+        ("fdinfo-9.img", [field(1, 1) + field(3, SOCKET), field(1, 2) + field(3, REGULAR)]),
+        # Records that it does not read.
+        ("ids-1.img", [field(2, 8), field(2, 9)]),
+        ("core-1.img", [field(1, 1) + DEAD, field(1, 1) + ALIVE]),
+        ("core-1.img", [field(1, 1) + DEAD + ALIVE]),
+    ],
+)
+def test_a_far_end_that_only_seems_to_be_open(tmp_path: Path, pair: Pair, name: str, records: list[bytes]) -> None:
+    made = checkpoint(tmp_path, *pair.records())
+    connections.keep(made, [os.getpid()])
+    decoy(made, name, *records)
+    assert survivors(made) == []
+
+
+def test_two_connections_of_one_id(tmp_path: Path, pair: Pair) -> None:
+    """CRIU takes either: one of others' could stand behind one that is well."""
+    made = checkpoint(tmp_path, *pair.records())
+    connections.keep(made, [os.getpid()])
+    other = record(HOST, 40000, far=OUTSIDE, far_port=80, state=ESTABLISHED, inode=pair.inode(pair.near), number=1)
+    (made / "files.img").write_bytes(image(*pair.records(), other))
+    with pytest.raises(images.ImageError, match="two connections have one id"):
+        connections.settle(made, [], ())
+
+
+def test_equal_addresses_in_two_namespaces(tmp_path: Path) -> None:
+    ends = [(HOST, 80, 40000), (HOST, 40000, 80)]
+    records = [
+        record(HOST, near, far=HOST, far_port=far, state=ESTABLISHED, inode=number, number=number, network=network)
+        for network, numbers in ((5, (1, 2)), (6, (3, 4)))
+        for number, (_, near, far) in zip(numbers, ends, strict=True)
+    ]
+    made = checkpoint(tmp_path, *records)
+    for inode in (1, 2, 3, 4):
+        (made / connections.stream(inode)).touch()
+    assert survivors(made) == [1, 2, 3, 4]
+
+
 def test_the_far_end_of_a_dead_process(tmp_path: Path, pair: Pair) -> None:
     made = checkpoint(tmp_path, *pair.records())
     connections.keep(made, [os.getpid()])

@@ -339,6 +339,12 @@ def test_the_default_runtime_is_not_taken_away(tmp_path: Path, engine: str, line
     done = one.run("unregister")
     assert done.returncode == 1 and "makes rewarm the default runtime" in done.stderr, done.stderr
     assert one.config.read_text() == changed
+    if engine == "containerd":
+        one.config.write_text(text + '# default_runtime_name = "rewarm"\n')
+        assert "makes rewarm" not in one.run("unregister").stderr
+        write(one.config, original_of(engine))
+        one.register()
+        text = one.config.read_text()
     one.config.write_text(text)
     assert one.unregister() == "changed" and one.config.read_text() == original_of(engine)
 

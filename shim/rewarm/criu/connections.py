@@ -11,12 +11,10 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import secrets
 import socket
 import struct
-import termios
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +28,7 @@ from rewarm.criu.sockets import (
     FAR_PORT,
     FILES,
     ID,
+    INET_SOCKET,
     INODE,
     NETWORK,
     PORT,
@@ -50,6 +49,7 @@ _MAGIC = struct.pack("<II", 0x54564319, 0x51465506)  # criu/include/magic.h: IMG
 _ESTABLISHED, _CLOSED = 1, 7  # linux/tcp_states.h
 _TCP_CLOSE = 10  # images/inventory.proto
 _FILES_ID = 2  # images/core.proto: task_kobj_ids_entry
+_FD_ID, _FD_TYPE = 1, 3  # images/fdinfo.proto: fdinfo_entry
 _SACK, _WINDOW_SCALE = 2, 4  # linux/tcp.h: TCPI_OPT_*
 _SCALE = 7
 _SEGMENT = 65463
@@ -99,7 +99,7 @@ def keep(checkpoint: Path, pids: Iterable[int]) -> list[str]:
     if not pairs:
         return []
     waiting = _waiting({end.inode for end in pairs}, pids)
-    notes, numbers = [], {end: secrets.randbits(32) for end in pairs}
+    notes, numbers = [], {end: int.from_bytes(os.urandom(4), "little") for end in pairs}
     for end, far in pairs.items():
         if end.inode not in waiting or far.inode not in waiting:
             if end.inode < far.inode:
@@ -129,12 +129,14 @@ def settle(checkpoint: Path, here: Sequence[str], taken: Collection[int]) -> Non
         raise images.ImageError(f"{FILES}: it is not there, but connections are")
     own = {socket.inet_pton(socket.AF_INET6 if ":" in one else socket.AF_INET, one) for one in here}
     opened = _opened(checkpoint)
+    ends = _ends(path)
+    if len({end.id for end in ends}) != len(ends):
+        raise images.ImageError(f"{FILES}: two connections have one id, and CRIU takes either")
     good = {
         end.id
-        for end, far in _ends(path).items()
+        for end, far in ends.items()
         if far is not None
         and _ESTABLISHED == end.state == far.state
-        and end.network == far.network
         and {end.id, far.id} <= opened
         and all(is_loopback(at) or at in own for at in (end.near[0], end.far[0]))
         and all((checkpoint / stream(one.inode)).exists() for one in (end, far))
@@ -144,17 +146,20 @@ def settle(checkpoint: Path, here: Sequence[str], taken: Collection[int]) -> Non
 
 
 def _opened(checkpoint: Path) -> set[int]:
-    """Ids of the files that living processes have open: CRIU makes no others, whatever files.img has."""
+    """Ids of the inet sockets that living processes have open: CRIU (criu/files.c: find_file_desc) looks for a file by
+    id and type, and makes no others, whatever files.img has."""
     found: set[int] = set()
-    for files in {images.u32(ids, _FILES_ID) for pid in living(checkpoint) for ids in _ids(checkpoint, pid)}:
+    for files in {images.u32(_first(checkpoint / f"ids-{pid}.img"), _FILES_ID) for pid in living(checkpoint)}:
         path = checkpoint / f"fdinfo-{files}.img"
-        found |= {images.u32(one, 1) for one in images.records(path)} if path.exists() else set()
+        for one in images.records(path) if path.exists() else ():
+            if images.u32(one, _FD_TYPE) == INET_SOCKET:
+                found.add(images.u32(one, _FD_ID))
     return found
 
 
-def _ids(checkpoint: Path, pid: int) -> Iterator[Message]:
-    path = checkpoint / f"ids-{pid}.img"
-    return images.records(path) if path.exists() else iter(())
+def _first(path: Path) -> Message:
+    """CRIU reads one record of such an image."""
+    return next(images.records(path), {}) if path.exists() else {}
 
 
 def _renumber(path: Path, taken: Collection[int]) -> None:
@@ -187,14 +192,14 @@ def _free(used: Collection[int]) -> int:
     free = [port for port in range(*_EPHEMERAL) if port not in used]
     if not free:
         raise images.ImageError("connections of the container: there is no free port for them")
-    return secrets.choice(free)
+    return free[int.from_bytes(os.urandom(4), "little") % len(free)]
 
 
 def _ends(path: Path) -> dict[_End, _End | None]:
     """The TCP connections of files.img, each with its other end if that is there, too."""
     found = [_end(entry) for entry in map(entry_of, images.records(path)) if entry is not None and is_connection(entry)]
-    by_address = {(end.near, end.far): end for end in found}
-    far_ends = {end: by_address.get((end.far, end.near)) for end in found}
+    by_address = {(end.network, end.near, end.far): end for end in found}
+    far_ends = {end: by_address.get((end.network, end.far, end.near)) for end in found}
     return {end: None if far == end else far for end, far in far_ends.items()}
 
 
@@ -240,6 +245,8 @@ def _waiting(inodes: set[int], pids: Iterable[int]) -> dict[int, bytes]:
 
 
 def _look(pid: int, descriptor: int, until: float) -> bytes | None:
+    import termios  # a restore does without
+
     from rewarm_native import process
 
     with socket.socket(fileno=process.get_fd(pid, descriptor)) as taken:

@@ -17,7 +17,7 @@ from rewarm.criu.images import Message
 from rewarm.errors import Unfit
 
 FILES = "files.img"
-_INET_SOCKET = 4  # images/fdinfo.proto: fd_types
+INET_SOCKET = 4  # images/fdinfo.proto: fd_types
 _TYPE, _ENTRY = 1, 4  # file_entry
 ID, INODE, FAMILY, PROTOCOL, STATE, PORT, FAR_PORT, SOURCE, DESTINATION, NETWORK = 1, 2, 3, 5, 6, 7, 8, 11, 12, 18
 """Fields of inet_sk_entry (images/sk-inet.proto)."""
@@ -82,7 +82,7 @@ def _changed(
     record: Iterable[tuple[int, bytes, int | bytes]], change: Callable[[Message], dict[int, bytes]]
 ) -> Iterator[bytes]:
     fields = list(record)
-    is_socket = (_TYPE, _INET_SOCKET) in ((number, value) for number, _, value in fields)
+    is_socket = (_TYPE, INET_SOCKET) in ((number, value) for number, _, value in fields)
     for number, raw, value in fields:
         new = change(images.decode(value, FILES)) if is_socket and number == _ENTRY and isinstance(value, bytes) else {}
         if new and isinstance(value, bytes):
@@ -93,7 +93,7 @@ def _changed(
 
 def entry_of(record: Message) -> Message | None:
     """The socket of a record of files.img, if it is one."""
-    if images.u32(record, _TYPE) != _INET_SOCKET:
+    if images.u32(record, _TYPE) != INET_SOCKET:
         return None
     entries = list(images.messages(record, _ENTRY))
     if len(entries) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +32,22 @@ def processes(directory: Path) -> list[Process]:
 
 
 def living(directory: Path) -> list[int]:
-    """Every process that CRIU gives files and memory to. Raises images.ImageError."""
+    """Every process that CRIU gives files and memory to: it reads one record of each core image. One that says both
+    counts as dead. Raises images.ImageError."""
     found = [images.u32(record, 1) for record in images.records(directory / "pstree.img")]
-    return [pid for pid in found if not all(is_dead(core) for core in _cores(directory, pid))]
+    return [pid for pid in found if _DEAD not in _states(next(_cores(directory, pid), {}))]
 
 
-def _cores(directory: Path, pid: int) -> list[Message]:
+def _cores(directory: Path, pid: int) -> Iterator[Message]:
     path = directory / f"core-{pid}.img"
-    return list(images.records(path)) if path.exists() else []
+    return images.records(path) if path.exists() else iter(())
+
+
+def _states(core: Message) -> list[int]:
+    return [images.number(task, 1) for task in images.messages(core, 3)]
 
 
 def is_dead(core: Message) -> bool:
     """A process that its parent has not reaped: CRIU (restore_one_zombie) has it end at once, whatever else it says."""
-    states = [images.number(task, 1) for task in images.messages(core, 3)]
+    states = _states(core)
     return bool(states) and all(state == _DEAD for state in states)

@@ -2,7 +2,8 @@
 
 Only these are ever added to a container's spec: the control directory's mount, that of the Python hook with its
 PYTHONPATH, the denial of io_uring, for one with GPUs the device memory library with its LD_PRELOAD, and (for the time
-of a restore) the hook that applies the rootfs diff. What a user may not ask for, `org.criu.config`, is taken out.
+of a restore) the hook that applies the rootfs diff. What a user may not ask for is taken out: `org.criu.config`,
+`org.systemd.property.*`.
 """
 
 from __future__ import annotations
