@@ -1,8 +1,9 @@
-/* Process attributes that os and signal do not offer, libraries, and what other network and UTS namespaces have. */
+/* Process attributes that os and signal do not offer, libraries, and what other namespaces have. */
 #include "native.h"
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
@@ -10,6 +11,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 int rw_set_child_subreaper(int on)
@@ -98,4 +100,54 @@ int rw_names_in_utsns(int namespace_fd, char *nodename, char *domainname, size_t
 	snprintf(nodename, size, "%s", request.names.nodename);
 	snprintf(domainname, size, "%s", request.names.domainname);
 	return 0;
+}
+
+struct last_pid_request {
+	int namespace_fd;
+	const char *text;
+	size_t length;
+	int result;
+};
+
+/* By a child: the file is that of the namespace of the process that writes it, not of its /proc. */
+static int write_last_pid(const struct last_pid_request *request)
+{
+	const int fd = open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC);
+	const ssize_t written = fd < 0 ? -1 : write(fd, request->text, request->length);
+
+	return written == (ssize_t)request->length ? 0 : errno;
+}
+
+static void *set_last_pid(void *argument)
+{
+	struct last_pid_request *request = argument;
+	int status = 0;
+	pid_t child;
+
+	/* vfork(2) calls none of the handlers that other libraries have for a fork(3), which expect the caller's thread. */
+	if (setns(request->namespace_fd, CLONE_NEWPID) < 0 || (child = vfork()) < 0) {
+		request->result = -errno;
+		return NULL;
+	}
+	if (child == 0)
+		_exit(write_last_pid(request));
+	while (waitpid(child, &status, 0) < 0 && errno == EINTR)
+		continue;
+	request->result = WIFEXITED(status) ? -WEXITSTATUS(status) : -ECHILD;
+	return NULL;
+}
+
+/* By a thread of our own: only what is forked by it is born in the other namespace. */
+int rw_set_last_pid(int namespace_fd, int pid)
+{
+	char text[16];
+	struct last_pid_request request = { namespace_fd, text, 0, -1 };
+	pthread_t thread;
+	int error;
+
+	request.length = (size_t)snprintf(text, sizeof(text), "%d", pid);
+	error = pthread_create(&thread, NULL, set_last_pid, &request);
+	if (error == 0)
+		error = pthread_join(thread, NULL);
+	return error != 0 ? -error : request.result;
 }

@@ -1,4 +1,4 @@
-"""Process attributes, sockets of other network namespaces, NUMA memory policies and huge pages of other processes.
+"""Process attributes, what other namespaces have, NUMA memory policies and huge pages of other processes.
 
 Every failure is an OSError with the kernel's errno (so ProcessLookupError, PermissionError, …) and a text that names
 the call and the object.
@@ -79,6 +79,21 @@ def names_in_utsns(path: str | os.PathLike[str]) -> tuple[str, str]:
     finally:
         os.close(namespace)
     return _text(host), _text(domain)
+
+
+def set_last_pid(path: str | os.PathLike[str], pid: int) -> None:
+    """Have the next process that is born in the pid namespace of a namespace file get `pid` + 1, or the next number
+    that is free: /proc/sys/kernel/ns_last_pid (kernel/pid_namespace.c, CONFIG_CHECKPOINT_RESTORE).
+
+    None of the caller's threads changes its namespace. Needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE in it. Raises
+    OSError: EINVAL for a path that is no pid namespace and for a number over kernel.pid_max, ENOMEM for a namespace
+    whose init has ended.
+    """
+    namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(lib.rw_set_last_pid(namespace, pid), f"set last pid {pid} in pid namespace {os.fspath(path)}")
+    finally:
+        os.close(namespace)
 
 
 def _text(found: Any) -> str:

@@ -87,6 +87,7 @@ def capture(
     source.check_status(container, low_level, held=True)
     _check_criu(criu, settings)
     source.check_pid_namespaces(container)
+    source.check_orphans(container)
     bundle_spec = spec.load(container.bundle)
     upper = overlay.upper_directory(container.pid, bool((bundle_spec.get("root") or {}).get("readonly")))
     source.check_streams(container)
@@ -115,6 +116,7 @@ def capture(
             saved.start(device_memory)
         step(DUMP)
         stack.enter_context(frozen)
+        source.check_orphans(container)
         with trace.phase("capture.criu"):
             device_memory.check(processes.in_cgroups(container.cgroup_paths))
             dump(container, low_level, criu, scratch, settings, lifeline)

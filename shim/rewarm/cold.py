@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
 
-from rewarm import additions
+from rewarm import additions, pids
 from rewarm.oci import record, spec
 from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record
@@ -38,6 +39,8 @@ def prepare(
     outcome = {"outcome": "cold", "reason": reason}
     write_atomically(os.path.join(directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
     spec.save(invocation.bundle, additions.cold(bundle_spec, wanted, directory))
+    with contextlib.suppress(OSError):  # then they are where they happen to be
+        pids.begin(bundle_spec, wanted.snapshot)
     if wanted.capture == "on-ready":
         _watch(directory)
 

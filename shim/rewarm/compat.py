@@ -65,11 +65,18 @@ def describe(
         # What rewarm itself adds to every capturable container must not tell two containers apart.
         seccomp=digest(without_io_uring(linux.get("seccomp"))),
         lsm=str(process.get("apparmorProfile") or process.get("selinuxLabel") or ""),
-        namespaces=tuple(sorted(str(n.get("type")) for n in linux.get("namespaces") or [])),
+        namespaces=tuple(sorted(map(_namespace, linux.get("namespaces") or []))),
         gpus=gpu_devices(gpus),
         driver=gpus.driver,
         cgroup_version=node.cgroup_version(),
     )
+
+
+def _namespace(namespace: dict[str, Any]) -> str:
+    """Its type. A pid namespace is another thing where it is shared: the init of one's own has number 1, in a pod's it
+    has not."""
+    kind = str(namespace.get("type"))
+    return "pid (shared)" if kind == "pid" and namespace.get("path") else kind
 
 
 def gpu_devices(gpus: ContainerGpus) -> tuple[GpuDevice, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rewarm import processes
 from rewarm.errors import CaptureError, GpuError
-from rewarm.oci import cgroups, spec
+from rewarm.oci import cgroups
 from rewarm.oci.runc import Container, Runc
 
 if TYPE_CHECKING:
@@ -29,14 +29,6 @@ def check_status(container: Container, low_level: Runc, *, held: bool = False) -
         )
     if status == "paused" and not held:
         raise CaptureError("capture container", container.id, "it is paused", "resume it first")
-    for namespace in (spec.load(container.bundle).get("linux") or {}).get("namespaces") or []:
-        if namespace.get("type") == "pid" and namespace.get("path"):
-            raise CaptureError(
-                "capture container",
-                container.id,
-                "it shares a pid namespace, in which its process ids may be taken at the restore",
-                "give it a pid namespace of its own",
-            )
     if container.labels.get("org.criu.config"):
         raise CaptureError(
             "capture container",
@@ -68,6 +60,29 @@ def check_pid_namespaces(container: Container) -> None:
                 f"process {pid} ({processes.command(pid)}) is in a pid namespace of its own, which CRIU cannot dump",
                 "run it without `unshare --pid` or a sandbox that makes one",
             )
+
+
+def check_orphans(container: Container) -> None:
+    """In a pid namespace that is shared its init, another container, adopts processes whose parent has ended: CRIU,
+    which goes from parent to child, would leave them out. (What was executed in a container has its parent outside.)
+
+    Raises CaptureError.
+    """
+    own = os.readlink(f"/proc/{container.pid}/ns/pid")
+    for pid in sorted(processes.in_cgroups(container.cgroup_paths) - set(processes.tree(container.pid))):
+        found = processes.stat(pid)
+        try:
+            if found is None or found.state in "ZX" or os.readlink(f"/proc/{found.parent}/ns/pid") != own:
+                continue
+        except OSError:
+            continue  # it, or its parent, has ended
+        raise CaptureError(
+            "capture container",
+            container.id,
+            f"process {processes.namespace_pid(pid)} ({processes.command(pid)}) has outlived its parent, so that it is "
+            "the child of another container of the pod",
+            "give the container a pid namespace of its own, or have its init reap what it starts",
+        )
 
 
 def check_streams(container: Container) -> None:

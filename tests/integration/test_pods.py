@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rewarm_native import process
 from support import cgroups, image, rootfs
 from support.cri import CriError, pb
 from support.leftovers import Leftovers
@@ -44,7 +45,7 @@ TABLE = {
     "connections": "within the container kept, to outside closed",
     "CLOCK_MONOTONIC": "goes on, in a time namespace of CRIU's",
     "CPU and memory limits": "the new pod's",
-    "shared pid namespace": "cold, not captured",
+    "shared pid namespace": "warm, where its process ids are free",
     "a snapshot of another namespace": "not taken, unless the node shares it",
     "host network": "warm",
     "the node's deadline": "cold in time, and reported",
@@ -319,14 +320,74 @@ def test_its_limits_are_its_own(clean: KubeNode, captured: dict[str, Any]) -> No
     }
 
 
-def test_a_shared_pid_namespace(clean: KubeNode) -> None:
-    pod = clean.pod("shared", annotations={**SNAPSHOT, "rewarm.dev/snapshot": "shared"}, share_pids=True)
+SHARED = {"rewarm.dev/snapshot": "shared", "rewarm.dev/container": "server", "rewarm.dev/capture": "on-ready"}
+
+
+@pytest.fixture(scope="module")
+def captured_shared(kube: KubeNode) -> dict[str, Any]:
+    """As `captured`, in a pid namespace that is the pod's."""
+    pod = kube.pod("source", annotations=SHARED, share_pids=True)
+    container = server(kube, pod)
+    kube.wait_ready(pod)
+    kube.wait_captured(container)
+    state: dict[str, Any] = kube.json(pod, "/state")
+    kube.remove(pod)
+    return state
+
+
+def test_a_shared_pid_namespace(clean: KubeNode, captured_shared: dict[str, Any]) -> None:
+    pod = clean.pod("shared", annotations=SHARED, share_pids=True)
+    # It has more of the first numbers than any container had in the source's pod.
+    many = "for n in 1 2 3 4 5 6 7 8 9; do sleep 600 & done; wait"
+    clean.container(pod, "sidecar", image.workload("pod_server")[1], ["sh", "-c", many])
+    for attempt in (0, 1):
+        container = server(clean, pod, attempt=attempt)
+        assert clean.outcome(container)["outcome"] == "warm", clean.outcome(container)
+        clean.wait_ready(pod)
+        state = clean.json(pod, "/state")
+        assert (state["identity"], state["pid"]) == (captured_shared["identity"], captured_shared["pid"])
+        names = clean.exec(container, "sh", "-c", "cat /proc/[0-9]*/comm").split()
+        assert "pause" in names and names.count("sleep") == 9, "it does not see the pod's processes"
+        assert clean.exec(container, "cat", f"/proc/{state['pid']}/comm") == "python3\n"
+        with pytest.raises((OSError, EOFError)):
+            clean.json(pod, "/exit?3")
+        assert clean.wait_exited(container).exit_code == 3
+
+
+def test_a_shared_pid_namespace_in_which_a_number_is_taken(clean: KubeNode, captured_shared: dict[str, Any]) -> None:
+    taken = captured_shared["pid"]
+    pod = clean.pod("taken", annotations=SHARED, share_pids=True)
+    reference = image.workload("pod_server")[1]
+    first = clean.container(pod, "first", reference, ["sleep", "600"])
+    process.set_last_pid(f"/proc/{clean.pid(first)}/ns/pid", taken - 1)
+    sidecar = clean.container(pod, "sidecar", reference, ["sleep", "600"])
+    assert clean.exec(sidecar, "cat", f"/proc/{taken}/comm") == "sleep\n"
     container = server(clean, pod)
-    clean.wait_ready(pod)
     assert clean.outcome(container)["outcome"] == "cold"
-    with pytest.raises(AssertionError, match="pid namespace"):
+    assert f"process id {taken} is taken in the pid namespace" in clean.outcome(container)["reason"]
+    clean.wait_ready(pod)
+    assert clean.exec(sidecar, "cat", f"/proc/{taken}/comm") == "sleep\n"
+
+
+def test_snapshots_of_own_and_shared_pid_namespaces(
+    clean: KubeNode, captured: dict[str, Any], captured_shared: dict[str, Any]
+) -> None:
+    for name, shared in (("web", True), ("shared", False)):
+        pod = clean.pod(f"other-{name}", annotations={**SHARED, "rewarm.dev/snapshot": name}, share_pids=shared)
+        container = server(clean, pod)
+        found = clean.outcome(container)
+        assert found["outcome"] == "cold" and "snapshot has namespaces" in found["reason"]
+        clean.wait_ready(pod)
+
+
+def test_an_orphan_in_a_shared_pid_namespace_is_named(clean: KubeNode) -> None:
+    """CRIU would leave it out, without a word."""
+    pod = clean.pod("orphan", annotations={**SHARED, "rewarm.dev/snapshot": "orphan"}, share_pids=True)
+    script = "(sleep 600 &); touch /run/rewarm/ready; exec sleep 700"
+    container = clean.container(pod, "server", image.workload("pod_server")[1], ["sh", "-c", script])
+    with pytest.raises(AssertionError, match=r"process [0-9]+ \(sleep\) has outlived its parent"):
         clean.wait_captured(container)
-    assert clean.json(pod, "/state")["pid"] != 1
+    assert clean.status(container).state == pb.CONTAINER_RUNNING
 
 
 def test_a_pod_of_another_namespace(clean: KubeNode, captured: dict[str, Any]) -> None:

@@ -77,6 +77,10 @@ def test_what_does_not_matter(here: dict[str, Any]) -> None:
             "snapshot has a mount of type bind at /models, this container one of tmpfs",
         ),
         ({"user": (0, 0)}, "snapshot has user 1000:1000, this container has 0:0"),
+        (
+            {"namespaces": ("mount", "pid (shared)")},
+            "snapshot has namespaces ['mount', 'pid'], this container has ['mount', ",
+        ),
         ({"namespaces": ("mount",)}, "snapshot has namespaces ['mount', 'pid'], this container has ['mount']"),
         ({"capabilities": ()}, "snapshot was taken with capability CAP_KILL, this container has it not"),
         ({"seccomp": "def"}, "another seccomp profile than this container's (abc, here def)"),

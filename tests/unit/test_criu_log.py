@@ -24,6 +24,12 @@ def written(directory: Path, text: str) -> Path:
     return path
 
 
+def test_words_that_hide_what_has_happened(tmp_path: Path) -> None:
+    text = "(00.07) Error (criu/cr-restore.c:1239): Can't fork for 29696: File exists\n"
+    said = log.cause(str(written(tmp_path, text)))
+    assert said == "process id 29696 is taken in the pid namespace that the container shares"
+
+
 def test_mount_yards(tmp_path: Path) -> None:
     """Those that a path in the images brought as well: which is CRIU's own the log does not say for certain."""
     assert log.mount_yards(str(written(tmp_path, LINES))) == {"/tmp/.criu.mntns.DiO2KK", "/tmp/.criu.mntns.Other0"}

@@ -72,6 +72,7 @@ ROOMS = {
     "rewarm.preload": 4,
     "rewarm.additions": 4,
     "rewarm.saved": 4,
+    "rewarm.pids": 3,
     "rewarm.cold": 4,
     "rewarm.warm": 5,
     "rewarm.start": 5,

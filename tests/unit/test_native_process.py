@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from rewarm_native import process
+from support.proc import wait_for
 
 NATIVE = Path(__file__).resolve().parents[2] / "native/rewarm_native"
 SECONDS = 20.0
@@ -569,3 +570,33 @@ def test_names_of_another_uts_namespace(tmp_path: Path) -> None:
         assert caught.value.errno == errno.EINVAL
     with pytest.raises(FileNotFoundError):
         process.names_in_utsns(tmp_path / "none")
+
+
+def test_the_next_process_of_another_pid_namespace(tmp_path: Path) -> None:
+    script = "echo; while read word; do sh -c 'echo $$'; done"
+    words = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as other:
+        try:
+            assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == "\n"
+            (init,) = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
+            for wanted in (5000, 300, 31000):
+                process.set_last_pid(f"/proc/{init}/ns/pid", wanted - 1)
+                other.stdin.write("\n")
+                assert other.stdout.readline() == f"{wanted}\n"
+            with pytest.raises(OSError, match="set last pid 99999999 in pid namespace") as caught:
+                process.set_last_pid(f"/proc/{init}/ns/pid", 99999999)
+            assert caught.value.errno == errno.EINVAL
+            gone = os.open(f"/proc/{init}/ns/pid", os.O_RDONLY)
+        finally:
+            other.kill()
+    try:
+        wait_for("end of the namespace", lambda: not Path(f"/proc/{init}").exists())
+        with pytest.raises(OSError, match="set last pid") as caught:
+            process.set_last_pid(f"/proc/self/fd/{gone}", 1000)
+        assert caught.value.errno == errno.ENOMEM
+    finally:
+        os.close(gone)
+    for path, number in (("/proc/self/ns/mnt", errno.EINVAL), (str(tmp_path / "none"), errno.ENOENT)):
+        with pytest.raises(OSError, match=r"pid namespace|No such file") as caught:
+            process.set_last_pid(path, 1000)
+        assert caught.value.errno == number

@@ -100,6 +100,19 @@ def test_files_that_take_a_capability(tmp_path: Path, record: bytes, text: str) 
         check(tmp_path, spec(capabilities={"bounding": held}))
 
 
+def test_an_init_of_its_own_where_the_pid_namespace_is_shared(tmp_path: Path) -> None:
+    """CRIU would make it a namespace beside the pod's. With another number it takes the one that runc hands it."""
+    live = spec()
+    (shared,) = [one for one in live["linux"]["namespaces"] if one["type"] == "pid"]
+    shared["path"] = "/proc/1/ns/other"
+    with pytest.raises(Unfit, match="it has a pid namespace of its own, this container shares one"):
+        check(tmp_path, live)
+    (tmp_path / "pstree.img").write_bytes(image(field(1, 7) + field(5, 7)))
+    for name in ("ids", "core"):
+        (tmp_path / f"{name}-1.img").rename(tmp_path / f"{name}-7.img")
+    vet.vet(tmp_path, live, set())
+
+
 def test_an_honest_snapshot_passes(tmp_path: Path) -> None:
     mounts = (mount("./proc", PROC), mount("./models", UNSUPPORTED, key=b"/models"), mount("./dev/shm", TMPFS))
     check(tmp_path, spec(), mounts=(*mounts, mount("./proc/kcore", TMPFS), mount("./dev/pts", 6)))

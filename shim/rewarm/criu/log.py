@@ -33,8 +33,14 @@ def cause(path: str) -> str:
     """The first real error as one short phrase, without CRIU's time stamp; "" when the log has none."""
     for line in excerpt(path):
         if " Error (" in line:
-            return line.partition("Error ")[2].split("): ", 1)[-1].strip()
+            return _plain(line.partition("Error ")[2].split("): ", 1)[-1].strip())
     return ""
+
+
+def _plain(text: str) -> str:
+    """CRIU's words, but where they hide what has happened."""
+    taken = re.match(r"Can't fork for (\d+): File exists", text)
+    return f"process id {taken[1]} is taken in the pid namespace that the container shares" if taken else text
 
 
 def mount_yards(path: str) -> set[str]:

@@ -2,6 +2,8 @@
 
 CRIU makes a namespace for the init where the init's id is another than that of the process that made the dump, which is
 in `inventory.img` (criu/pstree.c: prepare_pstree_kobj_ids); else the init is in that of whoever restores.
+A pid namespace that the container shares comes from runc, as a descriptor (criu/cr-restore.c: fork_with_pid), unless
+the init in the images has the number 1: then CRIU makes one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ INVENTORY_MAGIC = 4
 _ROOT_IDS, _NS_PER_ID = 3, 4  # images/inventory.proto
 _IDS = {"pid": 5, "network": 6, "ipc": 7, "uts": 8, "mount": 9, "user": 10}
 """images/core.proto: task_kobj_ids_entry. (A cgroup namespace CRIU makes by what is in its image of cgroups.)"""
+_INIT = 1
 _MAPS = {1: "uidMappings", 2: "gidMappings"}  # images/userns.proto
 
 
@@ -37,6 +40,9 @@ def check(directory: Path, spec: dict[str, Any]) -> None:
     namespaces = (spec.get("linux") or {}).get("namespaces") or []
     wanted = {str(one.get("type")) for one in namespaces if not processes.is_own_namespace(one)}
     first = images.u32(next(images.records(directory / "pstree.img"), {}), 1)
+    shared = [one for one in namespaces if one.get("type") == "pid" and one.get("path")]
+    if shared and first == _INIT:
+        raise Unfit("restore snapshot", "pstree.img", "it has a pid namespace of its own, this container shares one")
     for path in sorted(directory.glob("ids-*.img")):
         own = path.name == f"ids-{first}.img"
         for ids in images.records(path):

@@ -25,9 +25,9 @@ HOOKS_DESTINATION = "/run/rewarm-hooks"
 """Where Python programs in a container find `rewarm_hooks.workload`."""
 OWN_DESTINATIONS = (CONTROL_DESTINATION, LIBRARY_DESTINATION, HOOKS_DESTINATION)
 _PRELOAD, _PYTHON = "LD_PRELOAD", "PYTHONPATH"
-# What runc's `features` lists as potentially unsafe: a file of CRIU options on the node, and what systemd is told of
-# the container's unit (beside what CRI-O itself says there).
-_CRIU_CONFIG = "org.criu.config"
+# What runc's `features` lists as potentially unsafe: a file of CRIU options on the node, what hooks are told is the
+# bundle, and what systemd is told of the container's unit (beside what CRI-O itself says there).
+_UNSAFE = ("org.criu.config", "bundle")
 _UNIT = "org.systemd.property."
 _UNIT_KEPT = tuple(_UNIT + name for name in ("CollectMode", "DefaultDependencies", "TimeoutStopUSec"))
 _IO_URING = ("io_uring_setup", "io_uring_enter", "io_uring_register")
@@ -138,6 +138,14 @@ def has_users(spec: Spec) -> bool:
     return "user" in kinds or bool(linux.get("uidMappings"))
 
 
+def joined(spec: Spec, kind: str) -> str:
+    """The file of the namespace of this kind that it shares with others; "" where it has one of its own, or none."""
+    for namespace in (spec.get("linux") or {}).get("namespaces") or []:
+        if namespace.get("type") == kind and namespace.get("path"):
+            return str(namespace["path"])
+    return ""
+
+
 def prepared(spec: Spec, control: str | None, library: str | None = None, hooks: str | None = None) -> Spec:
     """A copy of the spec that a capturable container runs with.
 
@@ -234,7 +242,7 @@ def with_hook(spec: Spec, argv: list[str], timeout: int) -> Spec:
 
 
 def _is_unsafe(annotation: str) -> bool:
-    return annotation == _CRIU_CONFIG or (annotation.startswith(_UNIT) and annotation not in _UNIT_KEPT)
+    return annotation in _UNSAFE or (annotation.startswith(_UNIT) and annotation not in _UNIT_KEPT)
 
 
 def digest(value: object) -> str:
