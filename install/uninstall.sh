@@ -131,8 +131,12 @@ remove_files() {
 }
 
 purge_node() {
-    local store
+    local store directory
     store=$(sed -n 's/^store:[[:space:]]*//p' /etc/rewarm/config.yaml 2>/dev/null || true)
+    # Of containers that were deleted without rewarm: each control directory is a file system of its own.
+    for directory in /run/rewarm/containers/*/*/control; do
+        ! mountpoint -q "$directory" || umount -l "$directory"
+    done
     rm -rf --one-file-system /etc/rewarm /var/lib/rewarm /run/rewarm
     say "removed /etc/rewarm, /var/lib/rewarm and /run/rewarm"
     [[ -z $store ]] || say "if other nodes do not use it, remove the store, too: $store"

@@ -45,6 +45,7 @@ int rw_set_pdeathsig(int signal);
 int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
 int rw_names_in_utsns(int namespace_fd, char *nodename, char *domainname, size_t size);
 int rw_set_last_pid(int namespace_fd, int pid);
+int rw_mount_tmpfs(const char *path, const char *options);
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
 int rw_watch_begin(int tid, struct rw_way *way);
 int rw_watch(const struct rw_way *way, uint64_t smallest);

@@ -24,6 +24,7 @@ int rw_set_pdeathsig(int signal);
 int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
 int rw_names_in_utsns(int namespace_fd, char *nodename, char *domainname, size_t size);
 int rw_set_last_pid(int namespace_fd, int pid);
+int rw_mount_tmpfs(const char *path, const char *options);
 
 /* Runs the calls in the thread `tid` of another process, in order, up to the first that fails; *failed is then its
  * index, or `count` when the thread could not be made to run anything. Afterwards the thread is as it was. */

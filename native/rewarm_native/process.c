@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -150,4 +151,9 @@ int rw_set_last_pid(int namespace_fd, int pid)
 	if (error == 0)
 		error = pthread_join(thread, NULL);
 	return error != 0 ? -error : request.result;
+}
+
+int rw_mount_tmpfs(const char *path, const char *options)
+{
+	return mount("rewarm", path, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options) < 0 ? -errno : 0;
 }

@@ -96,6 +96,13 @@ def set_last_pid(path: str | os.PathLike[str], pid: int) -> None:
         os.close(namespace)
 
 
+def mount_tmpfs(path: str | os.PathLike[str], *, size: int, inodes: int, mode: int) -> None:
+    """Mount an empty file system in memory at a directory, of at most `size` bytes and `inodes` files (tmpfs(5)),
+    without set-user-ID programs, devices and execution. Raises OSError."""
+    options = f"size={size},nr_inodes={inodes},mode={mode:o}"
+    _check(lib.rw_mount_tmpfs(os.fsencode(path), options.encode()), f"mount tmpfs at {os.fspath(path)}")
+
+
 def _text(found: Any) -> str:
     text: str = ffi.string(found).decode("utf-8", "surrogateescape")
     return text

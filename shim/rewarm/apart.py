@@ -20,10 +20,10 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from rewarm import aside
+from rewarm import aside, deadline
 from rewarm.errors import NotUndone, RestoreError
 
-_LONGEST_START = 120.0
+_LONGEST_START = deadline.SWEEPING
 """Seconds that a child may take until it calls `begin`."""
 _LONGEST_UNDOING = 90.0
 """Seconds that a child that was told to end may take for undoing what it has begun."""

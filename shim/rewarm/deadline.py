@@ -8,9 +8,21 @@ from __future__ import annotations
 
 import signal
 
+KUBELET = 120.0
+"""Seconds after which the kubelet gives a container up that is being created or started: runtimeRequestTimeout, by
+default."""
+SWEEPING, UNDOING = 15.0, 30.0
+"""Seconds beside the limit, at most: before it, for what killed restores have left, and after it, for undoing this
+one."""
+
 
 class Passed(Exception):
     """The time is up. No RewarmError, so that nobody who tries the next thing after one takes it for that."""
+
+
+def latest(limit: float) -> float:
+    """Seconds after which `create` has given up a restore with this limit, whatever hangs, and starts cold."""
+    return SWEEPING + limit + UNDOING
 
 
 def arm(seconds: float) -> None:

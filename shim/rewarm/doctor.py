@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from rewarm import (
+    deadline,
     doctor_containerd,
     doctor_gpu,
     doctor_kernel,
@@ -22,7 +23,7 @@ from rewarm import (
     doctor_programs,
     settings,
 )
-from rewarm.checks import FAILED, OK, Check, Node
+from rewarm.checks import FAILED, OK, WARNING, Check, Node
 from rewarm.errors import RewarmError
 from rewarm.settings import Settings
 
@@ -46,7 +47,16 @@ def check_settings(node: Node) -> Check:
         step = "correct the file; until then every container with a rewarm annotation fails"
         return Check("settings", FAILED, node.settings_error, step)
     there = os.path.exists(node.settings_file)
-    return Check("settings", OK, node.settings_file if there else f"the defaults: there is no {node.settings_file}")
+    found = node.settings_file if there else f"the defaults: there is no {node.settings_file}"
+    latest = deadline.latest(node.settings.deadline)
+    if latest > deadline.KUBELET:
+        late = (
+            f"{found}: with `deadline: {node.settings.deadline:g}` a cold start may begin after {latest:g} s, when the "
+        )
+        late += f"kubelet has given up ({deadline.KUBELET:g} s, runtimeRequestTimeout)"
+        highest = node.settings.deadline - (latest - deadline.KUBELET)
+        return Check("settings", WARNING, late, f"set it to {highest:g} at most, or raise the kubelet's")
+    return Check("settings", OK, found)
 
 
 CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (

@@ -63,6 +63,11 @@ def features(node: Node) -> Check:
         return Check(
             "kernel", FAILED, f"Linux {facts.kernel()} without {', '.join(missing)}", "boot a kernel that has it"
         )
+    if not _has_namespace("time"):
+        found = (
+            f"Linux {facts.kernel()} without time namespaces: in containers restored here CLOCK_MONOTONIC may go back"
+        )
+        return Check("kernel", WARNING, found, "boot Linux 5.6 or newer with CONFIG_TIME_NS")
     return Check("kernel", OK, f"Linux {facts.kernel()}, {facts.architecture()}")
 
 

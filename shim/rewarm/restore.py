@@ -262,7 +262,7 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
             )
         shm = os.path.realpath(shm)
         changes.append(Undo(shm, os.path.join(directory, "devshm.undo"), os.path.ismount(shm)))
-    tell(record.control(directory), plan.invocation.container_id, _name(plan), plan.spec)
+    tell(record.bound_control(directory), plan.invocation.container_id, _name(plan), plan.spec)
     changed = prepared = _prepared(plan)
     hooks = [_rootfs_hook(plan, changes[0])] if _has(plan, ROOTFS_DIFF) else []
     if devices is not None:

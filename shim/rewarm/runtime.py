@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rewarm import processes
 from rewarm import settings as configuration
+from rewarm.deadline import UNDOING
 from rewarm.errors import NotUndone, OciError, RequestError, RestoreError, RewarmError, SettingsError
 from rewarm.oci import argv, log, mounts, record, runc, spec
 from rewarm.oci.argv import Invocation
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from rewarm.request import Request
 
 _TERMINATED = 128 + signal.SIGTERM
-_LATEST = 90.0
-"""Seconds after the deadline within which a failed restore is undone, unless all of it hangs."""
 
 
 def main(words: list[str]) -> int:
@@ -127,7 +126,7 @@ def _warm(
         return _attempt(invocation, bundle_spec, wanted, settings, binary, directory, child)
 
     try:
-        return apart.run(work, settings.deadline + _LATEST, lambda: recover.take_back(directory, binary))
+        return apart.run(work, settings.deadline + UNDOING, lambda: recover.take_back(directory, binary))
     except apart.Died as error:
         return str(RestoreError("restore container", invocation.container_id, error.cause, error.next_step))
 
@@ -236,7 +235,7 @@ def _settings() -> tuple[Settings, SettingsError | None]:
     try:
         return configuration.load(), None
     except SettingsError as error:
-        return Settings(), error
+        return configuration.without_mistakes(), error
 
 
 def entry() -> NoReturn:

@@ -57,8 +57,8 @@ class Settings:
     """Globs of runc roots in which `rewarm capture` looks for a container."""
     criu: str = "auto"
     """Path of criu; auto: the one that the install provided, or PATH's."""
-    deadline: float = 90.0
-    """A restore that takes longer is given up for a cold start."""
+    deadline: float = 70.0
+    """A restore that takes longer is given up for a cold start, in time for the kubelet (deadline.py)."""
     on_miss: str = "cold-start"
     """What a container gets that does not say: cold-start or fail."""
     state_dir: str = "/run/rewarm"
@@ -136,6 +136,16 @@ def load(path: Path | None = None) -> Settings:
             cause = f"{key} has the bad value {_show(value)}" + (f" ({error})" if str(error) else "")
             raise SettingsError("read settings", file, cause, f"allowed: {wanted}") from None
     return Settings(**values)
+
+
+def without_mistakes() -> Settings:
+    """What the node has where `load` raises: the defaults, with the state directory that the file names nevertheless,
+    since the launcher, which passes over what it does not know, looks for containers there."""
+    file = os.environ.get("REWARM_CONFIG") or DEFAULT_PATH
+    try:
+        return Settings(state_dir=_path(_parse(file, _read(file) or b"").get("state_dir")))
+    except (SettingsError, ValueError):
+        return Settings()
 
 
 def _show(value: object) -> str:

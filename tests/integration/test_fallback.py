@@ -331,7 +331,7 @@ def test_settings_that_cannot_be_read_capture_nothing(other: Node) -> None:
     annotate(made, "cold-start")
     other.runtime.create("copy", made)
     try:
-        kept = record.load(record.directory("/run/rewarm", str(other.runtime.root), "copy"))
+        kept = record.load(str(other.container_directory("copy")))
         assert kept is not None and kept.phase == record.COLD and kept.request["capture"] == "never"
     finally:
         other.runtime.delete("copy", force=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -217,8 +218,9 @@ def test_criu_options_are_not_a_pods_to_say(clean: KubeNode, tmp_path: Path) -> 
 SCRIPTS = {
     "link": "ln -sf /etc/passwd /run/rewarm/ready",
     "fifo": "rm -f /run/rewarm/ready; mkfifo /run/rewarm/ready",
+    "device": "rm -f /run/rewarm/ready; mknod /run/rewarm/ready c 1 3",
     "directory of links": "rm -f /run/rewarm/ready; ln -s / /run/rewarm/restored.json; ln -s /etc /run/rewarm/ready",
-    "many": "cd /run/rewarm; i=0; while [ $i -lt 3000 ]; do : > f$i; i=$((i+1)); done; rm -f ready; touch ready",
+    "many": "cd /run/rewarm; i=0; while [ $i -lt 900 ]; do : > f$i; i=$((i+1)); done; rm -f ready; touch ready",
 }
 
 
@@ -232,10 +234,52 @@ def test_a_control_directory_that_its_user_has_filled(clean: KubeNode, script: s
     time.sleep(0.5)
     state = clean.node.container_directory(container, clean.engine.runc_root / "k8s.io")
     control = state / "control"
-    wait_for("the script", lambda: (control / "ready").is_symlink() or (control / "ready").exists())
+    wait_for("the script", lambda: os.path.lexists(control / "ready"))
     if "touch ready" in script:
         clean.wait_captured(container)
     else:
         assert not (state / "capture.json").exists(), "it was taken for ready"
     nothing_of(clean, pod)
     assert Path("/etc/passwd").stat().st_size > 0 and not control.exists()
+
+
+GREEDY = """
+import errno, os
+def fill(name, data=b""):
+    try:
+        with open(f"/run/rewarm/{name}", "wb") as file:
+            file.write(data)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC, error
+        return False
+    return True
+fill("large", bytes(256 << 20))
+n = 0
+while n < 200_000 and fill(f"file-{n}"):
+    n += 1
+print("full", flush=True)
+os.execlp("sleep", "sleep", "600")
+"""
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_control_directory_is_no_way_to_fill_the_nodes_run(clean: KubeNode, warm: bool) -> None:
+    """Where engines and runc keep their state, too. A restored container's is as small."""
+    name = f"greedy-{warm}"
+    script = 'touch /run/rewarm/ready; while ! test -e /cache/go; do sleep 0.1; done; exec python3 -c "$GREEDY"'
+    for turn in range(1 + warm):
+        pod = clean.pod(f"{name}-{turn}", annotations={**ANNOTATIONS, "rewarm.dev/snapshot": name})
+        reference = image.workload("pod_server")[1]
+        container = clean.container(pod, "server", reference, ["sh", "-c", script], env={"GREEDY": GREEDY})
+        if turn < warm:
+            clean.wait_captured(container)
+            clean.remove(pod)
+    assert clean.outcome(container)["outcome"] == ("warm" if warm else "cold")
+    control = clean.node.container_directory(container, clean.engine.runc_root / "k8s.io") / "control"
+    (pod.directory / "empty" / "go").touch()
+    wait_for("the program", lambda: "full" in clean.log(pod, "server"))
+    room = os.statvfs(control)
+    assert control.stat().st_dev != control.parent.stat().st_dev and not room.f_bavail
+    assert room.f_blocks * room.f_frsize <= 8 << 20 and sum(1 for _ in control.iterdir()) <= room.f_files <= 1024
+    nothing_of(clean, pod)
+    assert not control.exists()

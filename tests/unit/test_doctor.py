@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from rewarm import cli, doctor, doctor_containerd
+from rewarm import cli, deadline, doctor, doctor_containerd
 from rewarm.checks import FAILED, OK, WARNING, Check, Node
 from rewarm.errors import OciError, RewarmError
 from rewarm.settings import Settings
@@ -70,6 +70,14 @@ def test_settings(tmp_path: Path) -> None:
     says(doctor.check_settings(node), FAILED, "deadline has the bad value 'soon'")
     assert node.settings == Settings(), "the other checks go on with the defaults"
     assert "nothing was undone" in doctor.fix(node)[0]
+
+
+def test_a_deadline_for_which_the_kubelet_does_not_wait(node: Node) -> None:
+    """Whatever hangs, `create` has to have answered by then: by default, it does."""
+    says(doctor.check_settings(with_settings(node, deadline=75)), OK)
+    found = doctor.check_settings(with_settings(node, deadline=76))
+    says(found, WARNING, "after 121 s", "runtimeRequestTimeout", "set it to 75 at most")
+    assert deadline.latest(Settings().deadline) < deadline.KUBELET == 120
 
 
 def test_settings_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

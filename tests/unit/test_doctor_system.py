@@ -44,6 +44,11 @@ def test_kernel_features(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     says(doctor_kernel.features(node), FAILED, "CONFIG_SECCOMP_FILTER", "ipc namespaces")
 
 
+def test_a_kernel_without_time_namespaces(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_kernel, "_has_namespace", lambda kind: kind != "time")
+    says(doctor_kernel.features(node), WARNING, "CLOCK_MONOTONIC may go back", "CONFIG_TIME_NS")
+
+
 def test_kernel_that_protects_read_only_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, data: bytes, offset: int) -> int:
         raise OSError(errno.EIO, "Input/output error")

@@ -38,9 +38,21 @@ def test_an_absent_file_is_all_defaults(file: Path) -> None:
     assert load(file) == Settings()
     assert Settings().store == "/var/lib/rewarm/store"
     assert Settings().runtimes == ("runc",)
-    assert Settings().deadline == 90.0
+    assert Settings().deadline == 70.0
     assert Settings().on_miss == "cold-start"
     assert "/run/containerd/runc/*" in Settings().runtime_roots
+
+
+def test_a_file_with_a_mistake_names_the_state_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher reads it as well, and looks there for containers that are to be started or deleted."""
+    monkeypatch.setenv("REWARM_CONFIG", str(file))
+    write(file, "stoer: /typo\nstate_dir: /elsewhere\n")
+    assert settings.without_mistakes() == Settings(state_dir="/elsewhere")
+    for text in ("state_dir: here\n", "stoer: /typo\n", "state_dir: [\n", "state_dir: /a\nstate_dir: /b\n"):
+        write(file, text)
+        assert settings.without_mistakes() == Settings()
+    write(file, "stoer: /typo\nstate_dir: /elsewhere\n").chmod(0o666)
+    assert settings.without_mistakes() == Settings(), "somebody else may have written it"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])

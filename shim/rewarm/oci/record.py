@@ -25,6 +25,8 @@ STARTED = "started"
 COLD = "cold"
 _PHASES = (RESTORING, RESTORED, STARTED, COLD)
 _LARGEST = 4 << 20
+_ROOM, _FILES = 8 << 20, 1024
+"""Bytes and files that a control directory may have: restored.json holds an environment, of up to 6 MiB (execve(2))."""
 _ID = re.compile(r"[A-Za-z0-9_+,.][A-Za-z0-9_+,.-]*")
 _LONGEST_ID = 200  # a file name has 255 bytes, and the names beside the container directory are longer than its own
 
@@ -156,6 +158,15 @@ def _discard(path: str) -> None:
 
 def control(path: str) -> str:
     return os.path.join(path, "control")
+
+
+def bound_control(path: str) -> str:
+    """The control directory, with a file system of its own: the state directory lies in the node's /run, in which
+    engines need room, and the container's users may write. `remove` takes it away. Raises OSError."""
+    from rewarm_native import process
+
+    process.mount_tmpfs(control(path), size=_ROOM, inodes=_FILES, mode=0o1777)
+    return control(path)
 
 
 def save(path: str, record: Record, name: str = "record.json") -> None:
