@@ -1,8 +1,8 @@
 """Adds the runtime `rewarm` to CRI-O: a drop-in below /etc/crio/crio.conf.d. Standard library only.
 
-CRI-O reads crio.conf and then every file below crio.conf.d in the order of their names, tables merged, so the node's
-other handlers stay. The options are those of the handler `runc`, or where there is none of the default one, less what
-belongs to that one's program.
+CRI-O reads crio.conf and then every file below crio.conf.d in the order of their names, so the node's other handlers
+stay; of a handler that two files define it takes the later one's table, and nothing of the earlier one's. The options
+are those of the handler `runc`, or where there is none of the default one, less what belongs to that one's program.
 
 `allowed_annotations` is copied and gets nothing of rewarm's: the list is of annotations that CRI-O itself acts on.
 Those it does not know go through to the runtime as they are, and a handler that lists one is ignored ("invalid
@@ -55,7 +55,7 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
         data = parse(read_text(other) or "", other)
         named = table(data, other, *_HANDLERS)
         for name in named:
-            handlers[name] = {**handlers.get(name, {}), **table(named, other, name)}
+            handlers[name] = table(named, other, name)
         default = str(table(data, other, "crio", "runtime").get("default_runtime", default))
         if RUNTIME in named and handlers[RUNTIME].get("runtime_path") == binary:
             journal.say(f"{other} names the runtime '{RUNTIME}' with {binary} already: left alone")
@@ -88,23 +88,26 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
 
 
 def derive(handlers: dict[str, dict[str, Any]], default: str, binary: str) -> tuple[dict[str, Any], str]:
-    """rewarm's handler, and the path of the copied one's program ("" for plain runc). Raises Refused."""
+    """rewarm's handler, and the copied one's program: "" for plain runc, or where no file names it. Raises Refused."""
     name = "runc" if "runc" in handlers else default
     source = handlers.get(name, {})
-    kind = source.get("runtime_type") or "oci"
+    # Whose program it is: a handler may say that it runs what the default one runs.
+    program = default if source.get("inherit_default_runtime") and default in handlers else name
+    kind = handlers.get(program, {}).get("runtime_type") or "oci"
     if kind != "oci":
-        raise Refused(f"the handler '{name}' has runtime_type {kind!r}; rewarm works under 'oci' only")
+        raise Refused(f"the handler '{program}' has runtime_type {kind!r}; rewarm works under 'oci' only")
     mine: dict[str, Any] = {"runtime_path": binary, "runtime_type": "oci", "runtime_root": _RUNC_ROOT}
     mine["monitor_env"] = _MONITOR_ENV
     mine |= {key: value for key, value in source.items() if key not in _NOT_COPIED}
-    if name != "runc":  # another program's state is nothing that runc could read
+    if program != "runc":  # another program's state is nothing that runc could read
         mine["runtime_root"] = _RUNC_ROOT
+    if program not in handlers:
         return mine, ""
-    path = str(source.get("runtime_path", ""))
+    path = str(handlers[program].get("runtime_path") or program)  # without a path CRI-O looks for the handler's name
     return mine, "" if os.path.basename(path) == "runc" and os.path.dirname(path) in _USUAL else path
 
 
-_USUAL = ("/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/bin", "/sbin")
+_USUAL = ("", "/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/bin", "/sbin")
 
 
 def _check(program: str, config: Path, binary: str) -> None:

@@ -86,7 +86,8 @@ def _usable(name: str, binary: str, journal: Journal) -> bool:
             f"note: the node's runc runtime runs {name}, which does not run ({error}): rewarm runs runc below itself"
         )
         return False
-    if said.stdout.startswith("crun"):
+    # NVIDIA's own version comes with that of the program below it.
+    if re.search(r"^crun\b", said.stdout, re.MULTILINE):
         journal.say(f"note: the node's runc runtime runs crun ({name}), which runs no hooks on a restore:")
         journal.say("note: rewarm runs runc below itself")
         return False

@@ -258,6 +258,57 @@ def test_crio_with_crun_alone(tmp_path: Path) -> None:
     assert made["allowed_annotations"] == ["io.containers.trace-syscall"]
 
 
+def test_crio_takes_a_handlers_last_table_whole(tmp_path: Path) -> None:
+    """As CRI-O does (TOML's map elements are made anew): what a later drop-in leaves out is not there any more."""
+    crio = at(tmp_path, "crio")
+    write(tmp_path / "etc/crio/crio.conf.d/10-runc.conf", CRIO_RUNC)
+    write(tmp_path / "etc/crio/crio.conf.d/20-less.conf", '[crio.runtime.runtimes.runc]\nruntime_root = "/srv/other"\n')
+    crio.register()
+    assert handler(crio) == {
+        "runtime_path": BINARY,
+        "runtime_type": "oci",
+        "runtime_root": "/srv/other",
+        "monitor_env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "noted"),
+    [
+        ('[crio.runtime.runtimes.nvidia]\nruntime_path = "{program}"\n', "runc version 1.2.4", True),
+        ('[crio.runtime.runtimes.nvidia]\nruntime_path = "{program}"\n', "NVIDIA\n\ncrun version 1.19", False),
+        (
+            '[crio.runtime.runtimes.nvidia]\nruntime_path = "{program}"\nruntime_root = "/run/other"\n'
+            "[crio.runtime.runtimes.runc]\ninherit_default_runtime = true\n"
+            'allowed_annotations = ["io.kubernetes.cri-o.Devices"]\n',
+            "runc version 1.2.4",
+            True,
+        ),
+        ('[crio.runtime.runtimes.nvidia]\nruntime_path = "{program}"\n' + CRIO_RUNC, "runc version 1.2.4", None),
+        ("", "", None),
+    ],
+)
+def test_crio_whose_default_handler_runs_another_program(
+    tmp_path: Path, text: str, said: str, noted: bool | None
+) -> None:
+    """What rewarm runs below itself is what the copied handler ran; one that no file names is CRI-O's own choice."""
+    crio = at(tmp_path, "crio")
+    program = write(tmp_path / "nvidia-container-runtime", f"#!/bin/sh\nprintf '{said}\\n'\n")
+    program.chmod(0o755)
+    settings = tmp_path / "etc/rewarm/config.yaml"
+    write(
+        tmp_path / "etc/crio/crio.conf", f'[crio.runtime]\ndefault_runtime = "nvidia"\n{text.format(program=program)}'
+    )
+    done = crio.run("register", "--binary", BINARY, "--settings", str(settings), f"crio={crio.config}")
+    assert done.returncode == 0, done.stderr
+    assert settings.exists() == bool(noted)
+    assert not noted or f'runtimes: ["{program}"]' in settings.read_text()
+    assert ("runs crun" in done.stderr) == (noted is False)
+    made = handler(crio)
+    assert made["runtime_root"] == ("/srv/runc" if "/srv/runc" in text else "/run/runc")
+    assert ("allowed_annotations" in made) == ("allowed_annotations" in text)
+
+
 def test_crio_without_files(tmp_path: Path) -> None:
     crio = at(tmp_path, "crio")
     crio.register()
