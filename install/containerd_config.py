@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from journal import Refused, read_text
-from toml_text import check_whole, parse, strings, strip, table
+from engine import PROGRAM, RUNTIME
+from journal import Journal, Refused, read_text
+from toml_text import check_whole, parse, strings, table
 
 PLUGINS = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime", 4: "io.containerd.cri.v1.runtime"}
 CRI_NAMES = {"cri", *PLUGINS.values()}
@@ -32,32 +33,38 @@ class ConfigFile:
 
     path: Path
     text: str | None
+    base: str = ""  # the text without rewarm's part
     data: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def base(self) -> str:
-        """The text without rewarm's block."""
-        return strip(self.text or "", self.path)
 
     @property
     def base_data(self) -> dict[str, Any]:
         return parse(self.base, self.path)
 
     def runtimes(self) -> dict[str, dict[str, Any]]:
-        """The runtimes that the text without rewarm's block names."""
+        """The runtimes that the text without rewarm's part names."""
         return runtimes_in(self.base_data, self.path)
 
 
-def read(path: Path) -> ConfigFile:
+def read(path: Path, journal: Journal) -> ConfigFile:
     """Reads one file. Raises Refused."""
     text = read_text(path)
     if text is None:
         return ConfigFile(path, None)
     check_whole(text, path)
-    return ConfigFile(path, text, parse(text, path))
+    return ConfigFile(path, text, journal.base(text, path), parse(text, path))
 
 
-def load(main: Path) -> list[ConfigFile]:
+def own(data: dict[str, Any], path: Path) -> list[tuple[str, ...]]:
+    """Where a file's data has rewarm's runtime, if it runs rewarm: see toml_own."""
+    places = [("plugins", plugin, "containerd", "runtimes") for plugin in dict.fromkeys(PLUGINS.values())]
+    return [
+        (*place, RUNTIME)
+        for place in places
+        if os.path.basename(binary_of(table(data, path, *place, RUNTIME), path)) == PROGRAM
+    ]
+
+
+def load(main: Path, journal: Journal) -> list[ConfigFile]:
     """The main file and what it imports, in the order in which containerd merges them (the last one wins)."""
     files: list[ConfigFile] = []
     pending, seen = [main], set[Path]()
@@ -66,7 +73,7 @@ def load(main: Path) -> list[ConfigFile]:
         if path in seen:
             continue
         seen.add(path)
-        config = read(path)
+        config = read(path, journal)
         if config.text is None and path != main:
             raise Refused(f"{path}, imported by {main}, does not exist; containerd itself would not start with it")
         files.append(config)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNTIME = "rewarm"
+# The name of its program, to know a path of rewarm's from one of others.
+PROGRAM = "rewarm-runc"
 ANNOTATIONS = "rewarm.dev/*"
 
 

@@ -5,7 +5,7 @@
 # What registers the runtime with the engines; install.sh puts it beside uninstall.sh.
 # shellcheck disable=SC2034
 registering=(register.py register_{containerd,crio,docker,podman,settings}.py containerd_config.py engine.py
-    journal.py json_text.py toml_text.py)
+    journal.py json_text.py marked.py still_named.py toml_own.py toml_text.py)
 
 # engine_program ENGINE: prints the program that runs on this node, or would; nothing if there is none. A service may run
 # another one than PATH has.

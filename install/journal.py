@@ -13,15 +13,22 @@ import glob
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from marked import blocks
+
 MAX_BYTES = 8 << 20
 _TEMPORARY = ".rewarm-tmp"
+# What a file that was made for rewarm holds when rewarm's part is out of it.
+_NOTHING = re.compile(r"\s*(?:\{\s*\}|version\s*=\s*\d+)?\s*")
+# A text without rewarm's part; told the digests of the blocks written to that file, or None if nothing is on record.
+Strip = Callable[[str, Path, Collection[str] | None], str]
 
 
 class Refused(Exception):
@@ -129,6 +136,14 @@ def _sync(path: Path) -> None:
         os.close(directory)
 
 
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _blocks(data: bytes | None) -> list[str]:
+    return [digest(block.encode("utf-8", "surrogateescape")) for block in blocks(_text(data or b""))]
+
+
 class Journal:
     """The record of one engine's files: `engine` names it, `label` is its name in messages.
 
@@ -136,20 +151,20 @@ class Journal:
     empty object); `keep_out` says that no temporary file may lie in the directory of the engine's files.
     """
 
-    def __init__(
-        self, directory: Path, engine: str, label: str, strip: Callable[[str, Path], str], *, keep_out: bool = False
-    ) -> None:
+    def __init__(self, directory: Path, engine: str, label: str, strip: Strip, *, keep_out: bool = False) -> None:
         self.directory = directory
         self.label = label
         self.file = directory / f"{engine}.json"
         self._strip = strip
         self._keep_out = keep_out
+        self._undone: tuple[dict[str, Any] | None, bytes | None] = (None, None)
         try:
             self.entries: dict[str, dict[str, Any]] = json.loads(self.file.read_bytes())
             for entry in self.entries.values():
                 installed = entry["installed"]
                 entry["installed"] = [installed] if isinstance(installed, str) else installed
                 entry.setdefault("made", [])
+                entry.setdefault("blocks", [])
             for path in self.entries:  # earlier versions let others read them
                 with contextlib.suppress(FileNotFoundError):
                     os.chmod(self.original(Path(path)), 0o600)
@@ -178,16 +193,27 @@ class Journal:
             raise Refused(f"{self.original(path)} is not what was saved; remove rewarm's part of {path} by hand")
         return saved
 
+    def base(self, text: str, path: Path) -> str:
+        """The text without rewarm's part, which programs copy to other files of the engine, too. Raises Refused."""
+        blocks_there = self.entries.get(str(path), {}).get("blocks", [])
+        return self._strip(text, path, blocks_there if self.entries else None)
+
     def write(self, path: Path, current: bytes | None, base: bytes | None, new: bytes) -> None:
         """Writes `new`; `current` is what is there, `base` the same without rewarm's part. Raises Refused."""
-        made = self.entries.get(str(path), {}).get("made", [])
+        entry = self.entries.get(str(path))
+        self._undone = entry, None if entry is None or entry["found"] is None else read_bytes(self.original(path))
+        made = [] if entry is None else entry["made"]
+        ours = [*_blocks(new), *(name for name in _blocks(current) if entry is not None and name in entry["blocks"])]
         installed = [digest(new)]
         if self.wrote(path, current):
             # Nobody but us wrote since: what was found the first time is still what uninstall has to put back.
             base = self.found(path)
             installed.append(digest(current or b""))
+        elif entry is not None and entry["found"] is None and _NOTHING.fullmatch(_text(base or b"")):
+            base = None
         missing = [str(parent) for parent in path.parents if not parent.exists()]
-        self._note(path, base, installed, [*made, *(name for name in missing if name not in made)])
+        made = [*made, *(name for name in missing if name not in made)]
+        self._note(path, base, {"installed": installed, "made": made, "blocks": list(dict.fromkeys(ours))})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -197,12 +223,11 @@ class Journal:
     def _scratch(self, path: Path) -> Path | None:
         return Path(os.path.realpath(path)).parent.parent if self._keep_out else None
 
-    def _note(self, path: Path, base: bytes | None, installed: list[str], made: list[str]) -> None:
+    def _note(self, path: Path, base: bytes | None, entry: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o755)
         if base is not None:
             atomic_write(self.original(path), base, mode=0o600)  # it may hold what others must not read
-        found = None if base is None else digest(base)
-        self.entries[str(path)] = {"found": found, "installed": installed, "made": made}
+        self.entries[str(path)] = {"found": None if base is None else digest(base), **entry}
         self._save()
 
     def _forget(self, path: Path) -> None:
@@ -225,41 +250,54 @@ class Journal:
             self._forget(path)
             return
         atomic_write(path, current, self._scratch(path))
-        text = current.decode("utf-8", "surrogateescape")
-        if self._strip(text, path) == text:
+        entry, original = self._undone
+        if entry is not None:  # what was on record stands: it alone says whether rewarm wrote what is there now
+            self.entries[str(path)] = entry
+            if original is not None:
+                atomic_write(self.original(path), original, mode=0o600)
+            self._save()
+        elif self.base(_text(current), path) == _text(current):
             self._forget(path)
-        else:  # rewarm's part of an earlier run is in it, and stays
-            self.entries[str(path)]["installed"] = [digest(current)]
+        else:  # rewarm's part of an install whose record is lost
+            self.entries[str(path)]["installed"] = []
             self._save()
 
-    def put_back(self, path: Path) -> bool:
+    def left(self, path: Path, current: bytes | None) -> bytes | None:
+        """What `put_back` makes of a file, None where it removes it. Raises Refused."""
+        if self.wrote(path, current):
+            # Nobody changed it since.
+            return self.found(path)
+        if current is None:
+            return None
+        rest = self.base(_text(current), path)
+        if rest == _text(current):
+            return current
+        if self.entries.get(str(path), {}).get("found") is None and _NOTHING.fullmatch(rest):
+            return None
+        return rest.encode("utf-8", "surrogateescape")
+
+    def put_back(self, path: Path, *, quiet: bool = False) -> bool:
         """Takes rewarm's part out of one file: by the original, if nobody changed the file since. True if changed."""
         current = read_bytes(path)
         real = Path(os.path.realpath(path))
         sweep(real, self._scratch(path))
-        if self.wrote(path, current):
-            found = self.found(path)
-            if found is None:
-                _unlink(real)
-                self.say(f"removed {path}, which was not there before")
-            elif found != current:
-                atomic_write(path, found, self._scratch(path))
-                self.say(f"put {path} back as it was found")
-            self._forget(path)
-            return True
-        changed = False
-        if current is not None:
-            text = current.decode("utf-8", "surrogateescape")
-            rest = self._strip(text, path)
-            changed = rest != text
-            if changed and self.entries.get(str(path), {}).get("found") is None and rest.strip() in ("", "{}"):
-                _unlink(real)
-                self.say(f"removed {path}, which held nothing else")
-            elif changed:
-                atomic_write(path, rest.encode("utf-8", "surrogateescape"), self._scratch(path))
-                self.say(f"{path} was changed since: took out rewarm's part only")
+        left, whole = self.left(path, current), self.wrote(path, current)
+        if left is None and current is not None:
+            _unlink(real)
+            said = f"removed {path}, which {'was not there before' if whole else 'held nothing else'}"
+        elif left is not None and left != current:
+            atomic_write(path, left, self._scratch(path))
+            said = (
+                f"put {path} back as it was found"
+                if whole
+                else f"{path} was changed since: took out rewarm's part only"
+            )
+        else:
+            said = ""
+        if said and not quiet:
+            self.say(said)
         self._forget(path)
-        return changed
+        return whole or bool(said)
 
     def put_all_back(self) -> list[Path]:
         """Undoes all that is recorded. The files that were changed."""

@@ -2,7 +2,7 @@
 """Registers the runtime `rewarm` with the node's engines, and takes it out again.
 
     register.py register --binary FILE --state DIRECTORY [--settings FILE] [--python FILE] ENGINE=FILE[:PROGRAM]...
-    register.py unregister --state DIRECTORY [ENGINE...]
+    register.py unregister --state DIRECTORY [--removes FILE] [ENGINE...]
 
 Standard library only: install.sh runs it with the system's python3 (>= 3.11, for tomllib). ENGINE is containerd, crio,
 docker or podman, FILE its configuration (of CRI-O and Podman: rewarm's drop-in), PROGRAM what checks the result.
@@ -26,6 +26,7 @@ import register_crio
 import register_docker
 import register_podman
 import register_settings
+import still_named
 from engine import Done
 from journal import Journal, Refused, atomic_write, read_bytes
 
@@ -101,7 +102,18 @@ def _check_default(journal: Journal) -> None:
             raise Refused(f"{path} makes rewarm the default runtime: name another there, then run again")
 
 
-def unregister(state: Path, names: list[str]) -> bool:
+def _check_removal(state: Path, name: str, journal: Journal, binary: str) -> None:
+    """Raises Refused if the engine would still be told of a program that is removed then."""
+    engine = ENGINES.get(name)
+    if engine is None or not binary:
+        return
+    record = _recorded(state).get(name)
+    config = record.get("config") if isinstance(record, dict) else None
+    files = engine.reads(Path(config), journal) if isinstance(config, str) else []
+    still_named.check(journal, files, engine.parse, binary)
+
+
+def unregister(state: Path, names: list[str], removes: str) -> bool:
     """Undoes what the state directory records, of the engines named or of all. False if one refused."""
     well = True
     for name in names or [*ENGINES, "settings"]:
@@ -109,6 +121,7 @@ def unregister(state: Path, names: list[str]) -> bool:
         try:
             journal = engine.journal_in(state)
             _check_default(journal)
+            _check_removal(state, name, journal, removes)
             changed = journal.put_all_back()
         except (Refused, OSError) as error:
             complain(name, error)
@@ -153,12 +166,13 @@ def main(argv: list[str]) -> int:
     add.add_argument("--python", default="", help="an interpreter that has rewarm, which checks the settings")
     add.add_argument("engines", metavar="ENGINE=FILE[:PROGRAM]", type=place, nargs="+")
     remove = commands.add_parser("unregister", help="put back what was found")
+    remove.add_argument("--removes", default="", help="refuse where an engine's files would still name this program")
     remove.add_argument("engines", metavar="ENGINE", type=recorded, nargs="*")
     for command in (add, remove):
         command.add_argument("--state", type=Path, required=True, help="directory for the originals")
     args = parser.parse_args(argv)
     if args.command == "unregister":
-        return 0 if unregister(args.state, args.engines) else 1
+        return 0 if unregister(args.state, args.engines, args.removes) else 1
     settings = Path(os.path.abspath(args.settings)) if args.settings else None
     return 0 if register(dict(args.engines), args.binary, args.state, settings, args.python) else 1
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from containerd_config import (
     cri_table,
     drop_in_for,
     load,
+    own,
     owner_of,
     plugin_for,
     read,
@@ -32,15 +34,26 @@ from containerd_config import (
 )
 from engine import ANNOTATIONS, RUNTIME, Done
 from journal import Journal, Refused, read_bytes
-from toml_text import block, strings, strip, table, toml_table
+from marked import block
+from toml_own import strip
+from toml_text import parse, strings, table, toml_table
 
 LABEL = "containerd"
+__all__ = ["LABEL", "journal_in", "parse", "reads", "register"]
 BUILT_IN: dict[str, dict[str, Any]] = {"runc": {"runtime_type": "io.containerd.runc.v2"}}
 Runtimes = dict[str, dict[str, Any]]
 
 
 def journal_in(state: Path) -> Journal:
-    return Journal(state, "containerd", LABEL, strip)
+    return Journal(state, "containerd", LABEL, partial(strip, own=own))
+
+
+def reads(config: Path, journal: Journal) -> list[Path]:
+    """The files that containerd reads with this main file."""
+    try:
+        return [file.path for file in load(config, journal)]
+    except Refused:  # then it does not start with them either
+        return [config]
 
 
 def derive(runtimes: Runtimes, default: str, binary: str, path: Path) -> tuple[dict[str, Any], str]:
@@ -91,16 +104,18 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
     main = Path(config)
     journal = journal_in(state)
     containerd = Containerd(program) if program else None
-    files = load(main)
+    files = load(main, journal)
     if left_alone(main, binary, files, journal):
         return Done()
     drop_in = drop_in_for(files[0], containerd)
     if drop_in is not None:
         try:
-            return _finish(journal, main, binary, containerd, _drop_in(drop_in, files, binary, containerd))
+            return _finish(
+                journal, main, binary, containerd, _drop_in(read(drop_in, journal), files, binary, containerd)
+            )
         except Refused as error:
             journal.say(f"a drop-in does not do ({error}): editing in place")
-            files = load(main)
+            files = load(main, journal)
     return _finish(journal, main, binary, containerd, _in_place(files, binary, containerd))
 
 
@@ -114,11 +129,11 @@ class _Plan:
         self.runc = runc
 
 
-def _drop_in(path: Path, files: list[ConfigFile], binary: str, containerd: Containerd | None) -> _Plan:
+def _drop_in(target: ConfigFile, files: list[ConfigFile], binary: str, containerd: Containerd | None) -> _Plan:
     """A file of rewarm's own, of the main file's version: tables of two versions are not merged."""
-    target = read(path)
-    if target.base.strip():
-        raise Refused(f"{path} holds something else")
+    version = version_of(files[0])
+    if target.base.strip() and target.base_data != {"version": version}:
+        raise Refused(f"{target.path} holds something else")
     named: Runtimes = {}
     default = "runc"
     for file in files:
@@ -127,9 +142,8 @@ def _drop_in(path: Path, files: list[ConfigFile], binary: str, containerd: Conta
             named[name] = {**named.get(name, {}), **runtime, **({"options": options} if options else {})}
         found = table(cri_table(file.base_data, file.path), file.path, "containerd").get("default_runtime_name")
         default = str(found or default)
-    version = version_of(files[0])
     runtimes = _with_types(named, files[0].path, containerd) if named.keys() & {"runc", default} else BUILT_IN
-    mine, runc = derive(runtimes, default, binary, path)
+    mine, runc = derive(runtimes, default, binary, target.path)
     lines = [f"version = {version}", *_tables(PLUGINS[version], {RUNTIME: mine})]
     return _Plan(target, "", lines, runc)
 
@@ -179,7 +193,7 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
     before = containerd.effective(main) if containerd else {}
     before.pop(RUNTIME, None)
     # A block where the last word was then; a drop-in that a containerd which replaces tables would still obey.
-    written = [file.path for file in load(main) if file.text not in (None, file.base)]
+    written = [file.path for file in load(main, journal) if file.text not in (None, file.base)]
     stale = dict.fromkeys(path for path in (*written, *map(Path, journal.entries)) if path != target.path)
     changed = plan.text != target.text
     if changed:
@@ -187,7 +201,7 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
         base = None if target.text is None else target.base.encode()
         journal.write(target.path, current, base, plan.text.encode())
     kept = {path: (data, path.stat().st_mtime_ns) for path in stale if (data := read_bytes(path)) is not None}
-    moved = [path for path in stale if journal.put_back(path)]
+    moved = [path for path in stale if journal.put_back(path, quiet=True)]
     if changed and containerd:
         try:
             _check(containerd, main, target.path, before if not moved else None, binary)
@@ -196,6 +210,8 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
             for path in moved:
                 _restore(journal, path, *kept[path])
             raise Refused(f"{error}; the file was put back as it was") from error
+    for path in moved:
+        journal.say(f"took out of {path} what an earlier run has written there")
     return Done(changed=changed or bool(moved), paths=(target.path,), runc=plan.runc)
 
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine import RUNTIME, Done
+from engine import PROGRAM, RUNTIME, Done
 from journal import Journal, Refused, read_text
-from toml_text import block, check_whole, parse, strip, table, toml_table
+from marked import block
+from toml_own import strip
+from toml_text import check_whole, parse, table, toml_table
 
 LABEL = "crio"
 DEFAULT = Path("/etc/crio/crio.conf.d/99-rewarm.conf")
@@ -37,7 +40,19 @@ _NOT_COPIED = (
 
 def journal_in(state: Path) -> Journal:
     # CRI-O reads whatever lies in that directory, half a file too.
-    return Journal(state, "crio", LABEL, strip, keep_out=True)
+    return Journal(state, "crio", LABEL, partial(strip, own=own), keep_out=True)
+
+
+def own(data: dict[str, Any], path: Path) -> list[tuple[str, ...]]:
+    """Where a file's data has rewarm's handler, if it runs rewarm: see toml_own."""
+    mine = table(data, path, *_HANDLERS, RUNTIME).get("runtime_path", "")
+    return [(*_HANDLERS, RUNTIME)] if os.path.basename(str(mine)) == PROGRAM else []
+
+
+def reads(config: Path, journal: Journal) -> list[Path]:
+    """The files that CRI-O reads with this drop-in."""
+    del journal
+    return [*_others(config), config]
 
 
 def _others(config: Path) -> list[Path]:
@@ -65,7 +80,7 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
             raise Refused(f"{other} {cause}; rename or remove it, then run again")
     text = read_text(config)
     check_whole(text or "", config)
-    base = strip(text or "", config)
+    base = journal.base(text or "", config)
     if table(parse(base, config), config, *_HANDLERS):
         raise Refused(f"{config} is rewarm's file and has handlers of somebody else; move them to another file there")
     written = table(parse(text or "", config), config, *_HANDLERS, RUNTIME).get("runtime_path", binary)

@@ -8,31 +8,37 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import json_text
-from engine import RUNTIME, Done
+from engine import PROGRAM, RUNTIME, Done
 from journal import Journal, Refused, read_text
 
 LABEL = "docker"
 DEFAULT = Path("/etc/docker/daemon.json")
-# The name of the program, to know a path of rewarm's from one of others.
-_PROGRAM = "rewarm-runc"
+parse = json_text.parse
 
 
 def journal_in(state: Path) -> Journal:
     return Journal(state, "docker", LABEL, strip)
 
 
-def strip(text: str, path: Path) -> str:
+def reads(config: Path, journal: Journal) -> list[Path]:
+    """The files that dockerd reads."""
+    del journal
+    return [config]
+
+
+def strip(text: str, path: Path, blocks: Collection[str] | None) -> str:
     """The text without the runtime, if that is rewarm's; without `runtimes` if nothing else is in it."""
+    del blocks  # JSON has no comments to mark one with
     if not text.strip("\ufeff \t\r\n"):
         return text
     data = json_text.parse(text, path)
     mine = _runtimes(data, path).get(RUNTIME)
-    if not isinstance(mine, dict) or os.path.basename(str(mine.get("path", ""))) != _PROGRAM:
+    if not isinstance(mine, dict) or os.path.basename(str(mine.get("path", ""))) != PROGRAM:
         return text
     where = json_text.top(text)
     member = where.find("runtimes")
@@ -60,7 +66,7 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
     if RUNTIME in runtimes:
         mine = runtimes[RUNTIME]
         path = str(mine.get("path", "")) if isinstance(mine, dict) else ""
-        if path != binary and os.path.basename(path) == _PROGRAM:
+        if path != binary and os.path.basename(path) == PROGRAM:
             raise Refused(
                 f"{config} has the runtime '{RUNTIME}' of another rewarm, {path}; run that one's uninstall.sh first"
             )

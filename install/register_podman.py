@@ -6,11 +6,16 @@ the next call of podman knows the runtime. There are no options to copy: a runti
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from engine import RUNTIME, Done
+from engine import PROGRAM, RUNTIME, Done
 from journal import Journal, Refused, read_text
-from toml_text import block, check_whole, parse, strings, strip, table, toml_table
+from marked import block
+from toml_own import strip
+from toml_text import check_whole, parse, strings, table, toml_table
 
 LABEL = "podman"
 DEFAULT = Path("/etc/containers/containers.conf.d/rewarm.conf")
@@ -18,7 +23,19 @@ _SHARED = Path("/usr/share/containers/containers.conf")
 
 
 def journal_in(state: Path) -> Journal:
-    return Journal(state, "podman", LABEL, strip)
+    return Journal(state, "podman", LABEL, partial(strip, own=own))
+
+
+def own(data: dict[str, Any], path: Path) -> list[tuple[str, ...]]:
+    """Where a file's data has rewarm's runtime, if it runs rewarm: see toml_own."""
+    programs = strings(table(data, path, "engine", "runtimes"), path, RUNTIME)
+    return [("engine", "runtimes", RUNTIME)] if PROGRAM in map(os.path.basename, programs) else []
+
+
+def reads(config: Path, journal: Journal) -> list[Path]:
+    """The files that Podman reads for root with this drop-in."""
+    del journal
+    return [*_others(config), config]
 
 
 def _others(config: Path) -> list[Path]:
@@ -46,7 +63,7 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
         runc = next(iter(strings(runtimes, other, "runc")), runc)
     text = read_text(config)
     check_whole(text or "", config)
-    base = strip(text or "", config)
+    base = journal.base(text or "", config)
     theirs = table(parse(base, config), config, "engine", "runtimes")
     if RUNTIME in theirs:
         raise Refused(f"{config} has a runtime '{RUNTIME}' of its own; rename or remove it, then run again")

@@ -10,16 +10,33 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from engine import Done
-from journal import Journal, Refused, read_text
-from toml_text import block, check_whole, strip
+from journal import Journal, Refused, digest, read_text
+from marked import block, cut
+from toml_text import check_whole
 
 LABEL = "settings"
 DEFAULT = Path("/etc/rewarm/config.yaml")
 _KEY = re.compile(r"""^(?:runtimes|"runtimes"|'runtimes')[ \t]*:(.*)$""", re.MULTILINE)
+
+
+_OURS = "# What the node's own runc runtime runs; the line stands for all engines."
+
+
+def strip(text: str, path: Path, blocks: Collection[str] | None) -> str:
+    """The text without rewarm's block; of one that somebody else has written in, without rewarm's lines."""
+    check_whole(text, path)
+
+    def keep(block: str, inside: str) -> str:
+        if digest(block.encode("utf-8", "surrogateescape")) in (blocks or ()):
+            return ""
+        lines = inside.splitlines(keepends=True)
+        return "".join(line for line in lines if line.rstrip() != _OURS and not _KEY.match(line))
+
+    return cut(text, keep)
 
 
 def journal_in(state: Path) -> Journal:
@@ -35,7 +52,7 @@ def note(config: Path, programs: Sequence[str], binary: str, state: Path, python
     wanted = [name for name in dict.fromkeys(programs) if _usable(name, binary, journal)]
     text = read_text(config)
     check_whole(text or "", config)
-    base = strip(text or "", config)
+    base = journal.base(text or "", config)
     theirs = _KEY.search(base)
     if wanted and theirs:
         if wanted[0] not in theirs[0]:
@@ -48,7 +65,7 @@ def note(config: Path, programs: Sequence[str], binary: str, state: Path, python
         changed = str(config) in journal.entries and journal.put_back(config)
         return Done(changed=changed, paths=(config,))
     lines = [
-        "# What the node's own runc runtime runs; the line stands for all engines.",
+        _OURS,
         f"runtimes: {_list(wanted[0])}",
     ]
     new = base + ("\n" if base and not base.endswith("\n") else "") + block(lines)

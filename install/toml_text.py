@@ -1,4 +1,4 @@
-"""TOML as text: rewarm's marked block in it, reading what surrounds the block, and writing tables.
+"""TOML: reading files with errors that name them, and writing tables.
 
 Standard library only. The user's part of a file is never printed anew: comments and layout are the user's.
 """
@@ -12,26 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from journal import Refused
-
-BEGIN = "# BEGIN rewarm runtime (written by rewarm's install.sh, removed by its uninstall.sh)"
-END = "# END rewarm runtime"
-BLOCK = re.compile(r"^# BEGIN rewarm runtime[^\n]*\n.*?^# END rewarm runtime[^\n]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
-
-
-def strip(text: str, path: Path) -> str:
-    """The text without rewarm's block. Refused if it has a part of one."""
-    check_whole(text, path)
-    return BLOCK.sub("", text)
+from marked import BEGIN, END, torn
 
 
 def check_whole(text: str, path: Path) -> None:
-    """Refused if a part of a block is there: where it ends would be a guess."""
-    if text.count("# BEGIN rewarm runtime") != len(BLOCK.findall(text)):
+    """Refused if a part of rewarm's block is there."""
+    if torn(text):
         raise Refused(f"{path} has '{BEGIN[:22]}' without '{END}'; remove what is left of the block by hand")
-
-
-def block(lines: list[str]) -> str:
-    return "\n".join([BEGIN, *lines, END]) + "\n"
 
 
 def parse(text: str, path: Path) -> dict[str, Any]:

@@ -96,7 +96,8 @@ unregister() {
             note_restart "$name"
         fi
     done
-    words=$("$python" -E -s -B "$here/register.py" unregister --state "$state") ||
+    words=$("$python" -E -s -B "$here/register.py" unregister --state "$state" \
+        --removes "$prefix/bin/rewarm-runc") ||
         die "an engine's configuration could not be put back; rewarm stays installed: mend this and run again"
     for name in "${at_home[@]}"; do
         if grep -qxF "$name changed" <<<"$words" || [[ $pending == *" $name "* ]]; then

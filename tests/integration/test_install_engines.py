@@ -23,6 +23,7 @@ from support.docker import Docker
 from support.node import Node
 from support.pod import CriContainerd
 from support.proc import CommandFailed, command, wait_for
+from support.registering import printed_anew
 
 REPOSITORY = Path(__file__).parents[2]
 REGISTER = REPOSITORY / "install/register.py"
@@ -43,7 +44,8 @@ class Registered:
         return self._run("register", *words, *engines)
 
     def unregister(self) -> subprocess.CompletedProcess[str]:
-        return self._run("unregister")
+        """As uninstall.sh calls it."""
+        return self._run("unregister", "--removes", self.binary)
 
     def _run(self, name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
         return command("/usr/bin/python3", "-E", "-s", "-B", REGISTER, name, "--state", self.state, *words)
@@ -182,6 +184,46 @@ def test_registered_again_where_a_drop_in_does_not_do(tmp_path: Path, registered
     registered.unregister()
     assert (config.read_bytes(), nvidia.read_bytes()) == before
     assert list(nvidia.parent.iterdir()) == [nvidia]
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["1.6", "2.x"])
+@pytest.mark.parametrize("imports", [False, True], ids=["in place", "with a directory"])
+def test_files_that_were_printed_anew(tmp_path: Path, registered: Registered, newer: bool, imports: bool) -> None:
+    """As nvidia-ctk does, without rewarm's marks: both runtimes keep one cgroup driver, and nothing stays behind."""
+    program = rootfs.containerd2() / "containerd" if newer else Path("/usr/bin/containerd")
+    config, drop_in = tmp_path / "config.toml", tmp_path / "conf.d/rewarm.toml"
+    plugin = "io.containerd.cri.v1.runtime" if newer else "io.containerd.grpc.v1.cri"
+    table = f'plugins."{plugin}".containerd.runtimes.runc'
+    drop_in.parent.mkdir()
+    config.write_text(
+        f"version = {3 if newer else 2}\nimports = {json.dumps([f'{drop_in.parent}/*.toml'] if imports else [])}\n"
+        f'[{table}]\nruntime_type = "io.containerd.runc.v2"\n[{table}.options]\nSystemdCgroup = false\n'
+    )
+
+    def effective() -> dict[str, Any]:
+        plugins = tomllib.loads(command(program, "--config", config, "config", "dump").stdout)["plugins"]
+        return {name: found["options"] for name, found in plugins[plugin]["containerd"]["runtimes"].items()}
+
+    def print_anew() -> None:
+        for path in (config, drop_in):
+            if path.exists():
+                path.write_text(printed_anew(path.read_text()))
+
+    where = f"containerd={config}:{program}"
+    registered.register(where)
+    assert drop_in.exists() == (newer and imports)
+    print_anew()
+    config.write_text(config.read_text().replace("SystemdCgroup = false", "SystemdCgroup = true"))
+    before = tomllib.loads(config.read_text())
+    assert "containerd changed" in registered.register(where).stdout
+    assert {name: found["SystemdCgroup"] for name, found in effective().items()} == {"runc": True, "rewarm": True}
+    assert effective()["rewarm"]["BinaryName"] == str(registered.binary)
+    assert "containerd unchanged" in registered.register(where).stdout
+    print_anew()
+    assert "containerd changed" in registered.unregister().stdout
+    before["plugins"][plugin]["containerd"]["runtimes"].pop("rewarm", None)
+    assert tomllib.loads(config.read_text()) == before
+    assert set(effective()) == {"runc"} and not list(drop_in.parent.iterdir())
 
 
 def test_containerd_with_runc_in_another_file(tmp_path: Path, registered: Registered) -> None:

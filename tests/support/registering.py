@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 INSTALL = Path(__file__).parents[2] / "install"
 BINARY = "/opt/rewarm/bin/rewarm-runc"
@@ -92,3 +96,20 @@ def write(path: Path, data: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     return path
+
+
+def printed_anew(text: str) -> str:
+    """TOML as programs print what they have loaded (nvidia-ctk, by go-toml): no comments, sorted, tables spread."""
+    return "".join(_printed(tomllib.loads(text), ()))
+
+
+def _printed(table: dict[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    values = {key: value for key, value in sorted(table.items()) if not isinstance(value, dict)}
+    indent = "  " * len(path)
+    # Strings, lists of them, numbers and booleans are written in JSON as in TOML.
+    yield from (f"{indent}{key} = {json.dumps(value)}\n" for key, value in values.items())
+    for key, value in sorted(table.items()):
+        if isinstance(value, dict):
+            name = (*path, key if key.isidentifier() else json.dumps(key))
+            yield f"\n{indent}[{'.'.join(name)}]\n"
+            yield from _printed(value, name)
