@@ -10,6 +10,7 @@ only those of one configuration version: a table of version 3 makes containerd 2
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import re
@@ -64,7 +65,7 @@ def own(data: dict[str, Any], path: Path) -> list[tuple[str, ...]]:
     ]
 
 
-def load(main: Path, journal: Journal) -> list[ConfigFile]:
+def load(main: Path, journal: Journal, containerd: Containerd | None = None) -> list[ConfigFile]:
     """The main file and what it imports, in the order in which containerd merges them (the last one wins)."""
     files: list[ConfigFile] = []
     pending, seen = [main], set[Path]()
@@ -77,14 +78,19 @@ def load(main: Path, journal: Journal) -> list[ConfigFile]:
         if config.text is None and path != main:
             raise Refused(f"{path}, imported by {main}, does not exist; containerd itself would not start with it")
         files.append(config)
-        for pattern in imports_of(config):
-            pending += [Path(p) for p in sorted(glob.glob(pattern))] if "*" in pattern else [Path(pattern)]
+        for pattern in imports_of(config, containerd):
+            # Go's patterns take dotfiles, too.
+            found = sorted(glob.glob(pattern, include_hidden=True)) if "*" in pattern else [pattern]
+            pending += map(Path, found)
     return files
 
 
-def imports_of(config: ConfigFile) -> list[str]:
+def imports_of(config: ConfigFile, containerd: Containerd | None) -> list[str]:
     """What a file imports: absolute paths and patterns."""
-    return [os.path.normpath(config.path.parent / name) for name in strings(config.data, config.path, "imports")]
+    names = strings(config.data, config.path, "imports")
+    relative = any("*" in name and not os.path.isabs(name) for name in names)
+    elsewhere = relative and containerd is not None and not containerd.globs_beside()
+    return [os.path.normpath(Path("/" if elsewhere and "*" in name else config.path.parent, name)) for name in names]
 
 
 def plugin_names(data: dict[str, Any]) -> list[str]:
@@ -115,8 +121,9 @@ class Containerd:
 
     def _run(self, *args: str) -> str:
         try:
+            # Where a service runs: 1.6 looks for relative patterns in the directory that it is started in.
             done = subprocess.run(
-                [self.program, *args], capture_output=True, text=True, errors="replace", timeout=60, check=False
+                [self.program, *args], cwd="/", capture_output=True, text=True, errors="replace", timeout=60
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Refused(f"{self.program} could not be run: {error}") from error
@@ -139,15 +146,30 @@ class Containerd:
 
     def merges_imports(self, version: int) -> bool:
         """Whether an imported file adds to a plugin's table, tried with two files: versions alone do not say it."""
+        return {"rewarm-a", "rewarm-b"} <= self._tried(version, "{directory}/other.toml")
+
+    @functools.cache  # noqa: B019 - there is one for a run
+    def globs_beside(self) -> bool:
+        """Whether a relative pattern is one for files beside the importing one; for 1.6 it is not."""
+        found = self._tried(2, "other*.toml")
+        return "rewarm-b" in found or not found
+
+    def migration(self) -> str:
+        """The command that prints a configuration in a newer version."""
+        return "migrate" if re.search(r"^\s+migrate\s", self._run("config", "--help"), re.MULTILINE) else "dump"
+
+    def _tried(self, version: int, imported: str) -> set[str]:
+        """The runtimes of two files in a directory of their own: `rewarm-a` is in the one that imports the other."""
         runtime = f'[plugins."{PLUGINS[version]}".containerd.runtimes.%s]\n  runtime_type = "io.containerd.runc.v2"\n'
         with tempfile.TemporaryDirectory(prefix="rewarm-try-") as name:
             main, other = Path(name, "main.toml"), Path(name, "other.toml")
-            main.write_text(f'version = {version}\nimports = ["{other}"]\n' + runtime % "rewarm-a")
+            imports = imported.format(directory=name)
+            main.write_text(f'version = {version}\nimports = ["{imports}"]\n' + runtime % "rewarm-a")
             other.write_text(f"version = {version}\n" + runtime % "rewarm-b")
             try:
-                return {"rewarm-a", "rewarm-b"} <= set(self.effective(main))
+                return set(self.effective(main))
             except Refused:  # a version that this containerd does not know; its own file will say so, too
-                return False
+                return set()
 
 
 def without_empty(found: dict[str, Any]) -> dict[str, Any]:
@@ -161,13 +183,14 @@ def owner_of(files: list[ConfigFile]) -> ConfigFile:
     return next((f for f in reversed(files) if cri_table(f.base_data, f.path)), files[0])
 
 
-def version_of(main: ConfigFile) -> int:
+def version_of(main: ConfigFile, containerd: Containerd | None = None) -> int:
     """The configuration version of a main file that says something. Raises Refused for one that rewarm cannot edit."""
     version = main.base_data.get("version", 1)
     if not isinstance(version, int) or version not in PLUGINS:
+        command = containerd.migration() if containerd else "migrate"
         raise Refused(
             f"{main.path} has configuration version {version}, rewarm can edit {', '.join(map(str, PLUGINS))}; "
-            f"convert it ('containerd --config {main.path} config migrate') and run again"
+            f"convert it ('containerd --config {main.path} config {command}' prints it in a newer one) and run again"
         )
     return version
 
@@ -181,19 +204,24 @@ def plugin_for(owner: ConfigFile, main: ConfigFile, containerd: Containerd | Non
     if not main.base_data:
         version = containerd.default_version() if containerd else 2
         return PLUGINS[version], f"version = {version}\n"
-    return PLUGINS[version_of(main)], ""
+    return PLUGINS[version_of(main, containerd)], ""
 
 
-def drop_in_for(main: ConfigFile, containerd: Containerd | None) -> Path | None:
-    """Where a drop-in of rewarm's own would be read and merged: in the first directory that `main` imports.
+def drop_in_for(files: list[ConfigFile], containerd: Containerd | None) -> Path | None:
+    """Where a drop-in of rewarm's own would be read and merged: in the first directory that the main file imports.
 
-    None where this containerd replaces tables, or where the main file imports no directory: then it would have to be
-    edited for the import, and one edited file is better than two.
+    None where this containerd replaces tables, where files have the plugin's table in different versions, which are not
+    merged, or where the main file imports no directory: then it would have to be edited for the import, and one edited
+    file is better than two.
     """
+    main = files[0]
     if containerd is None or not main.base_data:
         return None
-    for pattern in imports_of(main):
+    version = version_of(main, containerd)
+    named = [file.base_data.get("version", version) for file in files if cri_table(file.base_data, file.path)]
+    for pattern in imports_of(main, containerd):
         place = Path(pattern)
         if place.name == "*.toml" and "*" not in str(place.parent):
-            return place.parent / "rewarm.toml" if containerd.merges_imports(version_of(main)) else None
+            merged = all(other == version for other in named) and containerd.merges_imports(version)
+            return place.parent / "rewarm.toml" if merged else None
     return None

@@ -104,10 +104,10 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
     main = Path(config)
     journal = journal_in(state)
     containerd = Containerd(program) if program else None
-    files = load(main, journal)
+    files = load(main, journal, containerd)
     if left_alone(main, binary, files, journal):
         return Done()
-    drop_in = drop_in_for(files[0], containerd)
+    drop_in = drop_in_for(files, containerd)
     if drop_in is not None:
         try:
             return _finish(
@@ -115,7 +115,7 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
             )
         except Refused as error:
             journal.say(f"a drop-in does not do ({error}): editing in place")
-            files = load(main, journal)
+            files = load(main, journal, containerd)
     return _finish(journal, main, binary, containerd, _in_place(files, binary, containerd))
 
 
@@ -193,7 +193,7 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
     before = containerd.effective(main) if containerd else {}
     before.pop(RUNTIME, None)
     # A block where the last word was then; a drop-in that a containerd which replaces tables would still obey.
-    written = [file.path for file in load(main, journal) if file.text not in (None, file.base)]
+    written = [file.path for file in load(main, journal, containerd) if file.text not in (None, file.base)]
     stale = dict.fromkeys(path for path in (*written, *map(Path, journal.entries)) if path != target.path)
     changed = plan.text != target.text
     if changed:

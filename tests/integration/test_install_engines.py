@@ -164,7 +164,7 @@ def test_containerd_that_is_replaced(tmp_path: Path, registered: Registered) -> 
 
 
 def test_registered_again_where_a_drop_in_does_not_do(tmp_path: Path, registered: Registered) -> None:
-    """A main file of version 2 with an import of version 3: the drop-in is tried by each run, and must cost nothing."""
+    """A main file of version 2 with an import of version 3, where a drop-in of either would hide the other's tables."""
     config, nvidia = tmp_path / "config.toml", tmp_path / "conf.d/99-nvidia.toml"
     nvidia.parent.mkdir()
     config.write_text(f'version = 2\nimports = ["{tmp_path}/conf.d/*.toml"]\n')
@@ -174,7 +174,9 @@ def test_registered_again_where_a_drop_in_does_not_do(tmp_path: Path, registered
     program = rootfs.containerd2() / "containerd"
     said = []
     for _ in range(4):
-        said.append("containerd changed" in registered.register(f"containerd={config}:{program}").stdout)
+        done = registered.register(f"containerd={config}:{program}")
+        assert done.stderr == ""
+        said.append("containerd changed" in done.stdout)
         dump = tomllib.loads(command(program, "--config", config, "config", "dump").stdout)["plugins"]
         assert "rewarm" in dump["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"]
         if len(said) == 1:
@@ -184,6 +186,27 @@ def test_registered_again_where_a_drop_in_does_not_do(tmp_path: Path, registered
     registered.unregister()
     assert (config.read_bytes(), nvidia.read_bytes()) == before
     assert list(nvidia.parent.iterdir()) == [nvidia]
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["1.6", "2.x"])
+def test_a_relative_pattern(tmp_path: Path, registered: Registered, newer: bool) -> None:
+    """1.6 looks for it where it is started, which for a service is the root directory, and not beside the file."""
+    program = rootfs.containerd2() / "containerd" if newer else Path("/usr/bin/containerd")
+    config, other = tmp_path / "config.toml", tmp_path / "conf.d/10-other.toml"
+    table = 'plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc'
+    text = f'[{table}]\nruntime_type = "io.containerd.runc.v2"\n[{table}.options]\nSystemdCgroup = %s\n'
+    config.write_text('version = 2\nimports = ["conf.d/*.toml"]\n' + text % "true")
+    other.parent.mkdir()
+    other.write_text("version = 2\n" + text % "false")
+    before = config.read_bytes(), other.read_bytes()
+    registered.register(f"containerd={config}:{program}")
+    dump = tomllib.loads(command("env", "--chdir=/", program, "--config", config, "config", "dump").stdout)["plugins"]
+    plugin = dump.get("io.containerd.cri.v1.runtime") or dump["io.containerd.grpc.v1.cri"]
+    assert plugin["containerd"]["runtimes"]["rewarm"]["options"]["SystemdCgroup"] is not newer
+    assert other.read_bytes() == before[1]
+    assert (other.parent / "rewarm.toml").exists() == newer
+    registered.unregister()
+    assert (config.read_bytes(), other.read_bytes()) == before
 
 
 @pytest.mark.parametrize("newer", [False, True], ids=["1.6", "2.x"])

@@ -180,6 +180,18 @@ def test_the_last_imported_file_with_the_plugin_gets_the_block(node: Node, tmp_p
     assert last.read_text() == NVIDIA
 
 
+def test_a_dotfile_is_imported_too(node: Node, tmp_path: Path) -> None:
+    """By Go's patterns it is."""
+    node.config.write_text('imports = ["conf.d/*.toml"]\n' + KUBEADM_V2)
+    hidden = tmp_path / "conf.d/.90-nvidia.toml"
+    hidden.parent.mkdir()
+    hidden.write_text(NVIDIA)
+    node.register()
+    assert "rewarm" in node.runtimes(path=hidden)
+    node.unregister()
+    assert hidden.read_text() == NVIDIA
+
+
 def test_block_follows_the_last_word(node: Node, tmp_path: Path) -> None:
     main = 'imports = ["conf.d/*.toml"]\n' + KUBEADM_V2
     node.config.write_text(main)
@@ -256,6 +268,19 @@ def test_another_prefix(node: Node, tmp_path: Path) -> None:
 def test_refused(node: Node, text: str, message: str) -> None:
     node.config.write_text(text)
     assert message in node.refused()
+
+
+@pytest.mark.parametrize("command", ["dump", "migrate"])
+def test_the_command_that_converts_is_one_that_it_has(node: Node, tmp_path: Path, command: str) -> None:
+    node.config.write_text("version = 1\n[plugins.cri]\n")
+    program = tmp_path / "containerd"
+    program.write_text(
+        f'#!/bin/sh\ntest "$1" = config || exec cat "$2"\necho "   default  x"; echo "   {command}  y"\n'
+    )
+    program.chmod(0o755)
+    done = node.try_register(program=str(program))
+    assert done.returncode == 1
+    assert f"('containerd --config {node.config} config {command}' prints it in a newer one)" in done.stderr
 
 
 def test_not_text(node: Node) -> None:
