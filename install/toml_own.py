@@ -2,7 +2,7 @@
 
 Programs that load a file and print it anew (nvidia-ctk, the GPU operator) lose comments, and rewarm's marks are some;
 and people write between the marks. So a block is cut out whole only if every word of it is rewarm's. Of any other, and
-of a file on record that has no marks any more, the tables go that are rewarm's by their program; the rest stays.
+where the marks are gone, the tables go that are rewarm's by their program; the rest stays.
 """
 
 from __future__ import annotations
