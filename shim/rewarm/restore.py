@@ -24,6 +24,7 @@ from rewarm.criu import images, opened, options, vet
 from rewarm.criu.connections import kept as connections_kept
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
+from rewarm.limits import limit
 from rewarm.memory.places import PLACES
 from rewarm.notify import notify
 from rewarm.oci import cgroups, mounts, record, runc, spec
@@ -45,9 +46,7 @@ if TYPE_CHECKING:
 SNAPSHOT = "snapshot"
 """What the snapshot's files lie in, below the container directory: none of their names is one of rewarm's own there."""
 CHECKPOINT = "checkpoint"
-ROOTFS_DIFF = "rootfs-diff.tar"
-DEV_SHM = "devshm-checkpoint.tar"
-SHM = "/dev/shm"
+ROOTFS_DIFF, DEV_SHM, SHM = "rootfs-diff.tar", "devshm-checkpoint.tar", "/dev/shm"
 LIBRARY, PIECES = "device/library.so", "device/pieces"
 _FILES = (ROOTFS_DIFF, DEV_SHM, CHUNKS, PLACES, LIBRARY, PIECES)
 # What runc's own restore flags cannot say for this call; a cold start can.
@@ -108,6 +107,7 @@ def restore(plan: Plan) -> None:
         with plan.trace.phase("restore.losses"):
             # Before the fill as well: pages go to the NUMA node that the policy names then.
             notes = losses.put_right(plan.manifest.processes, container.pid)
+            notes += limit(plan.spec, container.pid)
         if devices is not None:
             with plan.trace.phase("restore.devices"):
                 plan.trace.note("device_nodes", "; ".join(devices.put_right(container.pid, kept.rootfs))[:4000])

@@ -335,6 +335,12 @@ def captured_shared(kube: KubeNode) -> dict[str, Any]:
     return state
 
 
+def test_its_class_of_service_is_its_own(clean: KubeNode, captured: dict[str, Any]) -> None:
+    """The source's would make it the first to be killed when the node has no memory left."""
+    _, container = restored(clean, resources={"oom_score_adj": 500})
+    assert clean.exec(container, "cat", "/proc/1/oom_score_adj") == "500\n"
+
+
 def test_a_shared_pid_namespace(clean: KubeNode, captured_shared: dict[str, Any]) -> None:
     pod = clean.pod("shared", annotations=SHARED, share_pids=True)
     # It has more of the first numbers than any container had in the source's pod.

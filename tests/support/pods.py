@@ -235,7 +235,7 @@ class KubeNode:
             annotations=dict(annotations or {}),
             log_path=f"{name}/{attempt}.log",
             linux=pb.LinuxContainerConfig(
-                resources=pb.LinuxContainerResources(oom_score_adj=1000, cpu_shares=2, **(resources or {})),
+                resources=pb.LinuxContainerResources(**{"oom_score_adj": 1000, "cpu_shares": 2, **(resources or {})}),
                 security_context=pb.LinuxContainerSecurityContext(**wanted),
             ),
         )

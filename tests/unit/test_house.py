@@ -73,6 +73,7 @@ ROOMS = {
     "rewarm.additions": 4,
     "rewarm.saved": 4,
     "rewarm.pids": 3,
+    "rewarm.limits": 3,
     "rewarm.cold": 4,
     "rewarm.warm": 5,
     "rewarm.start": 5,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rewarm.settings import load
+from rewarm.settings import Settings, load
 from support.registering import BINARY, ENGINES, FILES, INSTALL, Registering, at, content, without_state, write
 
 CONTAINERD = """\
@@ -271,7 +271,7 @@ def test_a_custom_runc_goes_into_the_settings(tmp_path: Path, text: str | None) 
     assert done.stdout == "settings changed\ncontainerd changed\n", done.stderr
     assert f"runs {program}: so does rewarm" in done.stderr
     assert load(settings).runtimes == (program,)
-    assert load(settings).deadline == (60 if text == "deadline: 60" else 90)
+    assert load(settings).deadline == (60 if text == "deadline: 60" else Settings().deadline)
     assert noted(one, settings).stdout == "settings unchanged\ncontainerd unchanged\n"
     assert one.run("unregister").returncode == 0
     assert without_state(tmp_path) == before
