@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from bench.measured import Measured
@@ -21,7 +23,7 @@ def pods(directory: Path, prefix: Path) -> list[Measured]:
         first = made.replica(0, "first", ANNOTATIONS)
         first.node.wait_captured(first.container)
         made.nodes[0].remove_all()
-        return [_scale_up(made), _ready(made), _exec(made)]
+        return [_scale_up(made), _ready(made), _exec(made), _left(made, prefix)]
 
 
 def _sides(made: Cluster, turn: int, label: str) -> tuple[str, dict[str, str], str]:
@@ -69,3 +71,38 @@ def _exec(made: Cluster) -> Measured:
     made.nodes[0].remove_all()
     ratio = statistics.median(found["rewarm, restored"]) / statistics.median(found["runc"])
     return Measured("exec of `true`", "exec_ratio", found, ratio, "<= 1.05", ratio <= 1.05)
+
+
+def _left(made: Cluster, prefix: Path) -> Measured:
+    """What of rewarm stays behind while restored containers run: processes, with their memory and processor time."""
+    before = _of_rewarm(prefix)
+    replicas = [made.replica(0, f"left-{turn}", ANNOTATIONS) for turn in range(TURNS)]
+    assert all(one.outcome["outcome"] == "warm" for one in replicas)
+    time.sleep(1)  # what ends by itself has ended
+    found = [_cost(pid) for pid in _of_rewarm(prefix) - before]
+    made.nodes[0].remove_all()
+    more = {"memory_bytes": sum(memory for memory, _ in found), "cpu_seconds": sum(seconds for _, seconds in found)}
+    what = f"processes of rewarm beside {TURNS} restored containers"
+    samples = {"restored": [float(TURNS)], "rewarm": [float(len(found))]}
+    return Measured(what, "left_behind_processes", samples, float(len(found)), "0", not found, more, unit="")
+
+
+def _of_rewarm(prefix: Path) -> set[int]:
+    """Processes that run a program of the prefix, or were told one."""
+    found = set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if str(prefix).encode() in words or os.readlink(f"/proc/{pid}/exe").startswith(str(prefix)):
+                found.add(pid)
+    return found - {os.getpid(), os.getppid()}
+
+
+def _cost(pid: int) -> tuple[int, float]:
+    """Bytes that are its own, and seconds of processor time."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    shares = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if ":" in line
+    )
+    ticks = os.sysconf("SC_CLK_TCK")
+    return int(shares["Pss"].split()[0]) << 10, (int(fields[11]) + int(fields[12])) / ticks

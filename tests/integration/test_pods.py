@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from rewarm_native import process
 from support import cgroups, image, rootfs
 from support.cri import CriError, pb
 from support.leftovers import Leftovers
-from support.pods import KubeNode, Pod
+from support.pods import SYSTEMD, KubeNode, Pod
 from support.proc import wait_for
 
 SNAPSHOT = {"rewarm.dev/snapshot": "web", "rewarm.dev/capture": "on-ready"}
@@ -59,7 +60,9 @@ def engine(version: str) -> Path:
 @pytest.fixture(scope="module", params=["1.6", "2.x"])
 def kube(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[KubeNode]:
     before = Leftovers.now()
-    with KubeNode(tmp_path_factory.mktemp("kube"), prefix, binary=engine(request.param)) as made:
+    systemd = bool(os.environ.get(SYSTEMD))
+    made = KubeNode(tmp_path_factory.mktemp("kube"), prefix, binary=engine(request.param), systemd_cgroup=systemd)
+    with made:
         made.import_image(image.workload("pod_server")[0])
         yield made
     before.check()
@@ -295,7 +298,7 @@ def test_its_clock_goes_on(clean: KubeNode, captured: dict[str, Any]) -> None:
 def test_its_limits_are_its_own(clean: KubeNode, captured: dict[str, Any]) -> None:
     limits = {"cpu_period": 100000, "cpu_quota": 70000, "memory_limit_in_bytes": 200 << 20}
     pod, container = restored(clean, resources=limits)
-    place = f"{pod.config.linux.cgroup_parent}/{container}"
+    place = clean.cgroup(pod, container)
     found = {
         file.name: file.read_text().strip()
         for one in cgroups.directories(place)
@@ -333,6 +336,19 @@ def captured_shared(kube: KubeNode) -> dict[str, Any]:
     state: dict[str, Any] = kube.json(pod, "/state")
     kube.remove(pod)
     return state
+
+
+def test_its_cgroup(clean: KubeNode, captured: dict[str, Any]) -> None:
+    """The new pod's; with cgroup v2 it is the root of a cgroup namespace of its own."""
+    pod, container = restored(clean)
+    place = clean.cgroup(pod, container)
+    assert clean.pid(container) in cgroups.processes(place)
+    lines = clean.exec(container, "cat", "/proc/1/cgroup").split()
+    if Path("/sys/fs/cgroup/cgroup.controllers").exists():
+        assert lines == ["0::/"], "it sees the node's cgroups, or the source's"
+        assert clean.exec(container, "sh", "-c", "cat /sys/fs/cgroup/cgroup.procs").split()[0] == "1"
+    else:
+        assert {line.rpartition(":")[2] for line in lines} == {place}
 
 
 def test_its_class_of_service_is_its_own(clean: KubeNode, captured: dict[str, Any]) -> None:

@@ -67,6 +67,12 @@ def test_warm_cold_and_none_of_rewarms(node: Node) -> None:
     assert lines[1].split()[:3] == ["copy", "default/ocr-7d9f/server", "created"], "the newest comes first"
     assert lines[1].endswith(copy["snapshot"]) and "does not exist; create it or mount it" in lines[2]
 
+    node.configure(runtime_roots=[str(runtime.root)])
+    everything = {row["container"]: row for row in node.json("ps", "--all")}
+    assert everything.keys() == {"source", "copy", "plain"} and everything["copy"] == copy
+    plain = everything["plain"]
+    assert (plain["state"], plain["outcome"], plain["reason"]) == ("running", None, "it has no annotation")
+
     runtime.start("copy")
     assert rows(node)["copy"]["state"] == "running"
     runtime.kill("copy", "TERM")

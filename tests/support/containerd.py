@@ -38,7 +38,8 @@ class Containerd:
     `env` is added to the daemon's environment, which its shims and their runtime inherit. Two of them share nothing
     but the content of paths that are given to both: they stand for two nodes. `extra_config` is appended to
     config.toml (version 2, CRI disabled unless `cri`), `cri_config` to CRI's table; `cri_runtimes` are CRI's runtimes
-    by name: the runc-compatible binary, or None for runc. Started by the constructor; `stop` removes everything.
+    by name: the runc-compatible binary, or None for runc; with `systemd_cgroup` systemd makes their cgroups. Started
+    by the constructor; `stop` removes everything.
 
     The daemon runs in the machine's own mount namespace (nsenter, not `ip netns exec`), so that its root filesystem
     mounts can be seen from outside as on a real node.
@@ -53,6 +54,7 @@ class Containerd:
         cri: bool = False,
         cri_config: Sequence[str] = (),
         cri_runtimes: Mapping[str, Path | None] | None = None,
+        systemd_cgroup: bool = False,
         extra_config: str = "",
         binary: str | Path = "containerd",
         namespace: str = "default",
@@ -68,6 +70,7 @@ class Containerd:
         self.runc_root = self._run / "runc"
         self._tasks: list[Task] = []
         self._own_network = network is None
+        self._systemd_cgroup = systemd_cgroup
         self._process: subprocess.Popen[bytes] | None = None
         self.network = network or NetworkNamespace()
         try:
@@ -132,6 +135,7 @@ class Containerd:
             table = f'plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}'
             lines += [f"[{table}]", 'runtime_type = "io.containerd.runc.v2"', 'pod_annotations = ["rewarm.dev/*"]']
             lines += [f"[{table}.options]", f'Root = "{self.runc_root}"']
+            lines += ["SystemdCgroup = true"] if self._systemd_cgroup else []
             lines += [f'BinaryName = "{runtime}"'] if runtime is not None else []
         return "\n".join(lines) + "\n"
 

@@ -27,6 +27,9 @@ from support.proc import command, wait_for
 HANDLER = "rewarm"
 _PAUSE = "rewarm.test/pause:1"
 _PLUGINS = Path("/usr/lib/cni")
+SYSTEMD = "REWARM_TEST_SYSTEMD"
+"""The variable that is set where systemd makes the cgroups (test_pods_systemd.py)."""
+_SLICE = "rewarmtest"
 _READY = 60.0
 _MASKED = ["/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list"]
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
@@ -63,6 +66,7 @@ class KubeNode:
     """A node: containerd with the runtime `rewarm`, pod networks `10.100+NUMBER.0.0/24` and `fd00:100+NUMBER::/64`.
 
     Nodes that are given one `store` share it. `binary` is containerd's, whose own directory has its shim and ctr.
+    `systemd_cgroup`: pods are slices of systemd's, as with the kubelet's cgroup driver of that name.
     """
 
     def __init__(
@@ -73,11 +77,13 @@ class KubeNode:
         number: int = 1,
         store: Path | None = None,
         binary: Path = Path("/usr/bin/containerd"),
+        systemd_cgroup: bool = False,
         **settings: object,
     ) -> None:
         self.directory = directory
         self.node = Node(directory / "node", prefix, store=store, **settings)
         self.number = number
+        self.systemd_cgroup = systemd_cgroup
         self._pods: list[Pod] = []
         networks = directory / "networks"
         networks.mkdir(parents=True)
@@ -98,6 +104,7 @@ class KubeNode:
                 f'conf_dir = "{networks}"',
             ],
             cri_runtimes={"runc": None, HANDLER: runtime},
+            systemd_cgroup=systemd_cgroup,
         )
         try:
             self._settings = settings
@@ -153,7 +160,7 @@ class KubeNode:
             dns_config=pb.DNSConfig(servers=["10.96.0.10"], searches=[f"{namespace}.svc.cluster.local"]),
             annotations=dict(annotations or {}),
             linux=pb.LinuxPodSandboxConfig(
-                cgroup_parent=f"{self.engine.cgroup}/pod{uid}",
+                cgroup_parent=f"{_SLICE}-pod{uid}.slice" if self.systemd_cgroup else f"{self.engine.cgroup}/pod{uid}",
                 security_context=pb.LinuxSandboxSecurityContext(
                     namespace_options=pb.NamespaceOption(
                         pid=pb.POD if share_pids else pb.CONTAINER, network=pb.NODE if host_network else pb.POD
@@ -247,6 +254,13 @@ class KubeNode:
             self.cri.call("StartContainer", container_id=made)
         return made
 
+    def cgroup(self, pod: Pod, container: str = "") -> str:
+        """The cgroup of a pod, or of one of its containers."""
+        parent = str(pod.config.linux.cgroup_parent)
+        if not self.systemd_cgroup:
+            return f"{parent}/{container}".rstrip("/")
+        return f"/{_SLICE}.slice/{parent}/" + (f"cri-containerd-{container}.scope" if container else "")
+
     def status(self, container: str) -> Any:
         return self.cri.call("ContainerStatus", container_id=container).status
 
@@ -305,7 +319,9 @@ class KubeNode:
         if pod.sandbox:
             self.cri.call("StopPodSandbox", pod_sandbox_id=pod.sandbox)
             self.cri.call("RemovePodSandbox", pod_sandbox_id=pod.sandbox)
-        cgroups.remove(pod.config.linux.cgroup_parent)
+        if self.systemd_cgroup:
+            command("systemctl", "stop", pod.config.linux.cgroup_parent)
+        cgroups.remove(self.cgroup(pod))
         self._pods.remove(pod)
 
     def remove_all(self) -> None:
@@ -321,6 +337,8 @@ class KubeNode:
                 with contextlib.suppress(CriError):  # what is left ends with the engine
                     self.remove(pod)
             cri.close()
+        if self.systemd_cgroup:
+            command("systemctl", "stop", f"{_SLICE}.slice")
         self.engine.stop()
         self.node.runtime.cleanup()
         shutil.rmtree(self.directory / "pods", ignore_errors=True)

@@ -7,6 +7,7 @@
 #   loop/  a layer with opt/loop: uvloop
 #   containerd2/  containerd 2.1 or newer: bin/containerd, bin/ctr, bin/containerd-shim-runc-v2
 #   kustomize/    bin/kustomize, version 5
+#   kernel/       vmlinuz and initrd of the suite's own kernel, for virtual machines (guest.py)
 # A second run finds the stamps of the first and does nothing. No service is started, nothing outside the cache
 # directory is changed but by apt.
 set -euo pipefail
@@ -19,6 +20,7 @@ recipe=1
 
 packages=(
     bindfs
+    busybox-static
     ca-certificates
     conmon
     containerd
@@ -35,11 +37,14 @@ packages=(
     mount
     musl-tools
     podman
+    qemu-system-x86
     python3
     python3-dev
     python3-venv
     runc
     shellcheck
+    systemd
+    xz-utils
     util-linux
 )
 
@@ -196,6 +201,36 @@ build_kustomize() {
     "$scratch/kustomize/bin/kustomize" version >&2
 }
 
+# The suite's kernel and an initramfs with the modules that a guest needs; nothing of it is installed on this machine.
+build_kernel() {
+    local meta package release modules name work=$scratch/apt-kernel
+    meta=linux-image-$(dpkg --print-architecture)
+    mkdir -p "$work" "$scratch/kernel/tree/bin"
+    chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
+    apt_update
+    package=$(apt-cache depends "$meta" | sed -n 's/^ *Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1)
+    [ -n "$package" ] || die "apt knows no $meta" "see: apt-get update"
+    (cd "$work" && apt-get -q download "$package" >&2) || die "downloading $package failed"
+    dpkg-deb -x "$work"/linux-image-*.deb "$work/root"
+    release=$(ls "$work/root/lib/modules")
+    cp "$work/root/boot/vmlinuz-$release" "$scratch/kernel/vmlinuz"
+    modules=lib/modules/$release
+    mkdir -p "$scratch/kernel/tree/$modules/kernel"
+    cp "$work/root/$modules"/modules.{builtin,builtin.modinfo,order} "$scratch/kernel/tree/$modules/"
+    for name in net fs/{9p,netfs,fscache,overlayfs,fuse} drivers/{virtio,char/hw_random,net} lib crypto arch; do
+        [ -e "$work/root/$modules/kernel/$name" ] || continue # built in, or elsewhere in another release
+        mkdir -p "$scratch/kernel/tree/$modules/kernel/$(dirname "$name")"
+        cp -a "$work/root/$modules/kernel/$name" "$scratch/kernel/tree/$modules/kernel/$name"
+    done
+    rm -rf "$scratch/kernel/tree/$modules/kernel"/drivers/net/{ethernet,wireless,usb,can,wwan,phy,dsa,hamradio}
+    find "$scratch/kernel/tree" -name '*.ko.xz' -exec xz -d {} +
+    busybox depmod -b "$scratch/kernel/tree" "$release"
+    cp "$(command -v busybox)" "$scratch/kernel/tree/bin/busybox"
+    install -m 0755 "$here/guest/init.sh" "$scratch/kernel/tree/init"
+    (cd "$scratch/kernel/tree" && find . | busybox cpio -o -H newc 2>/dev/null) | gzip -1 >"$scratch/kernel/initrd"
+    rm -rf "$scratch/kernel/tree"
+}
+
 # provide NAME KEY COMMAND...: runs COMMAND, which fills $scratch/NAME, unless the cache has NAME made from KEY.
 provide() {
     local name=$1 key=$2 began=$SECONDS
@@ -233,3 +268,4 @@ provide ocr "$abi $pins" build_layer ocr rapidocr onnxruntime
 provide loop "$abi $pins" build_layer loop uvloop
 provide containerd2 "2.1 $(dpkg --print-architecture)" build_containerd2
 provide kustomize "5 $(dpkg --print-architecture)" build_kustomize
+provide kernel "$suite $(sha256sum <"$here/guest/init.sh")" build_kernel

@@ -526,3 +526,16 @@ def no_processes_left() -> Iterator[None]:
     before = set(processes.tree(os.getpid()))
     yield
     assert set(processes.tree(os.getpid())) == before
+
+
+def test_a_record_of_a_newer_rewarm(tmp_path: Path, bundle: Path) -> None:
+    """The node went back to this one, and its containers live on."""
+    path = tmp_path / "c1"
+    kept = of(tmp_path, bundle)
+    kept.undo = [record.Undo("/root", "/layer")]
+    record.make_directory(str(path), kept)
+    file = path / "record.json"
+    data = json.loads(file.read_text())
+    data["undo"][0]["later"] = 1
+    file.write_text(json.dumps({**data, "later": ["x"]}))
+    assert record.load(str(path)) == kept

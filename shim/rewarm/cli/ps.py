@@ -15,7 +15,7 @@ import click
 
 from rewarm import processes
 from rewarm.errors import OciError
-from rewarm.oci import pod, record, runc, spec
+from rewarm.oci import discover, pod, record, runc, spec
 
 from . import options, output
 
@@ -24,7 +24,7 @@ _HEX = re.compile("[0-9a-f]{64}")
 
 
 class Row(NamedTuple):
-    """A container that was created with an annotation.
+    """A container. `outcome` is none for those without an annotation, which are runc's alone.
 
     `state` is runc's, "restoring" or "creating" while it is made, or "gone": the container is deleted, and what rewarm
     has of it is removed by the next create. `outcome` is "warm", "cold", or none yet; `snapshot` is what it was
@@ -42,15 +42,20 @@ class Row(NamedTuple):
 
 
 @click.command("ps")
+@click.option("--all", "-a", "everything", is_flag=True, help="Those without an annotation, too.")
 @options.as_json
 @options.config
-def command(as_json: bool, config: Path | None) -> None:
+def command(everything: bool, as_json: bool, config: Path | None) -> None:
     """List the containers with an annotation of this node.
 
     Each was restored from a snapshot (warm), or started as without rewarm (cold), for a reason. Those without an
-    annotation are runc's alone.
+    annotation are runc's alone: --all lists them, too, of all runc roots that the settings name (`runtime_roots`).
     """
-    found = _rows(options.load(config, None).state_dir)
+    settings = options.load(config, None)
+    found = list(_rows(settings.state_dir))
+    if everything:
+        known = {(os.path.realpath(row.runtime_root), row.container) for row in found}
+        found += [_other(*one) for one in discover.every(settings.runtime_roots) if one not in known]
     rows = sorted(found, key=lambda row: (row.created, row.container), reverse=True)
     if as_json:
         output.document([row._asdict() for row in rows])
@@ -75,12 +80,17 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _rows(state_dir: str) -> Iterator[Row]:
     """Raises OSError if the state directory may not be read."""
     base = os.path.join(state_dir, "containers")
+    for root in filter(os.path.isdir, (os.path.join(base, name) for name in _names(base))):
+        for name in _names(root):
+            # With a `~`: about to be there, or to be gone.
+            if "~" not in name and (row := _row(os.path.join(root, name))) is not None:
+                yield row
+
+
+def _names(directory: str) -> list[str]:
     with suppress(FileNotFoundError):
-        for root in filter(os.path.isdir, (os.path.join(base, name) for name in os.listdir(base))):
-            for name in os.listdir(root):
-                # With a `~`: about to be there, or to be gone.
-                if "~" not in name and (row := _row(os.path.join(root, name))) is not None:
-                    yield row
+        return os.listdir(directory)
+    return []
 
 
 def _row(directory: str) -> Row | None:
@@ -108,6 +118,19 @@ def _row(directory: str) -> Row | None:
     )
 
 
+def _other(root: str, name: str) -> Row:
+    """A container of runc's alone."""
+    try:
+        container = runc.load(root, name)
+    except OciError as error:
+        return Row(name, root, None, "damaged", None, "", str(error), "")
+    reason = "it has no annotation"
+    with suppress(OciError):
+        if pod.is_sandbox(spec.load(container.bundle)):
+            reason = "it is a pod's sandbox"
+    return Row(name, root, _pod(container.bundle), _state_of(container), None, "", reason, container.created)
+
+
 def _outcome(directory: str) -> dict[str, str]:
     """Empty as long as it is not decided."""
     with suppress(OSError, ValueError), open(os.path.join(directory, "outcome.json"), "rb") as file:
@@ -131,6 +154,10 @@ def _state(kept: record.Record) -> str:
     except OciError:
         # Rewarm's own process is runc's from the moment on at which that makes the container.
         return "creating" if kept.owner_lives() else "gone"
+    return _state_of(container)
+
+
+def _state_of(container: runc.Container) -> str:
     found = processes.stat(container.pid)
     if found is None or found.start_time != container.start_time or found.state in "ZX":
         return "stopped"

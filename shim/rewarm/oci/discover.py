@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rewarm.errors import OciError
 from rewarm.oci import runc
@@ -17,7 +17,7 @@ def find(container_id: str, roots: Iterable[str]) -> runc.Container:
     """
     if not container_id or "/" in container_id or container_id in (".", ".."):
         raise OciError("find container", repr(container_id[:80]), "it is not a container id", "see `ctr containers ls`")
-    searched = sorted({os.path.realpath(path) for pattern in roots for path in glob.glob(pattern)})
+    searched = _searched(roots)
     exact = [(root, container_id) for root in searched if _known(root, container_id)]
     found = exact or [(root, name) for root in searched for name in _beginning(root, container_id)]
     if not found:
@@ -32,6 +32,16 @@ def find(container_id: str, roots: Iterable[str]) -> runc.Container:
         listed = ", ".join(f"{name} under {root}" for root, name in found[:8])
         raise OciError("find container", container_id, f"there are {len(found)}: {listed}", "say which with --root")
     return runc.load(*found[0])
+
+
+def every(roots: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Root and id of every container under `roots`, globs of runc roots."""
+    for root in _searched(roots):
+        yield from ((root, name) for name in _beginning(root, ""))
+
+
+def _searched(roots: Iterable[str]) -> list[str]:
+    return sorted({os.path.realpath(path) for pattern in roots for path in glob.glob(pattern)})
 
 
 def _known(root: str, name: str) -> bool:

@@ -12,7 +12,8 @@ import os
 import re
 import stat
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from rewarm import private, processes
 from rewarm.errors import OciError
@@ -179,8 +180,8 @@ def load(path: str) -> Record | None:
     try:
         with open(name, "rb") as file:
             data = json.loads(file.read(_LARGEST))
-        undo = [Undo(**one) for one in data.pop("undo")]
-        record = Record(**data, undo=undo)
+        undo = [Undo(**_known(Undo, one)) for one in data.pop("undo")]
+        record = Record(**_known(Record, data), undo=undo)
         texts = (record.id, record.root, record.bundle, record.namespace, record.snapshot, record.reason)
         if not all(isinstance(one, str) for one in texts):
             raise ValueError("names that are no text")
@@ -193,6 +194,12 @@ def load(path: str) -> Record | None:
     if record.phase not in _PHASES:
         raise OciError("read record", name, f"unknown phase {record.phase!r}")
     return record
+
+
+def _known(kind: type[Record] | type[Undo], data: dict[str, Any]) -> dict[str, Any]:
+    """Without what a newer rewarm may have written, whose containers outlive it where a node goes back to this one."""
+    names = {one.name for one in fields(kind)}
+    return {key: value for key, value in data.items() if key in names}
 
 
 def remove(path: str) -> None:
