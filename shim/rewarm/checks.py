@@ -48,22 +48,34 @@ class Node:
 
 def ask(words: Sequence[str], timeout: float = 20) -> tuple[int, str]:
     """Exit status and output (both streams) of a program; a status of -1 and the reason when it cannot be run."""
+    status, said, _ = _run(words, timeout, subprocess.STDOUT)
+    return status, said
+
+
+def ask_apart(words: Sequence[str], timeout: float = 20) -> tuple[int, str, str]:
+    """The same with standard output, which is to be parsed, and standard error, which has the warnings, apart."""
+    return _run(words, timeout, subprocess.PIPE)
+
+
+def _run(words: Sequence[str], timeout: float, errors: int) -> tuple[int, str, str]:
     try:
         done = subprocess.run(
             words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=errors,
             text=True,
             errors="replace",
             timeout=timeout,
             check=False,
         )
     except OSError as error:
-        return -1, error.strerror or str(error)
+        reason = error.strerror or str(error)
     except subprocess.TimeoutExpired:
-        return -1, f"no answer within {timeout:.0f} s"
-    return done.returncode, done.stdout
+        reason = f"no answer within {timeout:.0f} s"
+    else:
+        return done.returncode, done.stdout, done.stderr or ""
+    return -1, reason, reason
 
 
 def last_line(text: str) -> str:

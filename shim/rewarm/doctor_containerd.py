@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tomllib
+from dataclasses import replace
 from typing import Any
 
-from rewarm.checks import OK, WARNING, Check, Node, ask, last_line
+from rewarm.checks import OK, WARNING, Check, Node, ask_apart, last_line
 
 # Configuration version 2, and 3 and later.
 _PLUGINS = ("io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime")
@@ -28,7 +29,8 @@ def registered(node: Node, program: str) -> Check:
     if not os.path.exists(node.containerd_config):
         return Check("containerd", WARNING, f"there is no {node.containerd_config}, so no runtime rewarm", _REGISTER)
     try:
-        config = tomllib.loads(_text(program, node.containerd_config))
+        text, warning = _text(program, node.containerd_config)
+        config = tomllib.loads(text)
     except ValueError as error:
         return Check(
             "containerd", WARNING, f"{node.containerd_config} cannot be understood: {error}", "correct the file"
@@ -36,18 +38,24 @@ def registered(node: Node, program: str) -> Check:
     if {"cri", *_PLUGINS} & set(config.get("disabled_plugins") or []):
         found = f"its CRI plugin is disabled; ctr takes the runtime by its path, {node.launcher}"
         return Check("containerd", OK, found)
-    return _judge(node, _runtimes(config))
+    check = _judge(node, _runtimes(config))
+    if check.status != OK and warning:  # such as the key or table that it ignores
+        return replace(check, found=f"{check.found}; containerd warns: {last_line(warning)}")
+    return check
 
 
-def _text(program: str, path: str) -> str:
-    """The configuration as containerd itself understands it, imports included; the file alone where it cannot say."""
+def _text(program: str, path: str) -> tuple[str, str]:
+    """The configuration as containerd itself understands it, imports included; the file alone where it cannot say.
+
+    And its warnings, which are no part of that: of a file that an older containerd wrote a newer one has many.
+    """
     if program:
-        status, said = ask([program, "--config", path, "config", "dump"])
+        status, said, warnings = ask_apart([program, "--config", path, "config", "dump"])
         if status == 0:
-            return said
-        raise ValueError(last_line(said))
+            return said, warnings
+        raise ValueError(last_line(warnings or said))
     with open(path, encoding="utf-8") as file:
-        return file.read()
+        return file.read(), ""
 
 
 def _runtimes(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

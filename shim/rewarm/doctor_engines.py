@@ -11,7 +11,7 @@ import tomllib
 from contextlib import closing
 from typing import Any
 
-from rewarm.checks import FAILED, OK, WARNING, Check, Node, ask, last_line
+from rewarm.checks import FAILED, OK, WARNING, Check, Node, ask, ask_apart, last_line
 
 RUNTIME = "rewarm"
 _AGAIN = "run install/install.sh again"
@@ -153,4 +153,5 @@ def _ask_podman(program: str) -> tuple[int, str]:
     with tempfile.TemporaryDirectory(prefix="rewarm-", dir="/run" if os.access("/run", os.W_OK) else None) as scratch:
         places = ["--root", f"{scratch}/root", "--runroot", f"{scratch}/run", "--storage-driver", "vfs"]
         words = [program, *places, "--runtime", RUNTIME, "info", "--format", "{{.Host.OCIRuntime.Path}}"]
-        return ask(words, timeout=60)
+        status, said, warnings = ask_apart(words, timeout=60)
+        return status, said if status == 0 else warnings or said
