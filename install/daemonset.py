@@ -3,8 +3,9 @@
 
     daemonset.py [--uninstall]
 
-Installs from the image's parts, verifies with `rewarm doctor`, sets the label rewarm.dev/installed=true, and stays:
-every few minutes it verifies again, and takes the label away for as long as that fails, after which it installs again.
+Installs from the image's parts, verifies with `rewarm doctor` and `rewarm doctor --node`, sets the label
+rewarm.dev/installed=true, and stays: every few minutes it verifies again, and takes the label away for as long as that
+fails, after which it installs again.
 Pods with the RuntimeClass are scheduled by that label. SIGTERM ends it and leaves the node as it is, since an upgrade
 of the pod must not take the runtime from under the node's containers. With --uninstall it takes the label, then
 rewarm, from the node, and stays, so that the DaemonSet is ready when all nodes are done.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import signal
@@ -28,14 +28,12 @@ from typing import NoReturn
 from daemonset_host import Host, Problem, Stopped
 from daemonset_label import NodeLabel
 from daemonset_store import SharedStore
+from daemonset_verdict import Check, checks_of, unwell
 
 HERE = Path(__file__).resolve().parent
 PREFIX = "/opt/rewarm"
 SETTINGS = "/etc/rewarm/config.yaml"
 MARK = b"# Written by rewarm's DaemonSet; change its ConfigMap instead. "
-DOCTOR = (("doctor",),)
-ABSENT = "not on this node"
-"""What doctor says of containerd where it sees none (k3s has its own places): no pod could be started with rewarm."""
 INSTALL_SECONDS = 900.0
 VERIFY_SECONDS = 180.0
 # Of the back-off after a failure.
@@ -44,12 +42,6 @@ SHORTEST, LONGEST = 10.0, 300.0
 
 def say(text: str) -> None:
     print(f"rewarm-node: {text}", flush=True)
-
-
-def _bad(check: str) -> tuple[str, ...]:
-    """The statuses of a check of `rewarm doctor` that keep pods away."""
-    # A runtime that no engine knows is a warning there; no pod could be started with it.
-    return ("failed", "warning") if check == "containerd" else ("failed",)
 
 
 class Keeper:
@@ -101,18 +93,14 @@ class Keeper:
 
     def verify(self) -> None:
         """What `rewarm doctor` says on the node. Raises Problem that names what is not well."""
-        found = []
-        for words in DOCTOR:
-            status, said = self.host.run(f"{PREFIX}/bin/rewarm", *words, "--json", timeout=VERIFY_SECONDS, capture=True)
-            try:
-                checks = json.loads(said)["checks"]
-                found += [f"{c['name']}: {c['found']} ({c['mend']})" for c in checks if c["status"] in _bad(c["name"])]
-            except (ValueError, KeyError, TypeError):
-                raise Problem(f"verify the node: rewarm doctor has no answer (exit status {status})") from None
-            if any(c["name"] == "containerd" and c["found"] == ABSENT for c in checks):
-                found.append("containerd: neither the program nor /etc/containerd/config.toml is there")
+        found = unwell(self._doctor(), self._doctor("--node"))
         if found:
             raise Problem(f"verify the node: {'; '.join(found)}")
+
+    def _doctor(self, *more: str) -> list[Check]:
+        words = [f"{PREFIX}/bin/rewarm", "doctor", *more, "--json"]
+        status, said = self.host.run(*words, timeout=VERIFY_SECONDS, capture=True)
+        return checks_of(" ".join(("rewarm doctor", *more)), status, said)
 
     def _script(self, name: str) -> str:
         return f"{self.host.image}{HERE / name}"

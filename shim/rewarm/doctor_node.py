@@ -105,11 +105,13 @@ def judged(node: Node, placed: Engine, check: Check, changed_files: Iterable[str
     began = [start for start in _daemons(daemon, placed) if start]
     if not began:
         found = f"{check.found}; {daemon} does not run with {placed.config}"
-        return Check(placed.label, WARNING, found, f"start it: systemctl start {placed.name}")
+        step = f"start it: systemctl start {placed.name}; one with a configuration elsewhere has to be told by hand"
+        return Check(placed.label, WARNING, found, step)
     for path in changed_files:
         if os.path.exists(path) and min(began) < os.stat(path).st_mtime:
             found = f"{check.found}; but {daemon} was started before {path} was changed"
-            return Check(placed.label, FAILED, found, f"make it known: systemctl restart {placed.name}")
+            step = f"make it known: systemctl restart {placed.name}, or restart what else has started it"
+            return Check(placed.label, FAILED, found, step)
     return Check(placed.label, OK, f"{check.found}; {daemon} runs with it")
 
 
@@ -129,7 +131,7 @@ def _daemons(name: str, placed: Engine) -> list[float]:
         except OSError:
             continue  # it has ended
         start = processes.start_time(int(entry))
-        if start is not None and _reads(words, placed):
+        if start is not None and _reads(words, placed) and _sees(entry, placed.where):
             began.append(boot + start / os.sysconf("SC_CLK_TCK") + 0.02)  # a tick and more: both clocks are coarse
     return began
 
@@ -144,6 +146,16 @@ def _reads(words: list[str], placed: Engine) -> bool:
             named = value if equals else "".join(words[number + 1 : number + 2])
             return os.path.realpath(named) == os.path.realpath(placed.config)
     return placed.default
+
+
+def _sees(pid: str, path: str) -> bool:
+    """Whether a path is the same file for that process: a daemon in a container (kind's) has files of its own."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/root{path}", path)
+    except PermissionError:  # who is not root cannot look
+        return True
+    except OSError:
+        return False
 
 
 def containerd(node: Node, placed: Engine) -> Check:

@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,63 +19,12 @@ from daemonset import SETTINGS
 from daemonset_label import LABEL
 from support import manifests
 from support.bare_node import BareNode
+from support.daemonset import ACCOUNT, pod_of, start
 from support.kube_api import Asked, KubeApi
-from support.node import Node
 from support.node_image import IMAGE, NodeImage, RunningPod
 from support.proc import CommandFailed, command
 
-ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[NodeImage]:
-    with NodeImage(Node(tmp_path_factory.mktemp("image") / "node", prefix)) as podman:
-        podman.build()
-        podman.first_container()
-        yield podman
-
-
-@pytest.fixture
-def machine(nothing_left_behind: None, tmp_path: Path) -> Iterator[BareNode]:
-    with BareNode(tmp_path / "machine") as one:
-        yield one
-
-
-@pytest.fixture
-def api(nothing_left_behind: None, tmp_path: Path) -> Iterator[KubeApi]:
-    with KubeApi(tmp_path / "account", "node-1", {"kubernetes.io/hostname": "node-1"}) as one:
-        yield one
-
-
-def pod_of(overlay: str) -> dict[str, Any]:
-    daemonset = manifests.pick(manifests.build(overlay), "DaemonSet", "rewarm-node")
-    pod: dict[str, Any] = daemonset["spec"]["template"]["spec"]
-    return pod
-
-
-def start(
-    image: NodeImage,
-    machine: BareNode,
-    api: KubeApi,
-    *more: str,
-    overlay: str = "base",
-    settings: Path | None = None,
-    volumes: dict[str, Path] | None = None,
-    name: str = "node",
-) -> RunningPod:
-    return image.start(
-        pod_of(overlay),
-        f"--target={machine.pid}",
-        "--interval=2",
-        *more,
-        env={**api.environment, "NODE_NAME": api.node},
-        volumes={
-            ACCOUNT: api.directory,
-            **({"/etc/rewarm-node": settings} if settings is not None else {}),
-            **(volumes or {}),
-        },
-        name=name,
-    )
+pytest_plugins = ("support.daemonset",)
 
 
 def patches(api: KubeApi) -> list[str | None]:
@@ -215,11 +163,12 @@ def test_another_ca(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path:
 
 def test_sigterm_while_it_installs(image: NodeImage, machine: BareNode, api: KubeApi) -> None:
     """It ends at once, and nothing of the install runs on; the next pod installs."""
+    own = machine.processes()
     with start(image, machine, api) as pod:
         pod.wait_for("building a virtual environment")
-        assert len(machine.processes()) > 1
+        assert len(machine.processes()) > len(own)
         assert pod.stop() == 0
-    assert machine.processes() == {machine.pid}
+    assert machine.processes() == own
     with start(image, machine, api, name="next") as pod:
         pod.wait_for("node-1: installed and verified")
 

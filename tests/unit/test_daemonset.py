@@ -15,6 +15,7 @@ import daemonset
 from daemonset_host import Host, Problem, Stopped, mounts
 from daemonset_label import LABEL, NodeLabel
 from daemonset_store import SharedStore
+from daemonset_verdict import Check, checks_of, unwell
 from support.kube_api import Asked, KubeApi
 from support.proc import command
 
@@ -207,3 +208,46 @@ def test_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped):
         daemonset.stay(Keeper(), False, 300.0)  # type: ignore[arg-type]
     assert slept == [10, 20, 40, 80, 160, 300, 300, 300, 10, 300]
+
+
+def check(name: str, status: str, found: str = "found", mend: str = "mend") -> Check:
+    return {"name": name, "status": status, "found": found, "mend": mend}
+
+
+WELL = check("containerd", "ok")
+DISABLED = check("containerd", "ok", "its CRI plugin is disabled; ctr takes the runtime by its path, /x")
+CRIO = check("CRI-O", "ok")
+
+
+@pytest.mark.parametrize(
+    ("general", "node", "texts"),
+    [
+        pytest.param([check("cache", "warning")], [WELL, check("Docker", "failed")], [], id="well"),
+        pytest.param([check("criu", "failed")], [WELL], ["criu: found (mend)"], id="nothing can be restored"),
+        pytest.param(
+            [check("runc", "failed")], [check("runc", "failed"), WELL], ["runc: found (mend)"], id="said once"
+        ),
+        pytest.param([], [check("containerd", "failed")], ["containerd: found (mend)"], id="not restarted"),
+        pytest.param([], [check("containerd", "warning")], ["containerd: found (mend)"], id="does not run"),
+        pytest.param(
+            [], [DISABLED, check("Docker", "ok")], ["containerd: its CRI plugin is disabled"], id="cri-dockerd"
+        ),
+        pytest.param([], [DISABLED, CRIO], [], id="Docker beside CRI-O"),
+        pytest.param([check("containerd", "ok", "not on this node")], [CRIO], [], id="CRI-O"),
+        pytest.param([check("containerd", "warning")], [check("containerd", "warning"), CRIO], [], id="another unused"),
+        pytest.param([], [WELL, check("CRI-O", "warning")], [], id="CRI-O unused"),
+        pytest.param([], [WELL, check("CRI-O", "failed")], ["CRI-O: found (mend)"], id="CRI-O broken"),
+        pytest.param([], [check("CRI-O", "failed")], ["CRI-O: found (mend)"], id="CRI-O alone, broken"),
+        pytest.param([], [check("engines", "failed")], ["neither containerd nor CRI-O"], id="none"),
+        pytest.param([], [check("Podman", "ok")], ["neither containerd nor CRI-O"], id="none of a kubelet"),
+    ],
+)
+def test_verdict(general: list[Check], node: list[Check], texts: list[str]) -> None:
+    found = unwell(general, node)
+    assert len(found) == len(texts) and all(text in one for text, one in zip(texts, found, strict=True)), found
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{}", '{"checks": [1]}', '{"checks": [{"name": "x"}]}', "null"])
+def test_no_answer(said: str) -> None:
+    with pytest.raises(Problem, match=r"rewarm doctor --node has no answer \(exit status 7\)"):
+        checks_of("rewarm doctor --node", 7, said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ def test_a_daemon_and_its_configuration(node: Node) -> None:
     for words in (["--config", "/etc/c.toml"], [], ["--config"]):
         assert not doctor_node._reads(["containerd", *words], placed)
     assert doctor_node._reads(["containerd"], doctor_node.ENGINES[0]), "its own file needs no option"
+
+
+def test_a_daemon_with_files_of_its_own(tmp_path: Path) -> None:
+    """As kind's node on a developer's machine: its configuration has the same name, in another mount namespace."""
+    config = tmp_path / "config.toml"
+    config.write_text("")
+    for hide, seen in (("true", True), (f"mount -t tmpfs tmpfs {tmp_path}; touch {config}", False)):
+        words = ["unshare", "--mount", "sh", "-c", f"{hide}; echo; exec sleep 60"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            try:
+                assert doctor_node._sees(str(process.pid), str(config)) == seen
+            finally:
+                process.kill()
+    assert not doctor_node._sees(str(process.pid), str(config)), "it has ended"
 
 
 def crio_file(binary: str, **more: Any) -> str:
