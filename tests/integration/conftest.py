@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from support.bare_node import BareNode
+from support.kube_api import KubeApi
 from support.leftovers import Leftovers
 from support.node import Node
+from support.node_image import NodeImage
 
 
 @pytest.fixture(autouse=True)
@@ -22,4 +25,24 @@ def nothing_left_behind() -> Iterator[None]:
 @pytest.fixture
 def node(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> Iterator[Node]:
     with Node(tmp_path / "node", prefix) as one:
+        yield one
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[NodeImage]:
+    with NodeImage(Node(tmp_path_factory.mktemp("image") / "node", prefix)) as podman:
+        podman.build()
+        podman.first_container()
+        yield podman
+
+
+@pytest.fixture
+def machine(nothing_left_behind: None, tmp_path: Path) -> Iterator[BareNode]:
+    with BareNode(tmp_path / "machine") as one:
+        yield one
+
+
+@pytest.fixture
+def api(nothing_left_behind: None, tmp_path: Path) -> Iterator[KubeApi]:
+    with KubeApi(tmp_path / "account", "node-1", {"kubernetes.io/hostname": "node-1"}) as one:
         yield one

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +22,7 @@ from support.bare_node import BareNode
 from support.daemonset import ACCOUNT, pod_of, start
 from support.kube_api import Asked, KubeApi
 from support.node_image import IMAGE, NodeImage, RunningPod
-from support.proc import CommandFailed, command
-
-pytest_plugins = ("support.daemonset",)
+from support.proc import CommandFailed, command, wait_for
 
 
 def patches(api: KubeApi) -> list[str | None]:
@@ -171,6 +169,39 @@ def test_sigterm_while_it_installs(image: NodeImage, machine: BareNode, api: Kub
     assert machine.processes() == own
     with start(image, machine, api, name="next") as pod:
         pod.wait_for("node-1: installed and verified")
+
+
+def _has(root: Path, pattern: str) -> bool:
+    return any(root.glob(pattern))
+
+
+STEPS: dict[str, Callable[[Path], bool]] = {
+    "environment": lambda root: _has(root, "opt/rewarm/venvs/*/lib/python3*/site-packages/*/__init__.py"),
+    "programs": lambda root: _has(root, "opt/rewarm/libexec/rewarm-guard"),
+    "criu": lambda root: _has(root, "opt/rewarm/criu/root.*"),
+    "registered": lambda root: "rewarm" in (root / "etc/containerd/config.toml").read_text(),
+    "restart": lambda root: "restart containerd" in (root / "run/systemctl.log").read_text(),
+}
+"""What is to be seen of the node when a step of the install has begun."""
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_while_it_installs(image: NodeImage, machine: BareNode, api: KubeApi, step: str) -> None:
+    """All that the pod runs on the node dies in the middle of a step. The next pod ends well, and all can be undone."""
+    machine.write("/run/systemctl.log", "")
+    before = machine.changed()
+    with start(image, machine, api) as pod:
+        wait_for(step, lambda: STEPS[step](machine.root), interval=0.002)
+        pod.kill(machine)
+    assert LABEL not in api.labels
+    with start(image, machine, api, name="next") as pod:
+        pod.wait_for("node-1: installed and verified")
+        assert api.labels[LABEL] == "true"
+        assert machine.run("/opt/rewarm/bin/rewarm", "doctor", "--node").count("runs with it") == 1
+        assert machine.read("/etc/containerd/config.toml").count("BEGIN rewarm") == 1
+        assert pod.stop() == 0
+    machine.run("/opt/rewarm/share/rewarm/uninstall.sh")
+    assert machine.changed() == before
 
 
 @pytest.fixture

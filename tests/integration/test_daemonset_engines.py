@@ -12,8 +12,6 @@ from support.kube_api import KubeApi
 from support.node_image import NodeImage
 from support.proc import command
 
-pytest_plugins = ("support.daemonset",)
-
 
 def test_a_node_after_an_upgrade_of_containerd(
     nothing_left_behind: None, tmp_path: Path, image: NodeImage, api: KubeApi

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from support import rootfs
+from support.bare_node import BareNode
 from support.podman import Podman
 from support.proc import Timeout, command, wait_for
 
@@ -52,6 +53,13 @@ class RunningPod:
         """SIGTERM, as the kubelet does; its exit status. Podman passes the signal on."""
         self.process.terminate()
         return self.process.wait(30)
+
+    def kill(self, machine: BareNode) -> None:
+        """SIGKILL for the pod and for whatever it runs on the node, as when its memory is out."""
+        machine.kill_strangers()
+        self.image.run("kill", "--signal=KILL", self.name)
+        self.process.wait(30)
+        machine.kill_strangers()
 
     def __enter__(self) -> RunningPod:
         return self
