@@ -138,11 +138,12 @@ register_runtime() {
         if [[ $restarted == yes ]]; then forget_restart "$name"; fi
     done
     [[ $status -eq 0 ]] || die "not every engine has the runtime; the rest is installed, so mend this and run again"
-    verify "${names[@]}"
+    verify
 }
 
-# verify ENGINE...: by rewarm's own eyes. What is not restarted yet is told, and is no failure of the install.
+# verify: by rewarm's own eyes. Sets $ready to no, or to untold where --no-restart leaves an engine to be told.
 verify() {
-    REWARM_CONFIG=$settings "$prefix/bin/rewarm" doctor --node ||
-        warn "the node is not ready yet: see the lines above, and then run: $prefix/bin/rewarm doctor --node"
+    ! REWARM_CONFIG=$settings "$prefix/bin/rewarm" doctor --node || return 0
+    ready=no
+    if [[ $no_restart == yes ]] && compgen -G "$state/restart.*" >/dev/null; then ready=untold; fi
 }

@@ -33,6 +33,9 @@ usage: install.sh [options]       (as root, on Debian 12 or newer, or Ubuntu)
   --help                     this text
 
 Naming configuration files registers with their engines only, unless --engines says more. uninstall.sh undoes it.
+
+Exit status: 0, also with --no-restart where only that restart is missing; 1 when something is not installed; 3 when all
+is installed, but `rewarm doctor --node`, which is run at the end, finds an engine that cannot start containers with it.
 EOF
 }
 
@@ -45,6 +48,7 @@ register=yes
 no_restart=no
 packages=yes
 from=
+ready=yes
 
 # take_option NAME VALUE
 take_option() {
@@ -285,7 +289,18 @@ main() {
     link_into_path
     bash "$here/provide_criu.sh" "$prefix" "$(find_python)" ${from:+"$from"} || exit 1
     register_runtime
-    say "installed in $prefix; check the node with: $prefix/bin/rewarm doctor, and doctor --node for its engines"
+    case $ready in
+    yes) say "installed in $prefix; check the node with: $prefix/bin/rewarm doctor, and doctor --node for its engines" ;;
+    untold)
+        say "installed in $prefix; ready when the engines named above are told (--no-restart was given)," \
+            "see then: $prefix/bin/rewarm doctor --node"
+        ;;
+    no)
+        printf 'rewarm: error: %s\n' "installed in $prefix, but the node is not ready: mend what failed above, and run: \
+$prefix/bin/rewarm doctor --node" >&2
+        exit 3
+        ;;
+    esac
 }
 
 main "$@"

@@ -324,6 +324,20 @@ def test_each_engine_by_its_file(node: Node, tmp_path: Path) -> None:
     assert not (tmp_path / "etc").exists()
 
 
+def test_installed_but_not_ready(node: Node, tmp_path: Path) -> None:
+    """What `doctor --node` finds at the end is the exit status and the last line."""
+    settings = tmp_path / "config.yaml"
+    settings.write_text("deadlin: 30\n")
+    words: list[str | Path] = [node.source / "install/install.sh", "--prefix", node.prefix, "--no-packages"]
+    done = run(*words, "--containerd-config", node.config, "--settings", settings, env=node.env)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert re.search("^failed +settings ", done.stdout, re.MULTILINE)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"rewarm: error: installed in {node.prefix}, but the node is not ready: ")
+    assert "rewarm: installed in" not in done.stdout
+    assert "Exit status: 0" in ok(INSTALL, "--help")
+
+
 def test_missing_packages_are_named(node: Node, tmp_path: Path) -> None:
     with environment_without("runc", "make") as env:
         done = run(INSTALL, "--prefix", tmp_path / "prefix", "--no-register", "--no-packages", env=env)
@@ -497,6 +511,40 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
     assert re.search("^ok +Podman +.* says podman$", said, re.MULTILINE)
     assert re.search("^warning +Docker +.*; dockerd does not answer", said, re.MULTILINE)
     assert not Path("/run/rewarm/containers/run-runc/left").exists()
+
+
+def test_a_containerd_that_is_not_restarted(tmp_path: Path) -> None:
+    """As asked: no failure. As nobody asked, since systemd does not run it: status 3, until it is restarted by hand."""
+    said = in_node(
+        tmp_path,
+        """
+        begin() {
+            rm -f /run/containerd/containerd.sock
+            containerd >>"$scratch/containerd.log" 2>&1 &
+            until [ -S /run/containerd/containerd.sock ]; do sleep 0.05; done
+        }
+        install() {
+            status=0
+            "$repository/install/install.sh" --no-packages --exclude-engines docker,podman "$@" 2>&1 || status=$?
+            echo "status $status"
+        }
+        trap 'kill $!' EXIT
+        begin
+        install --no-restart
+        printf '#!/bin/sh\nexit 3\n' > /usr/local/bin/systemctl
+        install
+        kill $! && wait $! || true
+        begin
+        install
+        """,
+    )
+    asked, unasked, well = said.split("status ")[:3]
+    assert "ready when the engines named above are told (--no-restart was given)" in asked.splitlines()[-1]
+    assert unasked.startswith("0\n") and well.startswith("3\n") and said.split("status ")[3].startswith("0\n")
+    assert "containerd: not running under systemd; restart it yourself" in unasked
+    assert "containerd was started before /etc/containerd/config.toml was changed" in unasked
+    assert "but the node is not ready" in unasked.splitlines()[-1]
+    assert "containerd runs with it" in well and "installed in /opt/rewarm; check" in well.splitlines()[-1]
 
 
 def test_sources_name_no_host() -> None:
