@@ -2,7 +2,7 @@
 # Installs rewarm on this node: its virtual environment, the C programs, CRIU, and the runtime `rewarm` in each container
 # engine that is there: containerd, CRI-O, Docker, Podman.
 # Can be run again at any time: it does what is missing, and an upgrade is one rename at a time, so that nothing is ever
-# found half written. A restore that goes on meanwhile may import modules of the new version, and fail: a cold start.
+# found half written. What goes on meanwhile, a restore or a capture, ends with the modules that it began with.
 set -euo pipefail
 umask 022
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -198,8 +198,19 @@ fill_environment() {
     quietly "python: removing pip" "$venv" -I -m pip uninstall --yes setuptools pip
 }
 
-# install_python: a virtual environment for each version of the source, and `venv`, a link to the one that counts. The one
-# before it is kept, since a process that runs may still import from it.
+# in_use DIRECTORY: whether a process names it in its words: the launcher, and what it starts, run from the version itself.
+in_use() {
+    local file words
+    for file in /proc/[0-9]*/cmdline; do
+        words=()
+        mapfile -d '' -t words 2>/dev/null <"$file" || true # it ended meanwhile
+        [[ "${words[*]}" != *"$1/"* ]] || return 0
+    done
+    return 1
+}
+
+# install_python: a virtual environment for each version of the source, and `venv`, a link to the one that counts. Kept are
+# those that a process runs from, and the one before, by whose link one may just be starting.
 install_python() {
     local python id directory previous old
     python=$(find_python)
@@ -220,8 +231,8 @@ install_python() {
             "$directory/bin/python3" -I -c 'import rewarm, rewarm.errors, rewarm_hooks, rewarm_native' >&2 || true
             die "python: the installed packages cannot be imported"
         }
-        # By way of the link: rewarm finds its other parts beside `venv`.
-        sed -i "1s|.*|#!$prefix/venv/bin/python3 -I|" "$directory/bin/rewarm"
+        # Not by way of the link: what has begun stays with its version.
+        sed -i "1s|.*|#!$directory/bin/python3 -I|" "$directory/bin/rewarm"
         : >"$directory/.complete"
     fi
     if [[ -d $prefix/venv && ! -L $prefix/venv ]]; then
@@ -229,7 +240,7 @@ install_python() {
     fi
     install_link "venvs/$id" "$prefix/venv"
     for old in "$prefix"/venvs/*; do
-        [[ $old == "$directory" || "venvs/${old##*/}" == "$previous" ]] || rm -rf "$old"
+        [[ $old == "$directory" || "venvs/${old##*/}" == "$previous" ]] || in_use "$old" || rm -rf "$old"
     done
 }
 

@@ -26,7 +26,7 @@ enum {
 /* Who is running: found through /proc, since argv[0] is what the caller likes and the path may go through links. */
 struct self {
 	char path[PATH_MAX];
-	char python[PATH_MAX + sizeof("/venv/bin/python3")];
+	char python[PATH_MAX + NAME_MAX + sizeof("/venvs//bin/python3")];
 	struct stat status;
 };
 
@@ -55,6 +55,31 @@ static int self_locate(struct self *self)
 	}
 	strcat(self->python, "/venv/bin/python3");
 	return 0;
+}
+
+/* `venv` is a link to the directory of one version, and an upgrade renames it: a process that was started by the link
+ * would import what it has not yet imported from another version. The directory itself stays while somebody uses it
+ * (install.sh). What is not such a link is taken as it is. */
+static void self_settle(struct self *self)
+{
+	static const char link[] = "/venv", program[] = "/bin/python3", versions[] = "venvs/";
+	const size_t prefix = strlen(self->python) - (sizeof(link) - 1) - (sizeof(program) - 1);
+	char target[NAME_MAX + sizeof(versions)];
+	char path[sizeof(self->python)];
+	ssize_t length;
+	int size;
+
+	memcpy(path, self->python, prefix);
+	strcpy(path + prefix, link);
+	length = readlink(path, target, sizeof(target) - 1);
+	if (length < 0)
+		return;
+	target[length] = '\0';
+	if (strncmp(target, versions, sizeof(versions) - 1) != 0 || strchr(target + sizeof(versions) - 1, '/') != NULL)
+		return;
+	size = snprintf(path, sizeof(path), "%.*s/%s%s", (int)prefix, self->python, target, program);
+	if (size > 0 && (size_t)size < sizeof(path))
+		strcpy(self->python, path);
 }
 
 /* filepath.Abs, which runc applies to --root: lexically, symlinks stay. Returns NULL when memory is out. */
@@ -328,6 +353,7 @@ int main(int argc, char **argv)
 	if (simple && start_without_python(&call, &settings))
 		return EXIT_SUCCESS;
 	if (!simple || is_for_python(&call, &settings)) {
+		self_settle(&self);
 		error = exec_python(&self, argc, argv);
 		/* A restored container that waits for `start` is unknown to runc as such: there is no way on. */
 		if (call_is(&call, "start") && has_container_directory(&call, &settings)) {

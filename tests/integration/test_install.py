@@ -177,12 +177,13 @@ def test_command_line_tool(node: Node) -> None:
 
 
 def test_parts_find_each_other_from_every_way_in(node: Node) -> None:
-    """rewarm looks for its guard and its CRIU beside `venv`, by sys.prefix."""
-    for python in (node.prefix / "venv/bin/python3", node.prefix / "bin/../venv/bin/python3"):
-        found = ok(python, "-I", "-c", "import os, sys; print(os.path.dirname(os.path.abspath(sys.prefix)))")
-        assert found.strip() == str(node.prefix)
+    """rewarm looks for its guard and its CRIU beside `venv`, by sys.prefix; the launcher starts a version by itself."""
+    version = (node.prefix / "venv").resolve()
+    for python in (node.prefix / "venv/bin/python3", version / "bin/python3", version / "../../venv/bin/python3"):
+        found = ok(python, "-I", "-c", "from rewarm import installation; print(installation.prefix())")
+        assert Path(os.path.normpath(found.strip())) == node.prefix
     first_line = (node.prefix / "bin/rewarm").read_text().splitlines()[0]
-    assert first_line == f"#!{node.prefix}/venv/bin/python3 -I"
+    assert first_line == f"#!{(node.prefix / 'venv').resolve()}/bin/python3 -I"
 
 
 def test_criu(node: Node) -> None:
@@ -239,6 +240,24 @@ def test_upgrade_keeps_what_running_processes_import_from(node: Node) -> None:
     ok(node.prefix / "venv/bin/python3", "-I", "-c", "from rewarm.errors import NEW_HERE")
     ok(old / "bin/python3", "-I", "-c", "import rewarm.errors; assert not hasattr(rewarm.errors, 'NEW_HERE')")
     assert {path.name for path in new.parent.iterdir()} == {new.name, old.name}
+
+
+def test_a_version_stays_while_it_is_used(node: Node) -> None:
+    """A watcher may wait for its program for as long as that takes, and import what it needs then."""
+    versions = node.prefix / "venvs"
+    used, unused = versions / "0000000000000001", versions / "0000000000000002"
+    for version in (used, unused):
+        shutil.copytree((node.prefix / "venv").resolve(), version, symlinks=True)
+    script = "import sys; print(flush=True); sys.stdin.read()"
+    words: list[str | Path] = [used / "bin/python3", "-I", "-c", script]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        node.install()
+        assert used.exists() and not unused.exists()
+        process.kill()
+    node.install()
+    assert not used.exists()
 
 
 @pytest.mark.parametrize("text", [PLAIN, WITH_RUNC, WITH_NVIDIA, "", None])

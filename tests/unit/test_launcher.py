@@ -127,6 +127,28 @@ def shim(command: Sequence[str | Path], root: str = "/run/containerd/runc/k8s.io
 # --- which way a call goes
 
 
+def test_a_version_of_its_own(node: Node) -> None:
+    """Python is started from the version that `venv` leads to, since an upgrade renames it. Other links stay links."""
+    node.bundle(ANNOTATED)
+    words = shim(["create", "--bundle", node.base / "bundle", "c1"])
+    link, versions = node.base / "prefix/venv", node.base / "prefix/venvs"
+    shutil.rmtree(link)
+    for name in ("one", "two"):
+        at = versions / name / "bin/python3"
+        node.program(at, "python")
+        at.write_text(at.read_text().replace("\n", f"\necho $0 >> {node.base}/paths\n", 1))
+    for target in ("venvs/one", "venvs/two", "../prefix/venvs/one", str(versions / "two"), "venvs/../venvs/one"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        assert node.run(*words).who == "python"
+    settled = [f"{versions}/one/bin/python3", f"{versions}/two/bin/python3"]
+    assert (node.base / "paths").read_text().split() == [*settled, *[f"{link}/bin/python3"] * 3]
+    link.unlink()
+    link.symlink_to("venvs/gone")
+    done = node.run(*words)
+    assert done.who == "runc"
+
+
 @pytest.mark.parametrize(
     "form",
     [["--bundle", "{}"], ["--bundle={}"], ["-bundle", "{}"], ["-bundle={}"], ["-b", "{}"],
