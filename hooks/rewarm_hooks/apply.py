@@ -21,7 +21,7 @@ from .walk import Walker, remove
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Callable, Container
     from typing import BinaryIO
 
     from .names import Parts
@@ -30,13 +30,20 @@ if TYPE_CHECKING:
 
 
 def apply_layer(
-    layer: BinaryIO, root_fd: int, undo_path: Path | None, *, shared: Container[Parts] | None = None
+    layer: BinaryIO,
+    root_fd: int,
+    undo_path: Path | None,
+    *,
+    shared: Container[Parts] | None = None,
+    may_own: Callable[[int, int], bool] | None = None,
 ) -> LayerStats:
     """Apply a seekable layer to the directory open as `root_fd`, for instance the merged view of an overlay mount.
 
     undo_path: where the inverse layer goes before the first change; None for none. The file must not exist yet; while
     it exists, the root may be changed. `shared`, if given: others use the directory, too, so that what exists stays
     and is passed over, but the files of `shared`, which are replaced; if others have one open, that is an error.
+    `may_own`, if given as well: it is a directory of others, to whom any name may belong. Of the layer only the files
+    of `shared` are made, at its top, plain ones of a user and group of which this is true; that one exists is an error.
 
     Raises LayerError naming the entry. For a bad archive nothing was changed and there is no undo file. If a change
     itself fails (no space, a mount in the way), what was changed is put back and the undo file removed; should that
@@ -47,6 +54,10 @@ def apply_layer(
         steps = plan.make(tarread.members(layer), walker, devices=False)
         if shared is not None:
             needed = _with_links(steps, shared)
+            if may_own is not None:
+                steps = [step for step in steps if step.parts in needed]
+                for step in steps:
+                    _check_foreign(step, may_own)
             steps = [step for step in steps if _is_to_be_made(step, needed, walker)]
         if undo_path is not None:
             undo.write_undo(steps, root_fd, undo_path)
@@ -120,6 +131,17 @@ def _is_to_be_made(step: Step, needed: Container[Parts], walker: Walker) -> bool
     if not left:
         raise LayerError(joined(step.parts), "it is there already, and in use by others")
     return True
+
+
+def _check_foreign(step: Step, may_own: Callable[[int, int], bool]) -> None:
+    """Whether the container's own processes could have made this one. Raises LayerError."""
+    member = step.member
+    if step.what != ENTRY or member.kind not in (kinds.FILE, kinds.LINK) or len(step.parts) != 1:
+        raise LayerError(joined(step.parts), "no file at the top of a directory that is not the container's own")
+    if step.found is not None:
+        raise LayerError(joined(step.parts), "it is there already, in a directory that is not the container's own")
+    if member.kind == kinds.FILE and (not may_own(member.uid, member.gid) or member.mode & ~0o777 or member.xattrs):
+        raise LayerError(joined(step.parts), "it has an owner, mode or xattr that the container could not give it")
 
 
 def _is_open(parts: Parts, walker: Walker) -> bool:

@@ -15,10 +15,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rewarm
-from rewarm import addresses, aside, compat, losses, netlock, node, overlay, processes, registered, source
+from rewarm import (
+    addresses,
+    aside,
+    compat,
+    devshm,
+    layers,
+    losses,
+    netlock,
+    node,
+    overlay,
+    processes,
+    registered,
+    source,
+)
 from rewarm.alone import alone
 from rewarm.criu import connections, images, remaps
 from rewarm.criu.carve import carve
+from rewarm.devshm import SHM
 from rewarm.dump import dump
 from rewarm.errors import CaptureError, GpuError
 from rewarm.frozen import Frozen
@@ -30,7 +44,7 @@ from rewarm.memory import places
 from rewarm.oci import record, runc, spec
 from rewarm.oci.runc import Container, Runc
 from rewarm.quiet import Quiet
-from rewarm.restore import CHECKPOINT, DEV_SHM, ROOTFS_DIFF, SHM
+from rewarm.restore import CHECKPOINT, ROOTFS_DIFF
 from rewarm.saved import SavedMemory, add_library
 from rewarm.scratch import Scratch
 from rewarm.settings import Settings
@@ -39,13 +53,12 @@ from rewarm.store.manifest import MAX_ADDRESSES, Cuda, HugeMapping, Manifest, Me
 from rewarm.store.names import check_name, check_namespace
 from rewarm.store.writer import SnapshotWriter
 from rewarm.trace import Trace
-from rewarm_hooks.layer import LayerError, write_layer
+from rewarm_hooks.layer import LayerError
 
 WAITING = "waiting for the helper of the capture before"
 GPU_MEMORY, DUMP = "moving GPU memory", "dumping memory"
 """Steps that a signal must not end in the middle."""
 _KILL_TIMEOUT = 10.0
-_TRIES, _PAUSE = 20, 0.005
 
 
 @dataclass(frozen=True)
@@ -299,9 +312,9 @@ def _write_layers(
     try:
         if upper is not None:
             in_rootfs = remaps.by_name_in_upper(in_rootfs, upper, pids[0])
-            _write_layer(snapshot / ROOTFS_DIFF, upper, [(link.name, link.source) for link in in_rootfs])
+            layers.write(snapshot / ROOTFS_DIFF, upper, {link.name: link.source for link in in_rootfs})
         if shm:
-            _write_shared(snapshot / DEV_SHM, Path(shm), [(link.name[len(SHM) :], link.source) for link in in_shm])
+            devshm.write(snapshot / devshm.FILE, snapshot / CHECKPOINT, shm, in_shm, pids)
     except LayerError as error:
         raise CaptureError("write changed files of", container.id, str(error)) from error
 
@@ -317,25 +330,6 @@ def _check_volumes(container: Container, names: list[str], bundle_spec: spec.Spe
                 f"it has a deleted file open on its volume {max(inside)[0]}, which is not a part of the snapshot",
                 "close the file before the capture",
             )
-
-
-def _write_layer(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:
-    """A tree in which nothing changed gives no layer, and so no hook at the restore."""
-    with path.open("wb") as out:
-        stats = write_layer(tree, out, extra=extra)
-    if not stats.entries:
-        path.unlink()
-
-
-def _write_shared(path: Path, tree: Path, extra: list[tuple[str, str]]) -> None:
-    """A tree in which other containers of the pod, which are not frozen, may make and delete files meanwhile."""
-    for _ in range(_TRIES):
-        try:
-            _write_layer(path, tree, extra)
-            return
-        except LayerError:
-            time.sleep(_PAUSE)
-    _write_layer(path, tree, extra)
 
 
 def _stop(container: Container, low_level: Runc, frozen: Frozen) -> None:

@@ -1,26 +1,45 @@
-"""Rootfs diffs outside of the hook: the content of /dev/shm goes in, a failed restore's changes come out."""
+"""Rootfs diffs outside of the hook: a capture writes them, the content of /dev/shm goes in, a failed restore's changes
+come out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from rewarm.errors import RestoreError
 
 
-def apply(layer: str, root: str, undo: str, opened: Iterable[bytes]) -> None:
+def write(path: Path, tree: str | Path, extra: Mapping[str, str]) -> None:
+    """Write the layer of a directory tree, with more files: name -> what opens it. A tree in which nothing changed
+    gives no layer, and so no hook at the restore. Raises LayerError and OSError."""
+    from rewarm_hooks.layer import write_layer
+
+    with path.open("wb") as out:
+        stats = write_layer(tree, out, extra=sorted(extra.items()))
+    if not stats.entries:
+        path.unlink()
+
+
+def apply(
+    layer: str, root: str, undo: str, opened: Iterable[bytes], may_own: Callable[[int, int], bool] | None = None
+) -> None:
     """Add what is in the layer file to the directory tree `root`; `undo` becomes the layer that turns it back.
 
     Containers of one pod share such a tree, and it outlives each of them: what is there already stays, as on a volume.
     But what the program has open, the names `opened`, has to be as it was: what an earlier container has left there is
     replaced. Raises RestoreError, also if somebody has that open.
+
+    `may_own`: the tree is the node's own. Nothing is replaced, only what is open is made, and that is of a user and
+    group for which this is true.
     """
     from rewarm_hooks.layer import LayerError, apply_layer  # few restores come here
 
     fd = _open(root)
     try:
         with open(layer, "rb") as file:
-            apply_layer(file, fd, undo, shared={tuple(name.split(b"/")) for name in opened})
+            names = {tuple(name.split(b"/")) for name in opened}
+            apply_layer(file, fd, undo, shared=names, may_own=may_own)
     except LayerError as error:
         raise RestoreError("apply layer to", root, str(error)) from error
     finally:

@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewarm import aside, carved, causes, deadline, hook, layers, losses, node, preload, processes, recover, resume
+from rewarm import aside, carved, causes, deadline, devshm, hook, losses, node, preload, processes, recover, resume
 from rewarm.additions import restored as with_additions
-from rewarm.criu import images, opened, options, vet
+from rewarm.criu import images, options, vet
 from rewarm.criu.connections import kept as connections_kept
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.guard import Guard
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 SNAPSHOT = "snapshot"
 """What the snapshot's files lie in, below the container directory: none of their names is one of rewarm's own there."""
 CHECKPOINT = "checkpoint"
-ROOTFS_DIFF, DEV_SHM, SHM = "rootfs-diff.tar", "devshm-checkpoint.tar", "/dev/shm"
+ROOTFS_DIFF = "rootfs-diff.tar"
 LIBRARY, PIECES = "device/library.so", "device/pieces"
-_FILES = (ROOTFS_DIFF, DEV_SHM, CHUNKS, PLACES, LIBRARY, PIECES)
+_FILES = (ROOTFS_DIFF, devshm.FILE, CHUNKS, PLACES, LIBRARY, PIECES)
 # What runc's own restore flags cannot say for this call; a cold start can.
 _UNSUPPORTED_FLAGS = ("preserve-fds", "pidfd-socket")
 _HOOK_TIMEOUT, _STOP_TIMEOUT = 60, 10.0
@@ -253,15 +253,9 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     with open(os.path.join(plan.invocation.bundle, "config.json"), "rb") as file:
         spec.write_atomically(backup, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
     rootfs = os.path.realpath(spec.rootfs(plan.invocation.bundle, plan.spec))
-    shm = spec.bind_source(plan.spec, SHM)
     changes = [Undo(rootfs, os.path.join(directory, "rootfs.undo"), os.path.ismount(rootfs))]
-    if _has(plan, DEV_SHM):
-        if not shm:
-            raise RestoreError(
-                "restore /dev/shm", plan.ref.name, "the snapshot carries one, this container has no such mount"
-            )
-        shm = os.path.realpath(shm)
-        changes.append(Undo(shm, os.path.join(directory, "devshm.undo"), os.path.ismount(shm)))
+    if _has(plan, devshm.FILE):
+        changes.append(devshm.change(plan.spec, plan.ref.name, directory))
     tell(record.bound_control(directory), plan.invocation.container_id, _name(plan), plan.spec)
     changed = prepared = _prepared(plan)
     hooks = [_rootfs_hook(plan, changes[0])] if _has(plan, ROOTFS_DIFF) else []
@@ -284,9 +278,8 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
 
 def _change(plan: Plan, kept: Record, changed: Spec) -> None:
     """Change what is not rewarm's own. The record knows how it was, and the guard is there to put it back."""
-    if _has(plan, DEV_SHM):
-        needed = opened.below(Path(_file(plan, CHECKPOINT)), SHM)
-        layers.apply(_file(plan, DEV_SHM), kept.undo[1].root, kept.undo[1].layer, needed)
+    if _has(plan, devshm.FILE):
+        devshm.apply(_file(plan, devshm.FILE), _file(plan, CHECKPOINT), kept.undo[1], plan.spec)
     spec.save(plan.invocation.bundle, changed)
 
 

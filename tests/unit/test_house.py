@@ -40,6 +40,7 @@ ROOMS = {
     "rewarm.overlay": 2,
     "rewarm.netlock": 2,
     "rewarm.nftables": 2,
+    "rewarm.devshm": 3,
     "rewarm.netlink": 1,
     "rewarm.addresses": 2,
     "rewarm.ports": 2,

@@ -109,3 +109,57 @@ def test_a_fifo_is_not_waited_for(root: Path, layer: bytes) -> None:
     os.mkfifo(root / "sem.x")
     with pytest.raises(LayerError, match="in use by others"):
         apply(layer, root, {SEMAPHORE})
+
+
+FOREIGN = ["sem.x", "link_remap.5"]
+
+
+def foreign(root: Path, layer: bytes, undo: Path) -> None:
+    """As in the node's own /dev/shm, of which nothing is the container's."""
+    with opened(root) as fd:
+        mine = (os.getuid(), os.getgid())
+        owns = lambda user, group: (user, group) == mine  # noqa: E731
+        apply_layer(io.BytesIO(layer), fd, undo, shared={REMAP}, may_own=owns)
+
+
+def test_only_what_is_open_is_made_where_nothing_is_the_containers_own(
+    tmp_path: Path, root: Path, layer: bytes
+) -> None:
+    foreign(root, layer, tmp_path / "undo")
+    assert sorted(path.name for path in root.iterdir()) == sorted(FOREIGN)
+    assert (root / "sem.x").samefile(root / "link_remap.5")
+    with opened(root) as fd:
+        undo_layer(tmp_path / "undo", fd)
+    assert not list(root.iterdir())
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_nothing_is_replaced_there(tmp_path: Path, root: Path, layer: bytes, name: str) -> None:
+    (root / name).write_text("of the node")
+    with pytest.raises(LayerError, match=f"{name}: it is there already"):
+        foreign(root, layer, tmp_path / "undo")
+    assert [path.read_text() for path in root.iterdir()] == ["of the node"] and not (tmp_path / "undo").exists()
+
+
+@pytest.mark.parametrize("what", ["setuid", "owner", "xattr", "link", "directory"])
+def test_nothing_that_the_container_could_not_make_itself(tmp_path: Path, root: Path, what: str) -> None:
+    source = tmp_path / "hostile"
+    source.mkdir()
+    path = source / "link_remap.5"
+    if what == "link":
+        path.symlink_to("/etc/passwd")
+    elif what == "directory":
+        path.mkdir()
+    else:
+        path.write_text("hostile")
+    if what == "setuid":
+        path.chmod(0o4755)
+    elif what == "owner":
+        os.chown(path, 12345, 0)
+    elif what == "xattr":
+        os.setxattr(path, "user.x", b"x")
+    out = io.BytesIO()
+    write_layer(source, out)
+    with pytest.raises(LayerError, match=r"could not give it|no file at the top"):
+        foreign(root, out.getvalue(), tmp_path / "undo")
+    assert not list(root.iterdir())

@@ -167,6 +167,15 @@ def test_the_groups_of_a_container_that_cannot_change_them(tmp_path: Path) -> No
     check(tmp_path, spec(user={"uid": 0, "gid": 7}, capabilities=setgid), cores=core(creds(gid=0)))
 
 
+def test_who_may_own_what_a_container_makes() -> None:
+    """As files in a /dev/shm that is not the container's own."""
+    user = {"uid": 5, "gid": 6, "additionalGids": [7]}
+    plain = vet.Limits(spec(user=user, capabilities={}))
+    assert [plain.may_own(*one) for one in ((5, 6), (5, 7), (5, 8), (0, 6))] == [True, True, False, False]
+    root = vet.Limits(spec(capabilities={"bounding": ["CAP_SETUID"]}))
+    assert [root.may_own(*one) for one in ((0, 0), (9, 0), (9, 9))] == [True, True, False]
+
+
 def test_another_user_without_new_privileges_has_its_ambient_capabilities_alone(tmp_path: Path) -> None:
     """Its bounding set says nothing: it can never get what is in it."""
     bounding = ["CAP_KILL", "CAP_SETUID", "CAP_SETGID"]

@@ -47,7 +47,7 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
     cores = sorted(directory.glob("core-*.img"))
     if not cores:
         raise Unfit("restore snapshot", "checkpoint", "it has no core image, so no process")
-    limits = _Limits(spec)
+    limits = Limits(spec)
     descriptors.check(directory, limits.capabilities())
     followers = _followers(directory)
     for path in cores:
@@ -140,7 +140,7 @@ def _check_mount(mount: Message, destinations: set[str]) -> str:
     )
 
 
-class _Limits:
+class Limits:
     """What the live spec allows a process to be."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -161,6 +161,11 @@ class _Limits:
     def capabilities(self) -> set[str]:
         """Without CAP_, what a process may have."""
         return {name for at, name in enumerate(_CAPABILITIES) if self._bounding & 1 << at}
+
+    def may_own(self, user: int, group: int) -> bool:
+        """Whether something may belong to them that the container's processes make."""
+        users = user == self._user or self._may(self._held, "SETUID")
+        return users and (group in self._groups or self._may(self._held, "SETGID"))
 
     def check(self, thread: Message, name: str, follows: bool) -> None:
         """`follows`: the thread gets the seccomp filter of another that is checked as well."""
