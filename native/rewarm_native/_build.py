@@ -15,6 +15,7 @@ _HERE = Path(__file__).resolve().parent
 _HEADERS = ("native.h", "tracing.h", "borrow.h", "detour.h")
 _SOURCES = (
     "process.c",
+    "ipc.c",
     "tracing.c",
     "borrow.c",
     "mempolicy.c",
@@ -46,6 +47,10 @@ int rw_socket_in_netns(int namespace_fd, int family, int type, int protocol);
 int rw_names_in_utsns(int namespace_fd, char *nodename, char *domainname, size_t size);
 int rw_set_last_pid(int namespace_fd, int pid);
 int rw_mount_tmpfs(const char *path, const char *options);
+int rw_new_ipcns(void);
+int64_t rw_read_in_ipcns(int namespace_fd, const char *path, char *buffer, size_t size);
+int64_t rw_sem_pids_in_ipcns(int namespace_fd, int id, int32_t *pids, size_t size);
+int rw_remove_in_ipcns(int namespace_fd, int kind, int id, int key);
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);
 int rw_watch_begin(int tid, struct rw_way *way);
 int rw_watch(const struct rw_way *way, uint64_t smallest);

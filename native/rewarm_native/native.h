@@ -26,6 +26,15 @@ int rw_names_in_utsns(int namespace_fd, char *nodename, char *domainname, size_t
 int rw_set_last_pid(int namespace_fd, int pid);
 int rw_mount_tmpfs(const char *path, const char *options);
 
+/* Of the IPC namespace behind `namespace_fd` (ipc.c). A new one, as a descriptor that is close-on-exec; a file of /proc,
+ * as a count of bytes, E2BIG if `size` are not more than it has; who has used each semaphore of a set last, of which it
+ * returns the number; and one System V object less, if it has that key. */
+enum { RW_SHM, RW_MSG, RW_SEM };
+int rw_new_ipcns(void);
+int64_t rw_read_in_ipcns(int namespace_fd, const char *path, char *buffer, size_t size);
+int64_t rw_sem_pids_in_ipcns(int namespace_fd, int id, int32_t *pids, size_t size);
+int rw_remove_in_ipcns(int namespace_fd, int kind, int id, int key);
+
 /* Runs the calls in the thread `tid` of another process, in order, up to the first that fails; *failed is then its
  * index, or `count` when the thread could not be made to run anything. Afterwards the thread is as it was. */
 int rw_set_policies(int tid, const struct rw_policy *policies, size_t count, size_t *failed);

@@ -20,6 +20,7 @@ from rewarm import (
     aside,
     compat,
     devshm,
+    ipc,
     layers,
     losses,
     netlock,
@@ -102,6 +103,7 @@ def capture(
     source.check_pid_namespaces(container)
     source.check_orphans(container)
     bundle_spec = spec.load(container.bundle)
+    ipc.check(container, bundle_spec)
     upper = overlay.upper_directory(container.pid, bool((bundle_spec.get("root") or {}).get("readonly")))
     source.check_streams(container)
     store = DirectoryStore(settings.store)
@@ -142,6 +144,7 @@ def capture(
             directory = record.find_directory(settings.state_dir, container.root, container.id)
             signals, said = registered.signals(record.control(directory), pids)
             notes += said
+            ipc.carry(container, scratch.snapshot / CHECKPOINT, bundle_spec)
             _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
             notes += _keep_connections(container, scratch.snapshot / CHECKPOINT, pids)
         with trace.phase("capture.device"):

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from rewarm import causes, installation, layers, private, processes, settings
+from rewarm import causes, installation, layers, private, processes, settings, sysv
 from rewarm.criu import log as criu_log
 from rewarm.errors import NotUndone, OciError, RestoreError, RewarmError
 from rewarm.oci import cgroups, mounts, record, runc, spec
@@ -89,6 +89,7 @@ def undo(path: str, kept: Record, low_level: runc.Runc) -> None:
         _remove_probes(path)
         low_level.remove(kept.id)
         cgroups.remove(kept.cgroups)
+        sysv.clear(kept.ipc)
         _restore_trees(kept)
         _remove_places(kept)
         _restore_config(kept)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rewarm import addresses, ports
+from rewarm import addresses, ipc, ports
 from rewarm.criu import connections, sockets, uts
 from rewarm.oci import pod, spec
 from rewarm.oci import uts as oci_uts
@@ -24,11 +24,12 @@ NAME = "restored.json"
 
 
 def rename(checkpoint: Path, bundle_spec: Spec, before: Sequence[str]) -> None:
-    """Have CRIU give the container the host name of its spec, or leave that of the pod that it joins, and bind its
-    sockets to the addresses that it has; `before` are those of the source. Raises Unfit where it cannot have that,
-    images.ImageError and OSError."""
+    """Have CRIU give the container the host name and the IPC sysctls of its spec, or leave those of the pod that it
+    joins, and bind its sockets to the addresses that it has; `before` are those of the source. Raises Unfit where it
+    cannot have that, images.ImageError and OSError."""
     if (names := oci_uts.names(bundle_spec)) is not None:
         uts.rename(checkpoint, *names)
+    ipc.settle(checkpoint, bundle_spec)
     target = _network(bundle_spec)
     here = _addresses(bundle_spec) or []
     # Where there is no namespace yet nothing tells: the engine may still give it the source's addresses.

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewarm import aside, carved, causes, deadline, devshm, hook, losses, node, preload, processes, recover, resume
+from rewarm import aside, carved, causes, deadline, devshm, hook, ipc, losses, node, preload, processes, recover, resume
 from rewarm.additions import restored as with_additions
 from rewarm.criu import images, options, vet
 from rewarm.criu.connections import kept as connections_kept
@@ -104,6 +104,7 @@ def restore(plan: Plan) -> None:
             _wait_stopped(container)
             # Before the fill: memory is charged to the cgroup in which its process is then.
             _take_cgroup(plan, container)
+            ipc.check_attached(Path(_file(plan, CHECKPOINT)), plan.spec, container.pid)
         with plan.trace.phase("restore.losses"):
             # Before the fill as well: pages go to the NUMA node that the policy names then.
             notes = losses.put_right(plan.manifest.processes, container.pid)
@@ -270,6 +271,7 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
         undo=changes,
         rootfs=rootfs,
         mounts=mounts.below(rootfs),
+        ipc=ipc.planned(Path(_file(plan, CHECKPOINT)), plan.spec),
         places=list(mounts.new_places(rootfs, [destination for destination, _ in spec.mounts(prepared)])),
     )
     record.save(directory, kept)
@@ -281,6 +283,7 @@ def _change(plan: Plan, kept: Record, changed: Spec) -> None:
     if _has(plan, devshm.FILE):
         devshm.apply(_file(plan, devshm.FILE), _file(plan, CHECKPOINT), kept.undo[1], plan.spec)
     spec.save(plan.invocation.bundle, changed)
+    ipc.clear(kept.ipc)
 
 
 def _prepared(plan: Plan) -> Spec:

@@ -148,6 +148,8 @@ class KubeNode:
         handler: str = HANDLER,
         share_pids: bool = False,
         host_network: bool = False,
+        host_ipc: bool = False,
+        sysctls: Mapping[str, str] | None = None,
     ) -> Pod:
         """RunPodSandbox: a pod of this name, with a new uid. Raises CriError."""
         uid = secrets.token_hex(8)
@@ -161,9 +163,12 @@ class KubeNode:
             annotations=dict(annotations or {}),
             linux=pb.LinuxPodSandboxConfig(
                 cgroup_parent=f"{_SLICE}-pod{uid}.slice" if self.systemd_cgroup else f"{self.engine.cgroup}/pod{uid}",
+                sysctls=dict(sysctls or {}),
                 security_context=pb.LinuxSandboxSecurityContext(
                     namespace_options=pb.NamespaceOption(
-                        pid=pb.POD if share_pids else pb.CONTAINER, network=pb.NODE if host_network else pb.POD
+                        pid=pb.POD if share_pids else pb.CONTAINER,
+                        network=pb.NODE if host_network else pb.POD,
+                        ipc=pb.NODE if host_ipc else pb.POD,
                     ),
                     seccomp=pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault),
                 ),

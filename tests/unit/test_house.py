@@ -40,6 +40,8 @@ ROOMS = {
     "rewarm.overlay": 2,
     "rewarm.netlock": 2,
     "rewarm.nftables": 2,
+    "rewarm.sysv": 2,
+    "rewarm.ipc": 3,
     "rewarm.devshm": 3,
     "rewarm.netlink": 1,
     "rewarm.addresses": 2,

@@ -544,7 +544,7 @@ print(os.waitpid(-1, 0)[1], os.read(read_end, 20).decode())
 
 
 @pytest.mark.parametrize(
-    "source", ["process.c", "tracing.c", "borrow.c", "mempolicy.c", "detour.c", "advise.c", "memory.c"]
+    "source", ["process.c", "ipc.c", "tracing.c", "borrow.c", "mempolicy.c", "detour.c", "advise.c", "memory.c"]
 )
 def test_the_sources_are_clean_under_the_strictest_warnings(source: str) -> None:
     flags = ["-std=gnu17", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]

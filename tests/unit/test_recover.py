@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rewarm import processes, recover, resume
+from rewarm import processes, recover, resume, sysv
 from rewarm.errors import OciError
 from rewarm.oci import mounts, record, runc, spec
 from rewarm.oci.record import Record, Undo
@@ -107,6 +107,25 @@ def test_undoing_twice_does_no_harm(path: Path, bundle: Path) -> None:
     for _ in range(2):
         recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
         assert is_as_it_was(bundle)
+
+
+def test_objects_of_a_pods_ipc_namespace_are_taken_back(path: Path, bundle: Path) -> None:
+    program = (
+        "import ctypes, time; print([ctypes.CDLL(None).semget(key, 1, 0o1600) for key in (7, 8)][0], flush=True); "
+    )
+    args = ["unshare", "--ipc", sys.executable, "-c", program + "time.sleep(60)"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            made = sysv.Object(sysv.SEM, 7, int(other.stdout.readline()))
+            namespace = f"/proc/{other.pid}/ns/ipc"
+            kept = changed(path, bundle)
+            record.save(str(path), replace(kept, ipc=sysv.planned(namespace, [made])))
+            assert recover.recover(str(path), "/no/runc", wait=True) and is_as_it_was(bundle)
+            with sysv.namespace(namespace) as there:
+                assert [one.key for one in there.objects()] == [8]
+        finally:
+            other.kill()
 
 
 def test_a_restore_is_taken_back_by_its_own_process(path: Path, bundle: Path) -> None:

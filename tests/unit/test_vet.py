@@ -167,13 +167,19 @@ def test_the_groups_of_a_container_that_cannot_change_them(tmp_path: Path) -> No
     check(tmp_path, spec(user={"uid": 0, "gid": 7}, capabilities=setgid), cores=core(creds(gid=0)))
 
 
-def test_who_may_own_what_a_container_makes() -> None:
-    """As files in a /dev/shm that is not the container's own."""
+def test_who_may_own_what_a_container_makes(tmp_path: Path) -> None:
+    """As System V objects, and files in a /dev/shm that is not the container's own."""
     user = {"uid": 5, "gid": 6, "additionalGids": [7]}
     plain = vet.Limits(spec(user=user, capabilities={}))
     assert [plain.may_own(*one) for one in ((5, 6), (5, 7), (5, 8), (0, 6))] == [True, True, False, False]
     root = vet.Limits(spec(capabilities={"bounding": ["CAP_SETUID"]}))
     assert [root.may_own(*one) for one in ((0, 0), (9, 0), (9, 9))] == [True, True, False]
+    init(tmp_path)
+    description = b"".join(field(number, value) for number, value in {1: 1, 2: 0, 3: 0, 4: 0, 5: 0, 6: 0, 7: 0}.items())
+    (tmp_path / "ipcns-sem-2.img").write_bytes(image(field(1, description) + field(2, 0)))
+    check(tmp_path, spec())
+    with pytest.raises(Unfit, match="System V object sem 0: it is user 0's"):
+        check(tmp_path, spec(user=user, capabilities={}), cores=core(creds(uid=5, gid=6, caps=0)))
 
 
 def test_another_user_without_new_privileges_has_its_ambient_capabilities_alone(tmp_path: Path) -> None:

@@ -43,22 +43,44 @@ def raw(path: Path, magic: int = _MAGIC) -> Iterator[bytes]:
 
 
 def _records(path: Path, largest: int, magic: int = _MAGIC) -> Iterator[bytes]:
-    size = path.stat().st_size
-    if size > largest:
-        raise ImageError(f"{path.name}: {size} bytes are more than any such image has")
-    data = path.read_bytes()
-    if len(data) < magic:
-        raise ImageError(f"{path.name}: {len(data)} bytes are too few for an image")
-    at = magic
-    while at < len(data):
-        if at + 4 > len(data):
-            raise ImageError(f"{path.name}: it ends inside a record's size, at byte {at}")
-        (length,) = struct.unpack_from("<I", data, at)
-        at += 4
-        if at + length > len(data):
-            raise ImageError(f"{path.name}: a record of {length} bytes at byte {at} reaches beyond the end")
-        yield data[at : at + length]
-        at += length
+    data = Mixed(path, largest, magic)
+    while (found := data.record()) is not None:
+        yield found
+
+
+def mixed(path: Path) -> Mixed:
+    """An image in which other things than messages lie between them."""
+    return Mixed(path, _LARGEST, _MAGIC)
+
+
+class Mixed:
+    """An image file that is read from front to end."""
+
+    def __init__(self, path: Path, largest: int, magic: int) -> None:
+        size = path.stat().st_size
+        if size > largest:
+            raise ImageError(f"{path.name}: {size} bytes are more than any such image has")
+        self._name, self._data, self._at = path.name, path.read_bytes(), magic
+        if len(self._data) < magic:
+            raise ImageError(f"{path.name}: {len(self._data)} bytes are too few for an image")
+
+    def record(self) -> bytes | None:
+        """The message that follows, as it is encoded; None at the end."""
+        if self._at == len(self._data):
+            return None
+        if self._at + 4 > len(self._data):
+            raise ImageError(f"{self._name}: it ends inside a record's size, at byte {self._at}")
+        (length,) = struct.unpack_from("<I", self._data, self._at)
+        at = self._at + 4
+        if at + length > len(self._data):
+            raise ImageError(f"{self._name}: a record of {length} bytes at byte {at} reaches beyond the end")
+        self._at = at + length
+        return self._data[at : self._at]
+
+    def skip(self, length: int) -> None:
+        if self._at + length > len(self._data):
+            raise ImageError(f"{self._name}: {length} bytes at byte {self._at} reach beyond the end")
+        self._at += length
 
 
 def decode(data: bytes, name: str = "message") -> Message:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rewarm.criu import descriptors, images, namespaces
+from rewarm.criu import descriptors, images, ipc, namespaces
 from rewarm.criu.images import Message
 from rewarm.criu.tree import is_dead
 from rewarm.errors import Unfit
@@ -49,6 +49,7 @@ def vet(directory: Path, spec: dict[str, Any], destinations: set[str]) -> None:
         raise Unfit("restore snapshot", "checkpoint", "it has no core image, so no process")
     limits = Limits(spec)
     descriptors.check(directory, limits.capabilities())
+    ipc.check(directory, limits.may_own, huge="IPC_LOCK" in limits.capabilities())
     followers = _followers(directory)
     for path in cores:
         records = list(images.records(path))

@@ -17,12 +17,14 @@ class _Engine(NamedTuple):
 
     kind: str
     image: str
+    sandbox: str
     names: tuple[str, ...]
 
 
 _CONTAINERD = _Engine(
     "io.kubernetes.cri.container-type",
     "io.kubernetes.cri.image-name",
+    "io.kubernetes.cri.sandbox-id",
     (
         "io.kubernetes.cri.sandbox-namespace",
         "io.kubernetes.cri.sandbox-name",
@@ -33,6 +35,7 @@ _CONTAINERD = _Engine(
 _CRIO = _Engine(
     "io.kubernetes.cri-o.ContainerType",
     "io.kubernetes.cri-o.ImageName",
+    "io.kubernetes.cri-o.SandboxID",
     (
         "io.kubernetes.pod.namespace",
         "io.kubernetes.pod.name",
@@ -89,3 +92,9 @@ def is_sandbox(spec: Spec) -> bool:
     """Whether it is a pod's own container, which holds its namespaces."""
     found = spec_annotations(spec)
     return any(found.get(engine.kind) == "sandbox" for engine in (_CONTAINERD, _CRIO))
+
+
+def sandbox(spec: Spec) -> str:
+    """The id of the pod's own container, "" outside of Kubernetes."""
+    found = spec_annotations(spec)
+    return found.get(_engine(found).sandbox, "")

@@ -115,6 +115,8 @@ class Record:
     """Mount points in the rootfs that were not there before the restore."""
     cgroups: list[str] = field(default_factory=list)
     """Directories of the container's cgroup that were not there before the restore."""
+    ipc: dict[str, Any] = field(default_factory=dict)
+    """System V objects that the restore makes in an IPC namespace that was there before (sysv.py)."""
     stopped: list[int] = field(default_factory=list)
     request: dict[str, str] = field(default_factory=dict)
 
@@ -185,7 +187,7 @@ def load(path: str) -> Record | None:
         texts = (record.id, record.root, record.bundle, record.namespace, record.snapshot, record.reason)
         if not all(isinstance(one, str) for one in texts):
             raise ValueError("names that are no text")
-        if not isinstance(record.request, dict):
+        if not isinstance(record.request, dict) or not isinstance(record.ipc, dict):
             raise ValueError("a request that is none")
     except FileNotFoundError:
         return None
