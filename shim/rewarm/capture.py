@@ -20,6 +20,7 @@ from rewarm import (
     aside,
     compat,
     devshm,
+    image,
     ipc,
     layers,
     losses,
@@ -106,6 +107,7 @@ def capture(
     ipc.check(container, bundle_spec)
     upper = overlay.upper_directory(container.pid, bool((bundle_spec.get("root") or {}).get("readonly")))
     source.check_streams(container)
+    image_id = image.identity(bundle_spec, settings.state_dir, container.pid, "/")
     store = DirectoryStore(settings.store)
     trace = Trace()
     notes: list[str] = []
@@ -184,6 +186,7 @@ def capture(
                     gpus,
                 ),
                 engine=quiet.engine,
+                image_id=image_id,
             ),
             processes=recorded,
             memory_bytes=memory,

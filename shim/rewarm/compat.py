@@ -6,6 +6,7 @@ container and this node have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rewarm import node
@@ -118,6 +119,23 @@ def check(snapshot: Requires, here: Requires) -> None:
     _equal("LSM label", snapshot.lsm or "none", here.lsm or "none")
     if snapshot.gpus or here.gpus:
         _same_gpus(snapshot, here)
+
+
+def check_image(snapshot: Requires, image_id: Callable[[], str]) -> None:
+    """Unfit if the container is of another image than the snapshot, by what `image.identity` tells of both.
+
+    It comes last and is asked only for a snapshot that has one: it may walk the image's layers.
+    """
+    there = snapshot.image_id
+    here = image_id() if there else ""
+    # Two engines tell it in different ways: nothing can be said then.
+    if here and there != here and there.partition(":")[0] == here.partition(":")[0]:
+        cause = f"snapshot was taken of another image of that name ({_brief(there)}, here {_brief(here)})"
+        raise Unfit("fit snapshot", "to this container", cause, "capture it again")
+
+
+def _brief(image_id: str) -> str:
+    return image_id.partition(":")[2][:12]
 
 
 def _same_gpus(snapshot: Requires, here: Requires) -> None:

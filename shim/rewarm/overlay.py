@@ -1,13 +1,15 @@
-"""Where a container's changes to its root filesystem are: the overlay's upper directory."""
+"""The overlay that is a container's root filesystem: its upper directory, which has the changes, and its lower ones."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from rewarm.errors import CaptureError
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
+_LOWER = re.compile(r"(?:[^:\\]|\\.)+", re.DOTALL)
 
 
 def upper_directory(pid: int, read_only: bool) -> Path | None:
@@ -17,7 +19,7 @@ def upper_directory(pid: int, read_only: bool) -> Path | None:
     mounts in; the path itself is the node's. `read_only` is the spec's `root.readonly`. Raises CaptureError
     for any other kind of root, whose changes cannot be told from its image.
     """
-    kind, options = _root_mount(pid)
+    kind, options = _mount(pid, "/")
     if kind == "overlay":
         found = dict(option.partition("=")[::2] for option in options)
         upper = found.get("upperdir", "")
@@ -42,13 +44,32 @@ def upper_directory(pid: int, read_only: bool) -> Path | None:
     )
 
 
-def _root_mount(pid: int) -> tuple[str, list[str]]:
-    """File system type and superblock options of the topmost mount at `/`, of proc_pid_mountinfo(5)."""
+def lower_directories(pid: int, target: str) -> list[str]:
+    """The lower directories of the overlay that is at `target` for process `pid`, topmost first; none for other mounts.
+
+    Without those that hold data only: they are of no image. Raises OSError.
+    """
+    kind, options = _mount(pid, target)
+    found = [option.partition("=")[::2] for option in options] if kind == "overlay" else []
+    layers = [value for key, value in found if key == "lowerdir+"]
+    for key, value in found:
+        if key == "lowerdir":
+            layers += [re.sub(r"\\(.)", r"\1", one) for one in _LOWER.findall(value.partition("::")[0])]
+    # containerd names many layers relative to the directory that has all snapshots (mount_linux.go,
+    # compactLowerdirOption), the upper one among them.
+    snapshots = os.path.dirname(os.path.dirname(dict(found).get("upperdir", "")))
+    if not snapshots.startswith("/") and not all(map(os.path.isabs, layers)):
+        return []
+    return [os.path.join(snapshots, layer) for layer in layers]
+
+
+def _mount(pid: int, target: str) -> tuple[str, list[str]]:
+    """File system type and superblock options of the topmost mount at `target`, of proc_pid_mountinfo(5)."""
     found: tuple[str, list[str]] = ("", [])
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             fields, _, rest = line.rstrip("\n").partition(" - ")
-            if fields.split(" ")[4] == "/":
+            if _unescape(fields.split(" ")[4]) == target:
                 kind, _, options = rest.split(" ", 2)
                 found = kind, [_unescape(option) for option in _split(options)]
     return found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rewarm import aside, compat, deadline, node, policy
+import os
+from collections.abc import Callable
+
+from rewarm import aside, compat, deadline, image, node, policy
 from rewarm.errors import RestoreError, RewarmError, SnapshotNotFound, Unfit
 from rewarm.gpu import container
 from rewarm.oci import log, spec
@@ -33,7 +36,16 @@ def attempt(
             with trace.phase("find"):
                 store = DirectoryStore(settings.store)
                 here = aside.run(lambda: requirements(bundle_spec, settings, binary))
-                ref, manifest = aside.run(lambda: choose(store, wanted, here, settings))
+                root = os.path.realpath(spec.rootfs(invocation.bundle, bundle_spec))
+                ref, manifest = aside.run(
+                    lambda: choose(
+                        store,
+                        wanted,
+                        here,
+                        settings,
+                        lambda: image.identity(bundle_spec, settings.state_dir, os.getpid(), root),
+                    )
+                )
             plan = Plan(invocation, bundle_spec, life, settings, binary, directory, store, ref, manifest, trace)
             if wanted.engine != "none":
                 _restore_engine(plan, wanted)
@@ -84,9 +96,11 @@ def requirements(bundle_spec: spec.Spec, settings: Settings, binary: str) -> Req
     return compat.describe(bundle_spec, node.version_of(binary, settings), version, settings, gpus)
 
 
-def choose(store: DirectoryStore, wanted: Request, here: Requires, settings: Settings) -> tuple[SnapshotRef, Manifest]:
+def choose(
+    store: DirectoryStore, wanted: Request, here: Requires, settings: Settings, image_id: Callable[[], str]
+) -> tuple[SnapshotRef, Manifest]:
     """The newest snapshot of the name that fits, in the first namespace that has one; else the first one's reason is
-    raised."""
+    raised. `image_id` as in compat.check_image."""
     first: RewarmError | None = None
     namespaces = (wanted.namespace, *policy.of(settings.namespaces, wanted.namespace).share)
     for ref, manifest in (one for space in namespaces for one in store.candidates(space, wanted.snapshot)):
@@ -103,6 +117,7 @@ def choose(store: DirectoryStore, wanted: Request, here: Requires, settings: Set
             if engine not in ("none", wanted.engine):
                 cause = f"its engine was paused by rewarm.dev/engine: {engine}, which is {wanted.engine} here"
                 raise Unfit("fit snapshot", "to this container", cause, "give both the same annotation")
+            compat.check_image(manifest.requires, image_id)
             return ref, manifest
         except RewarmError as error:
             first = first or error

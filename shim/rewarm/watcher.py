@@ -13,7 +13,7 @@ import select
 import sys
 import time
 
-from rewarm import processes, settings
+from rewarm import image, processes, settings
 from rewarm.capture import capture
 from rewarm.errors import RewarmError
 from rewarm.oci import record, runc, spec
@@ -86,11 +86,13 @@ def _wait_until_ready(directory: str, wanted: Request, container: Container, low
 
 def _has_fitting(wanted: Request, container: Container, configured: Settings, binary: str) -> bool:
     try:
+        bundle_spec = spec.load(container.bundle)
         choose(
             DirectoryStore(configured.store),
             wanted,
-            requirements(spec.load(container.bundle), configured, binary),
+            requirements(bundle_spec, configured, binary),
             configured,
+            lambda: image.identity(bundle_spec, configured.state_dir, container.pid, "/"),
         )
     except RewarmError:
         return False

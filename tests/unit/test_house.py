@@ -38,6 +38,8 @@ ROOMS = {
     "rewarm.node": 2,
     "rewarm.layers": 2,
     "rewarm.overlay": 2,
+    "rewarm.layer_digest": 2,
+    "rewarm.image": 3,
     "rewarm.netlock": 2,
     "rewarm.nftables": 2,
     "rewarm.sysv": 2,

@@ -115,7 +115,14 @@ def test_the_paths_reach_every_level() -> None:
     assert {"files[0].offset", "requires.mounts[0].type", "processes[0].threads[0].tid"} <= set(map(dotted, PATHS))
 
 
-LATER = [("cuda", "served_bytes"), ("cuda", "served_zeros"), ("requires", "engine"), ("signals",), ("addresses",)]
+LATER = [
+    ("cuda", "served_bytes"),
+    ("cuda", "served_zeros"),
+    ("requires", "engine"),
+    ("requires", "image_id"),
+    ("signals",),
+    ("addresses",),
+]
 """Fields that older snapshots have not."""
 
 
@@ -132,7 +139,7 @@ def test_an_older_snapshot_is_read() -> None:
         del parent(value, path)[path[-1]]
     found = parse(encode(value))
     assert found.cuda.served_bytes == 0
-    assert found.requires.engine == "none"
+    assert found.requires.engine == "none" and found.requires.image_id == ""
     assert found.signals == () and found.addresses == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from rewarm.naming import is_name
@@ -43,6 +44,7 @@ _CRIO = _Engine(
         "io.kubernetes.container.name",
     ),
 )
+_CRIO_IMAGE = "io.kubernetes.cri-o.ImageRef"
 _OTHER_IMAGES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 """Of tools outside of Kubernetes."""
 
@@ -86,6 +88,13 @@ def image(spec: Spec) -> str:
     engine = _engine(found)
     others = () if engine.kind in found else _OTHER_IMAGES
     return next((found[key] for key in (engine.image, *others) if found.get(key)), "")
+
+
+def image_digest(spec: Spec) -> str:
+    """The digest of the image's configuration, "" where the engine does not tell it: CRI-O alone does."""
+    found = spec_annotations(spec)
+    digest = re.search(r"(?:^|sha256:)([0-9a-f]{64})\Z", found.get(_CRIO_IMAGE, ""))
+    return digest[1] if digest and _engine(found) is _CRIO else ""
 
 
 def is_sandbox(spec: Spec) -> bool:

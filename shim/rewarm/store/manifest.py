@@ -106,6 +106,8 @@ class Requires:
     cgroup_version: int
     engine: str = "none"
     """The engine (rewarm.dev/engine) that was told to be quiet, and has to be told to go on."""
+    image_id: str = ""
+    """What `image.identity` tells of the image's content, "" if nothing."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ def _requires(reader: Reader) -> Requires:
         driver=reader.text("driver", 64),
         cgroup_version=reader.integer("cgroup_version", 2),
         engine=reader.text_or("engine", "none", 64),
+        image_id=reader.text_or("image_id", "", 128),
     )
     if requires.engine not in ENGINES:
         raise Bad(f"field {reader.path('engine')} must be one of {', '.join(ENGINES)}")
