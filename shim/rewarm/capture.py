@@ -30,6 +30,7 @@ from rewarm import (
     processes,
     registered,
     source,
+    volumes,
 )
 from rewarm.alone import alone
 from rewarm.criu import connections, images, remaps
@@ -149,6 +150,9 @@ def capture(
             ipc.carry(container, scratch.snapshot / CHECKPOINT, bundle_spec)
             _write_layers(container, scratch.snapshot, bundle_spec, upper, pids)
             notes += _keep_connections(container, scratch.snapshot / CHECKPOINT, pids)
+            root = spec.rootfs(container.bundle, bundle_spec)
+            blank, said = volumes.look(scratch.snapshot / CHECKPOINT, root, bundle_spec)
+            notes += said
         with trace.phase("capture.device"):
             numbers = tuple(map(processes.namespace_pid, device_memory.pids))
             saved.settle()
@@ -194,6 +198,7 @@ def capture(
             cuda=cuda,
             signals=signals,
             addresses=_addresses(container.pid),
+            blank=blank,
         )
         with trace.phase("capture.publish"):
             ref, published = writer.publish(manifest)

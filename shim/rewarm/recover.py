@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from rewarm import causes, installation, layers, private, processes, settings, sysv
+from rewarm import blanks, causes, installation, layers, private, processes, settings, sysv
 from rewarm.criu import log as criu_log
 from rewarm.errors import NotUndone, OciError, RestoreError, RewarmError
 from rewarm.oci import cgroups, mounts, record, runc, spec
@@ -154,7 +154,10 @@ def _restore_trees(kept: Record) -> None:
     for change in reversed(kept.undo):
         if not os.path.isdir(change.root) or (change.mounted and not os.path.ismount(change.root)):
             continue  # the engine has taken the tree away already
-        layers.undo(change.root, change.layer)
+        if change.layer.endswith(blanks.PLAN):
+            blanks.take_away(change.root, change.layer)
+        else:
+            layers.undo(change.root, change.layer)
 
 
 def _remove_places(kept: Record) -> None:

@@ -39,6 +39,7 @@ from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import Manifest
 from rewarm.store.materialise import materialise
 from rewarm.trace import Trace
+from rewarm.volumes import lay_out, make_blank
 
 if TYPE_CHECKING:
     from rewarm.devices import Devices
@@ -248,8 +249,8 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     directory = plan.directory
     os.mkdir(os.path.join(directory, "work"), 0o700)
     place = cgroups.unified(plan.spec, plan.invocation.container_id, plan.invocation.systemd_cgroup)
-    survive = connections_kept(Path(_file(plan, CHECKPOINT)))
-    options.write(os.path.join(directory, "criu.conf"), options.restore(place, survive))
+    checkpoint = Path(_file(plan, CHECKPOINT))
+    options.write(os.path.join(directory, "criu.conf"), options.restore(place, connections_kept(checkpoint)))
     backup = os.path.join(directory, "config.json.orig")
     with open(os.path.join(plan.invocation.bundle, "config.json"), "rb") as file:
         spec.write_atomically(backup, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
@@ -257,6 +258,7 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     changes = [Undo(rootfs, os.path.join(directory, "rootfs.undo"), os.path.ismount(rootfs))]
     if _has(plan, devshm.FILE):
         changes.append(devshm.change(plan.spec, plan.ref.name, directory))
+    changes += aside.run(lambda: lay_out(plan.manifest.blank, checkpoint, directory, rootfs, plan.spec))
     tell(record.bound_control(directory), plan.invocation.container_id, _name(plan), plan.spec)
     changed = prepared = _prepared(plan)
     hooks = [_rootfs_hook(plan, changes[0])] if _has(plan, ROOTFS_DIFF) else []
@@ -282,6 +284,7 @@ def _change(plan: Plan, kept: Record, changed: Spec) -> None:
     """Change what is not rewarm's own. The record knows how it was, and the guard is there to put it back."""
     if _has(plan, devshm.FILE):
         devshm.apply(_file(plan, devshm.FILE), _file(plan, CHECKPOINT), kept.undo[1], plan.spec)
+    aside.run(lambda: make_blank(kept.undo, Path(_file(plan, CHECKPOINT))))
     spec.save(plan.invocation.bundle, changed)
     ipc.clear(kept.ipc)
 
@@ -315,12 +318,10 @@ def _guard(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
     words = ["restore", "--detach", "--no-subreaper", "--file-locks", "--ext-unix-sk", "--tcp-established"]
     words += ["--bundle", invocation.bundle, "--image-path", _file(plan, CHECKPOINT)]
     words += ["--work-path", os.path.join(directory, "work")]
-    if invocation.pid_file:
-        words += ["--pid-file", invocation.pid_file]
+    words += ["--pid-file", invocation.pid_file] if invocation.pid_file else []
     if invocation.flags.get("console-socket"):
         words += ["--console-socket", invocation.flags["console-socket"]]
-    if invocation.is_set("no-pivot"):
-        words.append("--no-pivot")
+    words += ["--no-pivot"] * invocation.is_set("no-pivot")
     env = options.environment(os.path.join(directory, "criu.conf"), node.criu_binary(plan.settings))
     recovery = [sys.executable, "-I", "-m", "rewarm.recover", directory]
     command = low_level.words(*words, invocation.container_id, log=os.path.join(directory, "runc.json"))

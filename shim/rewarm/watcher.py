@@ -47,7 +47,8 @@ def watch(directory: str, configured: Settings) -> tuple[bool, str]:
     if _has_fitting(wanted, container, configured, low_level.binary):
         return False, "a fitting snapshot exists"
     made = capture(container, wanted.namespace, wanted.snapshot, configured, systemd_cgroup=kept.systemd_cgroup)
-    return True, f"captured {made.ref.namespace}/{made.ref.name}/{made.ref.id[:12]}, paused for {made.paused:.2f} s"
+    said = f"captured {made.ref.namespace}/{made.ref.name}/{made.ref.id[:12]}, paused for {made.paused:.2f} s"
+    return True, "; ".join([said, *made.notes])
 
 
 def _wait_for_start(directory: str, kept: Record) -> Container | None:

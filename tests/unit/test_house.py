@@ -66,6 +66,8 @@ ROOMS = {
     "rewarm.causes": 3,
     "rewarm.devices": 3,
     "rewarm.engines": 3,
+    "rewarm.volumes": 3,
+    "rewarm.blanks": 3,
     "rewarm.alone": 4,
     "rewarm.quiet": 4,
     "rewarm.waker": 4,

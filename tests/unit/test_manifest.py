@@ -43,6 +43,7 @@ FULL = replace(
     cuda=Cuda((1, 7), (5, 0)),
     signals=(Wanted(1, 10), Wanted(7, 64)),
     addresses=("10.1.0.5", "fd00::5"),
+    blank=("/cache/app.log",),
 )
 FULL = replace(FULL, requires=replace(FULL.requires, gpus=GPUS, driver="580.159.04"))
 
@@ -122,6 +123,7 @@ LATER = [
     ("requires", "image_id"),
     ("signals",),
     ("addresses",),
+    ("blank",),
 ]
 """Fields that older snapshots have not."""
 
@@ -140,7 +142,7 @@ def test_an_older_snapshot_is_read() -> None:
     found = parse(encode(value))
     assert found.cuda.served_bytes == 0
     assert found.requires.engine == "none" and found.requires.image_id == ""
-    assert found.signals == () and found.addresses == ()
+    assert found.signals == () and found.addresses == () and found.blank == ()
 
 
 @pytest.mark.parametrize(("path", "wrong"), WRONG_PATHS)
@@ -182,6 +184,12 @@ def test_bad_addresses(addresses: object, said: str) -> None:
     value = document()
     value["addresses"] = addresses
     assert said in damage(encode(value))
+
+
+def test_too_many_blank_files() -> None:
+    value = document()
+    value["blank"] = ["/cache/x"] * 257
+    assert "field blank has more than 256 entries" in damage(encode(value))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ __all__ = [
 
 VERSION = 1
 MAX_ADDRESSES = 1024
+MAX_BLANK = 256
 MAX_BYTES = 64 << 20
 """No manifest is longer. A real one has some 100 KB."""
 MAX_VALUES = 4_000_000
@@ -159,6 +160,8 @@ class Manifest:
     signals: tuple[Wanted, ...] = field(default=())
     addresses: tuple[str, ...] = field(default=())
     """Of the source's network namespace, as `addresses.addresses` tells them."""
+    blank: tuple[str, ...] = field(default=())
+    """Names of open files and directories on volumes that may begin empty (volumes.py)."""
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
@@ -240,6 +243,13 @@ def _addresses(top: Reader) -> tuple[str, ...]:
     return found
 
 
+def _blank(top: Reader) -> tuple[str, ...]:
+    found = top.texts_or_none("blank")
+    if len(found) > MAX_BLANK:
+        raise Bad(f"field blank has more than {MAX_BLANK} entries")
+    return found
+
+
 def _manifest(top: Reader) -> Manifest:
     # The version comes first: the other fields mean what it says they mean.
     version = top.integer("version")
@@ -265,6 +275,7 @@ def _manifest(top: Reader) -> Manifest:
         cuda=read_cuda(top.object("cuda"), len(requires.gpus)),
         signals=read_signals(top, "signals"),
         addresses=_addresses(top),
+        blank=_blank(top),
     )
     top.done()
     check_files(manifest.files)

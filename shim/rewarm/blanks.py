@@ -1,0 +1,172 @@
+"""Files and directories that a restore makes on a volume, as its container's user would have, and takes away again.
+
+The volume is others', who may change it at any time: no link is followed, no mount entered, nothing that is there
+touched. What is to be made is written down in the container directory before anything is (PLAN).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from rewarm.oci import spec
+
+PLAN = ".volume"
+"""How the names of such files end."""
+_DIRECTORY_MODE = 0o755
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class User(NamedTuple):
+    """Whom the program runs as."""
+
+    uid: int
+    gid: int
+    groups: frozenset[int]
+    privileged: bool
+
+    def may_make(self, directory: os.stat_result) -> bool:
+        """Whether it may make something in a directory, by mode."""
+        if self.privileged:
+            return True
+        if directory.st_uid == self.uid:
+            wanted = stat.S_IWUSR | stat.S_IXUSR
+        elif directory.st_gid in self.groups:
+            wanted = stat.S_IWGRP | stat.S_IXGRP
+        else:
+            wanted = stat.S_IWOTH | stat.S_IXOTH
+        return directory.st_mode & wanted == wanted
+
+
+@dataclass
+class Blank:
+    """What is to be made: its name on the volume, its mode (None for a directory that nobody has open), its numbers in
+    the images; the inode once it is made."""
+
+    name: list[str]
+    is_directory: bool
+    mode: int | None
+    ids: list[int]
+    inode: int = 0
+
+
+def make(source: str, path: str) -> set[int]:
+    """Make what is written down in `path` on the volume `source`; the numbers in the images of what was made. What is
+    there by now stays, and what its user may not make is not made. Raises OSError."""
+    user, lacking = _load(path)
+    for one in lacking:
+        one.inode = _make(source, one, user)
+    # What others have made meanwhile is not to be taken away.
+    made = [one for one in lacking if one.inode]
+    save(path, user, made)
+    return {number for one in made for number in one.ids}
+
+
+def take_away(source: str, path: str) -> None:
+    """Undo `make`, also half done: of what it has made, what is still empty and that nobody else has open. It is
+    others' volume, and the same log may be theirs by now."""
+    with suppress(FileNotFoundError):
+        for one in reversed(_load(path)[1]):
+            with suppress(OSError):
+                _take_away(source, one)
+        os.unlink(path)
+
+
+def _make(source: str, one: Blank, user: User) -> int:
+    """Its inode number; 0 if it was not made. Raises OSError."""
+    *_, last = name = tuple(map(os.fsencode, one.name))
+    with descended(source, name) as (directory, depth):
+        parent = os.fstat(directory)
+        if depth + 1 != len(name) or not user.may_make(parent):
+            return 0
+        try:
+            if one.is_directory:
+                os.mkdir(last, 0o700, dir_fd=directory)
+                fd = os.open(last, _OPEN, dir_fd=directory)
+            else:
+                fd = os.open(last, _NEW, 0o600, dir_fd=directory)
+        except (FileExistsError, NotADirectoryError):
+            return 0  # others were faster
+        try:
+            # One that others have put into its place meanwhile may be somebody's.
+            if one.is_directory and os.listdir(fd):
+                return 0
+            inherited = parent.st_mode & stat.S_ISGID
+            os.fchown(fd, user.uid, parent.st_gid if inherited else user.gid)
+            os.fchmod(fd, _DIRECTORY_MODE | inherited if one.mode is None else one.mode)
+            return os.fstat(fd).st_ino
+        finally:
+            os.close(fd)
+
+
+def _take_away(source: str, one: Blank) -> None:
+    """Raises OSError for a directory in which something is."""
+    *_, last = name = tuple(map(os.fsencode, one.name))
+    with descended(source, name) as (directory, depth):
+        if depth + 1 != len(name):
+            return
+        if one.is_directory:
+            os.rmdir(last, dir_fd=directory)
+            return
+        fd = os.open(last, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            status = os.fstat(fd)
+            ours = one.inode in (0, status.st_ino)  # 0: whoever made it was killed then
+            if ours and stat.S_ISREG(status.st_mode) and not status.st_size and not _is_open(fd):
+                os.unlink(last, dir_fd=directory)
+        finally:
+            os.close(fd)
+
+
+def _is_open(fd: int) -> bool:
+    """Whether another process of this node has the file open: such a one gets no lease (fcntl(2), F_SETLEASE)."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without leases
+    return False
+
+
+def save(path: str, user: User, lacking: list[Blank]) -> None:
+    plan = {"user": [user.uid, user.gid, sorted(user.groups), user.privileged], "files": list(map(asdict, lacking))}
+    spec.write_atomically(path, json.dumps(plan).encode())
+
+
+def _load(path: str) -> tuple[User, list[Blank]]:
+    with open(path, "rb") as file:
+        plan = json.load(file)
+    uid, gid, groups, privileged = plan["user"]
+    return User(uid, gid, frozenset(groups), privileged), [Blank(**one) for one in plan["files"]]
+
+
+@contextmanager
+def descended(source: str, name: tuple[bytes, ...]) -> Iterator[tuple[int, int]]:
+    """The innermost directory on the way to `name` that is there, open, and its depth: no link is followed, and no
+    mount entered. Raises OSError."""
+    fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        device = os.fstat(fd).st_dev
+        depth = 0
+        for part in name[:-1]:
+            try:
+                inner = os.open(part, _OPEN, dir_fd=fd)
+            except OSError:
+                break
+            if os.fstat(inner).st_dev != device:
+                os.close(inner)
+                break
+            os.close(fd)
+            fd = inner
+            depth += 1
+        yield fd, depth
+    finally:
+        os.close(fd)

@@ -1,0 +1,200 @@
+"""What the program has open on its volumes: another pod's are empty, or hold other things.
+
+CRIU opens every file by its name, and a working directory too. Logs, empty files and directories that a new volume has
+not are made there for it, as a cold start's program would have made them: by its user's rights, and away again if the
+restore fails. The capture says which (`blank`). Of anything else nothing can be made up: other containers may start
+cold then, and the capture says why.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from rewarm import blanks
+from rewarm.blanks import PLAN, Blank, User, descended
+from rewarm.criu import images, opened
+from rewarm.criu.opened import Opened
+from rewarm.errors import SnapshotDamaged
+from rewarm.oci import mounts, spec
+from rewarm.oci.record import Undo
+from rewarm.oci.spec import Spec
+from rewarm.store.manifest import MAX_BLANK
+
+SHM = "/dev/shm"
+_Name = tuple[bytes, ...]
+"""Of a file on a volume: the components."""
+_NAMED = 4
+_LISTED = 4096
+"""Names of a directory with a log that are looked at."""
+_NOT_BELOW = frozenset((b"", b".", b".."))
+
+
+class Volume(NamedTuple):
+    """A bind mount of a directory. `place` is where it comes to lie, `destination` what the spec says."""
+
+    destination: str
+    place: bytes
+    source: str
+    read_only: bool
+
+
+def look(checkpoint: Path, root: str, bundle_spec: Spec) -> tuple[tuple[str, ...], list[str]]:
+    """At a capture: names of what may begin empty, and a line for each volume with something open that may not. `root`
+    is the container's root filesystem. Nothing where that cannot be told."""
+    blank: list[str] = []
+    notes: dict[str, list[str]] = {}
+    with suppress(images.ImageError, OSError):
+        for volume, files in _by_volume(checkpoint, root, bundle_spec).items():
+            for name, them in sorted(files.items()):
+                text = os.fsdecode(them[0].name)
+                if _may_begin_empty(volume, name, files, bundle_spec) and _is_utf8(text) and len(blank) < MAX_BLANK:
+                    blank.append(text)
+                else:
+                    notes.setdefault(volume.destination, []).append(os.fsdecode(b"/".join(name)))
+    return tuple(blank), [f"volume {where}: {_listed(names)}" for where, names in notes.items()]
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    named = ", ".join(name if name.isprintable() else repr(name) for name in names[:_NAMED])
+    return (
+        f"{named}{more} must be on a new container's as now, else it starts cold: the program has it open, and only "
+        "logs, empty files and directories are made anew, on volumes that it may write to"
+    )
+
+
+def lay_out(blank: Collection[str], checkpoint: Path, directory: str, root: str, bundle_spec: Spec) -> list[Undo]:
+    """Find which of `blank` the volumes lack, and write them down in the container directory. Nothing on a volume is
+    changed yet: what `make_blank` will do is returned with how it is undone.
+
+    Raises SnapshotDamaged and OSError.
+    """
+    found: list[Undo] = []
+    user = _user(bundle_spec)
+    try:
+        for volume, files in _by_volume(checkpoint, root, bundle_spec).items() if blank else ():
+            source = os.path.realpath(volume.source)
+            wanted = {
+                name: them
+                for name, them in files.items()
+                if os.fsdecode(them[0].name) in blank and _can_make(volume, them, bundle_spec)
+            }
+            if lacking := _lacking(source, wanted):
+                path = os.path.join(directory, f"{len(found)}{PLAN}")
+                blanks.save(path, user, lacking)
+                found.append(Undo(source, path, os.path.ismount(source)))
+    except images.ImageError as error:
+        raise SnapshotDamaged("read images of snapshot", "files.img", str(error), "capture it again") from error
+    return found
+
+
+def make_blank(undo: Iterable[Undo], checkpoint: Path) -> None:
+    """Make what `lay_out` has found, and have CRIU take it as it is. What is there by now stays, as does what the
+    container's user may not make: CRIU says so then. Raises OSError."""
+    if ids := {
+        made for change in undo if change.layer.endswith(PLAN) for made in blanks.make(change.root, change.layer)
+    }:
+        opened.empty(checkpoint, ids)
+
+
+def _lacking(source: str, wanted: dict[_Name, list[Opened]]) -> list[Blank]:
+    """Those that are not there, with the directories on their way, outer ones first."""
+    found: dict[_Name, Blank] = {}
+    for name, files in wanted.items():
+        with descended(source, name) as (fd, depth):
+            try:
+                os.lstat(name[depth], dir_fd=fd)
+                continue  # it is there, or another thing in its way
+            except FileNotFoundError:
+                pass
+            except OSError:
+                continue  # it can have no such name
+        for end in range(depth + 1, len(name)):
+            found.setdefault(name[:end], Blank(list(map(os.fsdecode, name[:end])), True, None, []))
+        mode, ids = stat.S_IMODE(files[0].mode), [file.id for file in files]
+        found[name] = Blank(list(map(os.fsdecode, name)), files[0].is_directory, mode, ids)
+    return [found[name] for name in sorted(found)]
+
+
+def _by_volume(checkpoint: Path, root: str, bundle_spec: Spec) -> dict[Volume, dict[_Name, list[Opened]]]:
+    """What is open on each volume, by its name there."""
+    path = checkpoint / "files.img"
+    volumes = list(_volumes(root, bundle_spec))
+    content = path.read_bytes() if volumes and path.exists() else b""
+    # Most containers have nothing open there, and decoding takes many times as long as a look.
+    if not any(volume.place.lstrip(b"/") + b"/" in content for volume in volumes):
+        return {}
+    destinations = [*(destination for destination, _ in spec.mounts(bundle_spec)), *spec.OWN_DESTINATIONS]
+    places = [os.fsencode(mounts.resolved(root, destination)) + b"/" for destination in destinations]
+    found: dict[Volume, dict[_Name, list[Opened]]] = {}
+    for file in opened.files(checkpoint):
+        place = max((place for place in places if file.name.startswith(place)), key=len, default=b"")
+        name = tuple(file.name.removeprefix(place).split(b"/"))
+        for volume in volumes:
+            if volume.place + b"/" == place and not _NOT_BELOW.intersection(name):
+                found.setdefault(volume, {}).setdefault(name, []).append(file)
+    return found
+
+
+def _volumes(root: str, bundle_spec: Spec) -> Iterator[Volume]:
+    for mount in bundle_spec.get("mounts") or []:
+        destination = os.path.normpath(str(mount.get("destination", "")))
+        source = str(mount.get("source", ""))
+        # rewarm's own, and /dev/shm, whose content the snapshot carries.
+        if destination in (*spec.OWN_DESTINATIONS, SHM) or not spec.is_bind(mount) or not os.path.isdir(source):
+            continue
+        place = os.fsencode(mounts.resolved(root, destination))
+        read_only = any(option in ("ro", "rro") for option in mount.get("options") or [])
+        if place.strip(b"/"):
+            yield Volume(destination, place, source, read_only)
+
+
+def _may_begin_empty(volume: Volume, name: _Name, files: dict[_Name, list[Opened]], bundle_spec: Spec) -> bool:
+    """A directory or empty file, or a log where there are only logs: beside other files it may be a journal (Redis has
+    such, and databases), which is worth nothing without them."""
+    if not _can_make(volume, files[name], bundle_spec):
+        return False
+    if all(file.is_directory or file.is_empty for file in files[name]):
+        return True
+    logs = [
+        other[-1] for other, them in files.items() if other[:-1] == name[:-1] and all(one.is_output for one in them)
+    ]
+    with descended(volume.source, name) as (fd, depth):
+        if depth + 1 != len(name):
+            return False
+        with os.scandir(fd) as entries:
+            found = list(islice(entries, _LISTED + 1))
+        # Rotated ones have its name and more.
+        others = [e for e in found if not any(os.fsencode(e.name).startswith(log) for log in logs)]
+        return len(found) <= _LISTED and not any(entry.is_file(follow_symlinks=False) for entry in others)
+
+
+def _can_make(volume: Volume, files: list[Opened], bundle_spec: Spec) -> bool:
+    """All that is open under one name. In a user namespace nothing tells whose a file on the volume has to be: it may
+    be mounted with a map of its own."""
+    if volume.read_only or spec.has_users(bundle_spec):
+        return False
+    return all(
+        not file.mode & (stat.S_ISUID if file.is_directory else 0o7000) and (file.is_directory or file.is_output)
+        for file in files
+    )
+
+
+def _user(bundle_spec: Spec) -> User:
+    process = bundle_spec.get("process") or {}
+    user = process.get("user") or {}
+    uid, gid = int(user.get("uid") or 0), int(user.get("gid") or 0)
+    effective = (process.get("capabilities") or {}).get("effective") or []
+    return User(
+        uid, gid, frozenset([gid, *map(int, user.get("additionalGids") or [])]), "CAP_DAC_OVERRIDE" in effective
+    )

@@ -1,0 +1,324 @@
+"""Files on volumes: which may begin empty, what is made of them, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewarm import blanks, volumes
+from rewarm.criu import images, opened
+from rewarm.errors import SnapshotDamaged
+from rewarm.oci.record import Undo
+from support import criu_images
+
+READ, WRITE, BOTH, APPEND = os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
+FILE, DIRECTORY = stat.S_IFREG | 0o640, stat.S_IFDIR | 0o750
+USER = {"user": {"uid": 1000, "gid": 1000, "additionalGids": [2000]}}
+
+
+@dataclass
+class Pod:
+    """A container's root, one volume at /cache, and its dump."""
+
+    directory: Path
+    spec: dict[str, Any] = field(default_factory=dict)
+    _ids: int = 0
+    _entries: list[bytes] = field(default_factory=list)
+    _changes: list[Undo] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for path in (self.volume, self.root / "var/run", self.checkpoint, self.kept):
+            path.mkdir(parents=True, exist_ok=True)
+        self.volume.chmod(0o777)
+        self.spec = {
+            "process": USER,
+            "mounts": [mount("/cache", self.volume), {"destination": "/proc", "type": "proc"}],
+        }
+
+    @property
+    def volume(self) -> Path:
+        return self.directory / "volume"
+
+    @property
+    def root(self) -> Path:
+        return self.directory / "root"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoint"
+
+    @property
+    def kept(self) -> Path:
+        return self.directory / "kept"
+
+    def open(self, name: str, flags: int, *, size: int | None = 0, at: int = 0, mode: int = FILE) -> int:
+        self._ids += 1
+        one = criu_images.field
+        entry = one(1, self._ids) + one(2, flags) + one(3, at) + one(5, b"") + one(6, os.fsencode(name.lstrip("/")))
+        entry += one(10, mode) + (b"" if size is None else one(8, size))
+        self._entries.append(one(1, 1) + one(2, self._ids) + one(3, entry))
+        (self.checkpoint / "files.img").write_bytes(criu_images.image(*self._entries))
+        return self._ids
+
+    def look(self) -> tuple[tuple[str, ...], list[str]]:
+        return volumes.look(self.checkpoint, str(self.root), self.spec)
+
+    def make(self, *blank: str) -> None:
+        self._changes = volumes.lay_out(blank, self.checkpoint, str(self.kept), str(self.root), self.spec)
+        volumes.make_blank(self._changes, self.checkpoint)
+
+    def undo(self) -> None:
+        for change in self._changes:
+            blanks.take_away(change.root, change.layer)
+
+    def entry(self, number: int) -> images.Message:
+        records = list(images.records(self.checkpoint / "files.img"))
+        return next(one for record in records for one in images.messages(record, 3) if images.number(one, 1) == number)
+
+
+def mount(destination: str, source: Path, *options: str) -> dict[str, Any]:
+    return {"destination": destination, "type": "bind", "source": str(source), "options": ["rbind", *options]}
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Iterator[Pod]:
+    yield Pod(tmp_path)
+
+
+def test_what_may_begin_empty(pod: Pod) -> None:
+    pod.open("/cache/app.log", APPEND, size=None)
+    pod.open("/cache/out.log", WRITE, size=70, at=70)
+    pod.open("/cache/locks/model.lock", BOTH)
+    pod.open("/cache", READ, size=None, mode=DIRECTORY)
+    pod.open("/cache/work", READ, size=None, mode=DIRECTORY)
+    pod.open("/usr/lib/libc.so", READ, size=5)
+    pod.open("/proc/self/stat", READ)
+    (pod.volume / "app.log").touch()
+    (pod.volume / "app.log.1.gz").write_text("rotated")
+    (pod.volume / "more").mkdir()
+    blank = ("/cache/app.log", "/cache/locks/model.lock", "/cache/out.log", "/cache/work")
+    assert pod.look() == (blank, [])
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"flags": READ, "size": 8},
+        {"flags": READ, "size": 0},
+        {"flags": BOTH, "size": 8, "at": 8},
+        {"flags": BOTH | os.O_APPEND, "size": 8, "at": 8},
+        {"flags": WRITE, "size": 8, "at": 4},
+        {"flags": APPEND | os.O_PATH, "size": None},
+        {"flags": APPEND, "size": None, "mode": stat.S_IFREG | 0o4755},
+        {"flags": BOTH, "size": None, "mode": stat.S_IFIFO | 0o600},
+    ],
+)
+def test_what_may_not(pod: Pod, file: dict[str, Any]) -> None:
+    pod.open("/cache/data", **file)
+    blank, notes = pod.look()
+    assert blank == ()
+    assert len(notes) == 1 and notes[0].startswith("volume /cache: data must be on a new container's as now, else it")
+
+
+def test_one_that_is_read_as_well(pod: Pod) -> None:
+    pod.open("/cache/app.log", APPEND, size=None)
+    pod.open("/cache/app.log", READ, size=70)
+    assert pod.look()[0] == ()
+
+
+def test_a_journal_is_no_log(pod: Pod) -> None:
+    """Redis' append-only file, beside which lies what it continues."""
+    (pod.volume / "appendonlydir").mkdir()
+    (pod.volume / "appendonlydir/base.rdb").write_text("data")
+    pod.open("/cache/appendonlydir/incr.aof", APPEND, size=None)
+    blank, notes = pod.look()
+    assert blank == () and "appendonlydir/incr.aof" in notes[0]
+
+
+@pytest.mark.parametrize("change", ["read-only", "users"])
+def test_volumes_on_which_nothing_is_made(pod: Pod, change: str) -> None:
+    pod.open("/cache/app.log", APPEND, size=None)
+    if change == "users":
+        pod.spec["linux"] = {"namespaces": [{"type": "user"}]}
+    else:
+        pod.spec["mounts"][0]["options"].append("ro")
+    assert pod.look()[0] == () and pod.look()[1]
+    pod.make("/cache/app.log")
+    assert os.listdir(pod.volume) == []
+
+
+def test_many_are_not_all_named(pod: Pod) -> None:
+    for number in range(9):
+        pod.open(f"/cache/{number}\n", READ, size=8)
+    _, (note,) = pod.look()
+    assert "'0\\n', '1\\n', '2\\n', '3\\n' and 5 more" in note
+
+
+def test_mounts_in_volumes_and_links_to_them(pod: Pod) -> None:
+    """The innermost counts: the control directory and files of other kinds of mounts are none of a volume's."""
+    (pod.root / "run").symlink_to("var/run")
+    pod.spec["mounts"] += [
+        mount("/run/app", pod.volume),
+        {"destination": "/cache/tmp", "type": "tmpfs"},
+        mount("/run/rewarm", pod.volume),
+        mount("/dev/shm", pod.volume),
+        mount("/etc/hosts", Path("/etc/hosts")),
+    ]
+    for name in ("/cache/tmp/x", "/var/run/rewarm/x", "/dev/shm/x", "/etc/hosts", "/var/run/app/x"):
+        pod.open(name, APPEND, size=None)
+    assert pod.look() == (("/var/run/app/x",), [])
+
+
+def test_what_is_made(pod: Pod) -> None:
+    log = pod.open("/cache/logs/app.log", WRITE, size=70, at=70)
+    pod.open("/cache/work", READ, size=None, mode=DIRECTORY)
+    pod.open("/cache/work/.lock", BOTH)
+    there = pod.open("/cache/there", WRITE, size=70, at=70)
+    (pod.volume / "there").write_text("x" * 70)
+    before = pod.entry(there)
+    pod.make("/cache/logs/app.log", "/cache/work", "/cache/work/.lock", "/cache/there")
+    found = {path.relative_to(pod.volume).as_posix(): path.stat() for path in pod.volume.rglob("*")}
+    modes = {name: stat.S_IMODE(status.st_mode) for name, status in found.items() if name != "there"}
+    assert modes == {"logs": 0o755, "logs/app.log": 0o640, "work": 0o750, "work/.lock": 0o640}
+    assert {(status.st_uid, status.st_gid) for name, status in found.items() if name != "there"} == {(1000, 1000)}
+    assert found["logs/app.log"].st_size == 0 and found["there"].st_size == 70
+    # CRIU takes the new one as it is, and the old one as it was.
+    assert 8 not in pod.entry(log) and images.number(pod.entry(log), 3, 9) == 0
+    assert pod.entry(there) == before
+    assert opened.files(pod.checkpoint)[0].name == b"/cache/logs/app.log"
+    pod.undo()
+    assert os.listdir(pod.volume) == ["there"]
+
+
+def test_the_group_of_the_volume(pod: Pod) -> None:
+    """Kubernetes' fsGroup."""
+    os.chown(pod.volume, 0, 2000)
+    pod.volume.chmod(0o2770)
+    pod.open("/cache/logs/app.log", APPEND, size=None)
+    pod.make("/cache/logs/app.log")
+    assert (pod.volume / "logs").stat().st_mode & 0o7777 == 0o2755
+    assert {(one.stat().st_uid, one.stat().st_gid) for one in pod.volume.rglob("*")} == {(1000, 2000)}
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "capabilities", "made"),
+    [
+        ((0, 0), 0o755, [], False),
+        ((0, 0), 0o755, ["CAP_DAC_OVERRIDE"], True),
+        ((1000, 0), 0o700, [], True),
+        ((1000, 0), 0o077, [], False),
+        ((0, 2000), 0o730, [], True),
+        ((0, 2000), 0o702, [], False),
+    ],
+)
+def test_only_what_its_user_may_make(
+    pod: Pod, owner: tuple[int, int], mode: int, capabilities: list[str], made: bool
+) -> None:
+    os.chown(pod.volume, *owner)
+    pod.volume.chmod(mode)
+    pod.spec["process"] = {**USER, "capabilities": {"effective": capabilities}}
+    pod.open("/cache/app.log", APPEND, size=None)
+    pod.make("/cache/app.log")
+    assert (pod.volume / "app.log").exists() == made
+
+
+def test_only_what_the_manifest_names(pod: Pod) -> None:
+    pod.open("/cache/app.log", APPEND, size=None)
+    pod.make("/cache/other")
+    pod.make()
+    assert os.listdir(pod.volume) == []
+
+
+def test_a_hostile_volume(pod: Pod) -> None:
+    """Links out of it are not followed, and mounts in it not entered."""
+    outside = pod.directory / "outside"
+    outside.mkdir()
+    (pod.volume / "link").symlink_to(outside)
+    (pod.volume / "dangling").symlink_to(outside / "new")
+    (pod.volume / "file").touch()
+    (pod.volume / "mount").mkdir()
+    names = ["/cache/link/x", "/cache/dangling", "/cache/file/x", "/cache/mount/x"]
+    for name in names:
+        pod.open(name, APPEND, size=None)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", pod.volume / "mount"], check=True)
+    try:
+        pod.make(*names)
+        assert os.listdir(pod.volume / "mount") == [] == os.listdir(outside)
+    finally:
+        subprocess.run(["umount", pod.volume / "mount"], check=True)
+    assert sorted(os.listdir(pod.volume)) == ["dangling", "file", "link", "mount"]
+
+
+def test_hostile_images(pod: Pod) -> None:
+    """Names that lead out of the volume, or into the container directory."""
+    names = ["/cache/../../x", "/cache/a/../../../x", "/cache//x", "/cache/./x", "/cache/" + "n" * 300]
+    for name in names:
+        pod.open(name, APPEND, size=None)
+    before = sorted(path.relative_to(pod.directory) for path in pod.directory.rglob("*"))
+    pod.make(*names)
+    assert sorted(path.relative_to(pod.directory) for path in pod.directory.rglob("*")) == before
+
+
+def test_images_that_are_none(pod: Pod) -> None:
+    pod.open("/cache/app.log", APPEND, size=None)
+    path = pod.checkpoint / "files.img"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert pod.look() == ((), [])
+    with pytest.raises(SnapshotDamaged, match=r"files\.img"):
+        pod.make("/cache/app.log")
+
+
+def test_what_others_use_by_then_stays(pod: Pod) -> None:
+    """On a shared volume: a log that others write to, one that they have open, a directory in which they work."""
+    names = ["/cache/logs/written", "/cache/logs/open", "/cache/work/lock", "/cache/work", "/cache/other"]
+    for name in names:
+        pod.open(
+            name, *((READ,) if name == "/cache/work" else (WRITE,)), mode=DIRECTORY if name == "/cache/work" else FILE
+        )
+    pod.make(*names)
+    (pod.volume / "logs/written").write_text("theirs")
+    (pod.volume / "other").rename(pod.volume / "mine")
+    (pod.volume / "other").touch()
+    with (pod.volume / "logs/open").open():
+        pod.undo()
+    left = sorted(path.relative_to(pod.volume).as_posix() for path in pod.volume.rglob("*"))
+    assert left == ["logs", "logs/open", "logs/written", "mine", "other"]
+    pod.undo()
+
+
+def test_others_are_faster(pod: Pod) -> None:
+    number = pod.open("/cache/logs/app.log", WRITE, size=70, at=70)
+    before = pod.entry(number)
+    changes = volumes.lay_out(["/cache/logs/app.log"], pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
+    (pod.volume / "logs").mkdir()
+    (pod.volume / "logs/app.log").touch()
+    volumes.make_blank(changes, pod.checkpoint)
+    assert pod.entry(number) == before
+    blanks.take_away(changes[0].root, changes[0].layer)
+    assert (pod.volume / "logs/app.log").exists()
+
+
+def test_a_killed_restore_is_undone(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had no time to write down what it has made."""
+    pod.open("/cache/logs/app.log", APPEND, size=None)
+    changes = volumes.lay_out(["/cache/logs/app.log"], pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
+    with monkeypatch.context() as patched:
+        patched.setattr(blanks, "save", lambda *_: None)
+        volumes.make_blank(changes, pod.checkpoint)
+    assert (pod.volume / "logs/app.log").exists()
+    blanks.take_away(changes[0].root, changes[0].layer)
+    assert os.listdir(pod.volume) == []
+
+
+def test_deleted_files_are_left_to_criu(pod: Pod) -> None:
+    number = pod.open("/cache/app.log", APPEND, size=None)
+    remap = criu_images.field(1, number) + criu_images.field(2, 99) + criu_images.field(3, 1)
+    (pod.checkpoint / "remap-fpath.img").write_bytes(criu_images.image(remap))
+    assert pod.look() == ((), [])
