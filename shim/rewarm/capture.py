@@ -24,6 +24,7 @@ from rewarm import (
     ipc,
     layers,
     losses,
+    memberships,
     netlock,
     node,
     overlay,
@@ -153,6 +154,7 @@ def capture(
             root = spec.rootfs(container.bundle, bundle_spec)
             blank, said = volumes.look(scratch.snapshot / CHECKPOINT, root, bundle_spec)
             notes += said
+            notes += memberships.notes(container.pid, scratch.snapshot / CHECKPOINT)
         with trace.phase("capture.device"):
             numbers = tuple(map(processes.namespace_pid, device_memory.pids))
             saved.settle()

@@ -1,4 +1,4 @@
-"""What a new pod has not as its source's had it: the image behind its tag, what was on its volumes."""
+"""What a new pod has not as its source had it: the image behind its tag, files on volumes, multicast groups."""
 
 from __future__ import annotations
 
@@ -148,3 +148,14 @@ def test_what_cannot_be_made_is_told(clean: KubeNode) -> None:
     (pod.directory / "empty/data").write_text("y")
     container = clean.container(pod, "server", REFERENCE, args, attempt=1)
     assert clean.outcome(container)["outcome"] == "warm", clean.outcome(container)
+
+
+def test_multicast_groups_are_told(clean: KubeNode) -> None:
+    """CRIU keeps none: a program that wants them joins again when it is told of the restore."""
+    where = "socket.inet_aton('224.0.0.251') + bytes(4) + socket.if_nametoindex('eth0').to_bytes(4, sys.byteorder)"
+    join = f"s.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, {where})"
+    first = f"import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 5353)); {join}"
+    said = captured(clean, "multicast", program(first, "pass"))
+    assert "; multicast groups do not come back: 224.0.0.251 on eth0 of its network namespace have to be joined" in said
+    plain = "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 5353))"
+    assert "multicast" not in captured(clean, "plain", program(plain, "pass"))

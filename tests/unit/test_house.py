@@ -48,6 +48,7 @@ ROOMS = {
     "rewarm.netlink": 1,
     "rewarm.addresses": 2,
     "rewarm.ports": 2,
+    "rewarm.memberships": 3,
     "rewarm.replica": 3,
     "rewarm.notify": 3,
     "rewarm.registered": 3,
