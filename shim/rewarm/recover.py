@@ -77,8 +77,9 @@ def forget(path: str) -> None:
 def undo(path: str, kept: Record, low_level: runc.Runc) -> None:
     """Undo a restore: kill its processes, unmount, delete it from runc, put the file trees and config.json back.
 
-    `path` is the container directory, which stays. Nothing is deleted as long as processes live or mounts are there: a `runc delete` would go through them into
-    the container's rootfs and volumes. Doing it twice does no harm. Raises NotUndone.
+    `path` is the container directory, which stays. Nothing is deleted as long as processes live or mounts are there: a
+    `runc delete` would go through them into the container's rootfs and volumes. Doing it twice does no harm. Raises
+    NotUndone.
     """
     try:
         _kill(kept)

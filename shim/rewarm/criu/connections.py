@@ -8,6 +8,7 @@ that can be looked at from outside. Its sequence numbers may be any (soccr/soccr
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -253,7 +254,7 @@ def _look(pid: int, descriptor: int, until: float) -> bytes | None:
         # TLS of the kernel's is nothing that could be restored; and looking would move the offset of a program's own.
         if taken.getsockopt(socket.IPPROTO_TCP, _TCP_ULP, 16).rstrip(b"\0"):
             return None
-        if taken.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF) >= 0:
+        if _has_peek_offset(taken):
             return None
         while _asked(taken, termios.TIOCOUTQ):
             if time.monotonic() >= until:
@@ -264,6 +265,15 @@ def _look(pid: int, descriptor: int, until: float) -> bytes | None:
             return None
         data = taken.recv(length, socket.MSG_PEEK | socket.MSG_DONTWAIT) if length else b""
         return data if len(data) == length else None
+
+
+def _has_peek_offset(taken: socket.socket) -> bool:
+    try:
+        return taken.getsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF) >= 0
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False  # Linux before 6.9 has none for TCP
 
 
 def _asked(taken: socket.socket, question: int) -> int:
