@@ -142,7 +142,7 @@ def test_objects_of_a_container_that_crashed_are_replaced(clean: KubeNode) -> No
 
 def test_a_failed_restore_leaves_none(clean: KubeNode) -> None:
     """CRIU has made them when it misses a file of a volume."""
-    setup = "kept = open('/cache/kept', 'w')\nkept.write('x')\nkept.flush()\n"
+    setup = "open('/cache/kept', 'w').write('x')\nkept = open('/cache/kept')\n"
     # With IPC_EXCL: what the restore had left would be in the way.
     setup += OBJECTS.replace("0o16", "0o36")
     captured(clean, "failed", setup)

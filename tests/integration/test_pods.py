@@ -25,6 +25,8 @@ SNAPSHOT = {"rewarm.dev/snapshot": "web", "rewarm.dev/capture": "on-ready"}
 AUTO = {"rewarm.dev/snapshot": "auto", "rewarm.dev/capture": "on-ready"}
 SERVER = ["python3", "-u", "-m", "support.workloads.pod_server"]
 START = {"START": "0.2"}
+OUTSIDE = 7000
+"""A port of the node's, to which each server connects before it is ready."""
 TABLE = {
     "sandbox": "runc's own",
     "container": "warm",
@@ -36,7 +38,7 @@ TABLE = {
     "termination grace period": "kept",
     "init containers, sidecars": "cold, unless the annotation means them",
     "several containers with snapshots of their own": "warm, with `auto`",
-    "dropped capabilities, no new privileges": "warm",
+    "another user than root, dropped capabilities, no new privileges": "warm",
     "read-only root filesystem": "warm",
     "RuntimeDefault seccomp": "warm",
     "ConfigMap, Secret, projected token, emptyDir": "the new pod's",
@@ -44,8 +46,11 @@ TABLE = {
     "`/dev/shm`": "a copy for each replica",
     "sockets on the pod's IP, IPv4 and IPv6": "on the new pod's",
     "connections": "within the container kept, to outside closed",
+    "a program that wants to know": "is told, before it is ready",
     "CLOCK_MONOTONIC": "goes on, in a time namespace of CRIU's",
-    "CPU and memory limits": "the new pod's",
+    "CPU and memory limits, on both cgroup versions": "the new pod's",
+    "private cgroup namespace": "the new container's",
+    "OOM score": "the new pod's",
     "shared pid namespace": "warm, where its process ids are free",
     "a snapshot of another namespace": "not taken, unless the node shares it",
     "host network": "warm",
@@ -62,7 +67,9 @@ def kube(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     before = Leftovers.now()
     systemd = bool(os.environ.get(SYSTEMD))
     made = KubeNode(tmp_path_factory.mktemp("kube"), prefix, binary=engine(request.param), systemd_cgroup=systemd)
-    with made:
+    with made, made.engine.network.open_socket() as outside:
+        outside.bind(("0.0.0.0", OUTSIDE))
+        outside.listen(128)
         made.import_image(image.workload("pod_server")[0])
         yield made
     before.check()
@@ -89,7 +96,7 @@ def clean(kube: KubeNode) -> Iterator[KubeNode]:
 
 
 def server(kube: KubeNode, pod: Pod, name: str = "server", **more: Any) -> str:
-    env = {**START, "OWN_IP": "1", **more.pop("env", {})}
+    env = {**START, "OWN_IP": "1", "OUTSIDE": f"{kube.gateway}:{OUTSIDE}", **more.pop("env", {})}
     return kube.container(pod, name, image.workload("pod_server")[1], SERVER, env=env, **more)
 
 
@@ -282,7 +289,27 @@ def test_its_sockets_are_on_the_new_address(clean: KubeNode, captured: dict[str,
     assert sorted(clean.json(pod, "/own")) == sorted(pod.ips)
     assert clean.json(pod, "/", port=8001) == pod.ips[0]
     assert clean.json(pod, "/", port=8001, ip=pod.ips[1]) == pod.ips[1]
+
+
+def test_its_connections(clean: KubeNode, captured: dict[str, Any]) -> None:
+    pod, _ = restored(clean)
     assert clean.json(pod, "/loopback") == "hello"
+    assert captured["outside"] == "open", "the source has lost its own"
+    assert clean.json(pod, "/state")["outside"].startswith("closed")
+
+
+def test_it_is_told(clean: KubeNode, captured: dict[str, Any]) -> None:
+    """Before it is ready: it says that it is only then. Copies draw other numbers."""
+    assert captured["told"] == []
+    numbers = set()
+    for name in ("one", "two"):
+        pod, container = restored(clean, name)
+        (told,) = clean.json(pod, "/state")["told"]
+        expected = {"namespace": "default", "name": name, "container": "server"}
+        assert {key: told["pod"][key] for key in expected} == expected and told["pod"]["uid"] in (pod.uid, "")
+        assert (told["addresses"], told["hostname"], told["container"]) == (pod.ips, name, container)
+        numbers.add(clean.json(pod, "/random"))
+    assert len(numbers) == 2
 
 
 def test_its_clock_goes_on(clean: KubeNode, captured: dict[str, Any]) -> None:
@@ -293,6 +320,26 @@ def test_its_clock_goes_on(clean: KubeNode, captured: dict[str, Any]) -> None:
         line.split()[:2] for line in Path(f"/proc/{clean.pid(container)}/timens_offsets").read_text().splitlines()
     )
     assert int(clocks["monotonic"]) < 0, "it is older than the capture"
+
+
+def test_its_clock_goes_on_where_the_node_has_not_been_up_as_long(
+    clean: KubeNode, tmp_path: Path, prefix: Path
+) -> None:
+    annotations = {**SNAPSHOT, "rewarm.dev/snapshot": "older"}
+    clocks = []
+    with KubeNode(tmp_path / "older", prefix, number=7, store=clean.node.store, older=1_000_000) as older:
+        older.import_image(image.workload("pod_server")[0])
+        for node, outcome in ((older, "cold"), (clean, "warm")):
+            pod = node.pod("clock", annotations=annotations)
+            container = node.container(pod, "server", image.workload("pod_server")[1], SERVER, env=START)
+            node.wait_ready(pod)
+            assert node.outcome(container)["outcome"] == outcome, node.outcome(container)
+            if node is older:
+                node.wait_captured(container)
+            assert not node.json(pod, "/state")["backwards"]
+            clocks.append(node.json(pod, "/clock"))
+    assert clocks[0] > time.monotonic() + 900_000
+    assert abs(clocks[1] - clocks[0]) < 600, "it is the node's"
 
 
 def test_its_limits_are_its_own(clean: KubeNode, captured: dict[str, Any]) -> None:
@@ -465,7 +512,40 @@ def test_the_deadline(clean: KubeNode, captured: dict[str, Any]) -> None:
         clean.configure()
 
 
+SHOWN_BY: dict[str, Any] = {
+    "sandbox": test_sandbox_and_container,
+    "container": test_sandbox_and_container,
+    "restart after a crash": test_a_restart_after_a_crash_is_warm,
+    "exec, exec probes": test_exec,
+    "logs, rotated logs": test_logs,
+    "exit code": test_a_restart_after_a_crash_is_warm,
+    "OOM kill": test_the_end_of_memory_is_reported,
+    "termination grace period": test_the_grace_period,
+    "init containers, sidecars": test_init_containers_and_sidecars,
+    "several containers with snapshots of their own": test_containers_with_snapshots_of_their_own,
+    "another user than root, dropped capabilities, no new privileges": test_a_restricted_container,
+    "read-only root filesystem": test_a_restricted_container,
+    "RuntimeDefault seccomp": test_a_restricted_container,
+    "ConfigMap, Secret, projected token, emptyDir": test_it_is_the_new_pod,
+    "`/etc/hosts`, `resolv.conf`, host name": test_it_is_the_new_pod,
+    "`/dev/shm`": test_its_memory_is_its_own,
+    "sockets on the pod's IP, IPv4 and IPv6": test_its_sockets_are_on_the_new_address,
+    "connections": test_its_connections,
+    "a program that wants to know": test_it_is_told,
+    "CLOCK_MONOTONIC": test_its_clock_goes_on_where_the_node_has_not_been_up_as_long,
+    "CPU and memory limits, on both cgroup versions": test_its_limits_are_its_own,
+    "private cgroup namespace": test_its_cgroup,
+    "OOM score": test_its_class_of_service_is_its_own,
+    "shared pid namespace": test_a_shared_pid_namespace,
+    "a snapshot of another namespace": test_a_pod_of_another_namespace,
+    "host network": test_the_nodes_network,
+    "the node's deadline": test_the_deadline,
+}
+
+
 def test_the_table_is_in_the_readme() -> None:
+    """And each line of it is shown by a test."""
+    assert SHOWN_BY.keys() == TABLE.keys()
     text = (Path(__file__).parents[2] / "README.md").read_text()
     for feature, result in TABLE.items():
         assert f"| {feature} | {result} |" in text

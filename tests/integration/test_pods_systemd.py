@@ -24,6 +24,7 @@ TESTS = [
     "test_the_end_of_memory_is_reported",
     "test_a_restricted_container",
     "test_its_sockets_are_on_the_new_address",
+    "test_its_connections",
     "test_its_limits_are_its_own",
     "test_its_cgroup",
     "test_its_class_of_service_is_its_own",

@@ -41,6 +41,8 @@ class Containerd:
     by name: the runc-compatible binary, or None for runc; with `systemd_cgroup` systemd makes their cgroups. Started
     by the constructor; `stop` removes everything.
 
+    `older`: seconds for which its node has been up longer than this machine, in a time namespace.
+
     The daemon runs in the machine's own mount namespace (nsenter, not `ip netns exec`), so that its root filesystem
     mounts can be seen from outside as on a real node.
     """
@@ -55,6 +57,7 @@ class Containerd:
         cri_config: Sequence[str] = (),
         cri_runtimes: Mapping[str, Path | None] | None = None,
         systemd_cgroup: bool = False,
+        older: int = 0,
         extra_config: str = "",
         binary: str | Path = "containerd",
         namespace: str = "default",
@@ -76,7 +79,9 @@ class Containerd:
         try:
             config = directory / "config.toml"
             config.write_text(self._config(cri, cri_config, cri_runtimes or {}) + extra_config)
-            self._argv = self.network.argv(binary, "--config", config)
+            clocks = ["unshare", "--time", "--monotonic", older, "--boottime", older, "--fork", "--kill-child", "--"]
+            before = map(str, clocks) if older else ()
+            self._argv = self.network.argv(*before, binary, "--config", config)
             self._env = {**os.environ, **(env or {}), "TMPDIR": str(self._run)}
             self._start()
         except BaseException as error:

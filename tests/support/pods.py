@@ -66,7 +66,8 @@ class KubeNode:
     """A node: containerd with the runtime `rewarm`, pod networks `10.100+NUMBER.0.0/24` and `fd00:100+NUMBER::/64`.
 
     Nodes that are given one `store` share it. `binary` is containerd's, whose own directory has its shim and ctr.
-    `systemd_cgroup`: pods are slices of systemd's, as with the kubelet's cgroup driver of that name.
+    `older`: seconds for which it has been up longer. `systemd_cgroup`: pods are slices of systemd's, as with the
+    kubelet's cgroup driver of that name.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class KubeNode:
         store: Path | None = None,
         binary: Path = Path("/usr/bin/containerd"),
         systemd_cgroup: bool = False,
+        older: int = 0,
         **settings: object,
     ) -> None:
         self.directory = directory
@@ -105,6 +107,7 @@ class KubeNode:
             ],
             cri_runtimes={"runc": None, HANDLER: runtime},
             systemd_cgroup=systemd_cgroup,
+            older=older,
         )
         try:
             self._settings = settings
@@ -135,6 +138,11 @@ class KubeNode:
     def _network_ready(self) -> bool:
         conditions = {one.type: one.status for one in self.cri.call("Status").status.conditions}
         return bool(conditions.get("NetworkReady"))
+
+    @property
+    def gateway(self) -> str:
+        """The node's own address in its pod network."""
+        return f"10.{100 + self.number}.0.1"
 
     def import_image(self, archive: Path) -> None:
         self.engine.import_image(archive, namespace="k8s.io")

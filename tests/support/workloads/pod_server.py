@@ -1,17 +1,21 @@
 """A server as it stands in a pod: it takes a while to start, then tells what it is and has, and ends as it is told.
 
 Environment: START, seconds until it is ready; MIB of memory; GRACE, seconds from SIGTERM to its end; OWN_IP, if set: it
-listens on port 8001 of the addresses that /etc/hosts has for its host name, as Gloo does.
+listens on port 8001 of the addresses that /etc/hosts has for its host name, as Gloo does; OUTSIDE, HOST:PORT to which
+it connects before it is ready.
 
 GET /ready · /state -> what it is, JSON · /exit?CODE · /oom: takes memory until it is killed · /log?TEXT · /shm: what it
 keeps in /dev/shm · /own: each address that it listens on for its host name, as the kernel has it · /loopback: a word
-through a connection inside of the container that was made before it was ready.
+through a connection inside of the container that was made before it was ready. /clock -> CLOCK_MONOTONIC · /random: its
+next number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -41,6 +45,13 @@ class Program:
         _SHM.write_text(self.identity)
         self.own = [self._listen(*one) for one in self._own_addresses()] if "OWN_IP" in os.environ else []
         self.far, self.near = self._connected()
+        self.outside: socket.socket | None = None
+        with contextlib.suppress(OSError):
+            host, _, port = os.environ.get("OUTSIDE", "").rpartition(":")
+            self.outside = socket.create_connection((host, int(port or "0")), timeout=2)
+        self.told: list[Any] = []
+        self._register()
+        random.seed(7)
         time.sleep(float(os.environ.get("START", "0")))
         self.last = time.monotonic()
         self.backwards = False
@@ -71,6 +82,32 @@ class Program:
             near = socket.create_connection(listener.getsockname())
             return listener.accept()[0], near
 
+    def _register(self) -> None:
+        """By what rewarm mounts into containers with its annotation; others have no such module."""
+        try:
+            from rewarm_hooks import workload
+        except ImportError:
+            return
+        workload.on_restore(self.told.append)
+
+    def ready(self) -> str:
+        """Not before it knows who it is: where it was restored, it has to have been told."""
+        if Path("/run/rewarm/restored.json").exists() and not self.told:
+            raise LookupError("it was restored, and not told")
+        return "ready"
+
+    def connection(self) -> str:
+        """What has become of the one to the outside."""
+        if self.outside is None:
+            return "none"
+        self.outside.setblocking(False)
+        try:
+            return "open" if self.outside.recv(1, socket.MSG_PEEK) else "closed"
+        except BlockingIOError:
+            return "open"
+        except OSError as error:
+            return f"closed: {error.strerror}"
+
     def loopback(self) -> str:
         self.far.settimeout(5)
         self.near.sendall(b"hello")
@@ -98,6 +135,8 @@ class Program:
             "seccomp": status["Seccomp"],
             "cgroup": text("/proc/self/cgroup"),
             "backwards": self.backwards,
+            "outside": self.connection(),
+            "told": self.told,
             "writable": os.access("/", os.W_OK) and not os.statvfs("/").f_flag & os.ST_RDONLY,
         }
 
@@ -108,7 +147,7 @@ class Program:
 
     def answer(self, path: str, query: str) -> Any:
         answers: dict[str, Callable[[], Any]] = {
-            "/ready": lambda: "ready",
+            "/ready": self.ready,
             "/state": self.state,
             "/oom": self.oom,
             "/exit": lambda: os._exit(int(query)),
@@ -116,6 +155,8 @@ class Program:
             "/shm": _SHM.read_text,
             "/own": lambda: [one.getsockname()[0] for one in self.own],
             "/loopback": self.loopback,
+            "/clock": time.monotonic,
+            "/random": random.random,
         }
         return answers[path]()
 
@@ -134,8 +175,11 @@ def main() -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path, _, query = self.path.partition("?")
-            answer = json.dumps(program.answer(path, query)).encode()
-            self.send_response(200)
+            try:
+                status, answer = 200, json.dumps(program.answer(path, query)).encode()
+            except LookupError as error:
+                status, answer = 503, json.dumps(str(error)).encode()
+            self.send_response(status)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
