@@ -45,8 +45,9 @@ class Volume(NamedTuple):
 
 
 def look(checkpoint: Path, root: str, bundle_spec: Spec) -> tuple[tuple[str, ...], list[str]]:
-    """At a capture: names of what may begin empty, and a line for each volume with something open that may not. `root`
-    is the container's root filesystem. Nothing where that cannot be told."""
+    """At a capture: names of what may begin empty, and a line for each writable volume with something open that may not
+    (one that may only be read is brought with its content: weights, a driver). `root` is the container's root
+    filesystem. Nothing where that cannot be told."""
     blank: list[str] = []
     notes: dict[str, list[str]] = {}
     with suppress(images.ImageError, OSError):
@@ -55,7 +56,7 @@ def look(checkpoint: Path, root: str, bundle_spec: Spec) -> tuple[tuple[str, ...
                 text = os.fsdecode(them[0].name)
                 if _may_begin_empty(volume, name, files, bundle_spec) and _is_utf8(text) and len(blank) < MAX_BLANK:
                     blank.append(text)
-                else:
+                elif not volume.read_only:
                     notes.setdefault(volume.destination, []).append(os.fsdecode(b"/".join(name)))
     return tuple(blank), [f"volume {where}: {_listed(names)}" for where, names in notes.items()]
 
