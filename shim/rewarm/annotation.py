@@ -19,6 +19,7 @@ _CHOICES = {
 KEYS = tuple(sorted((*_CHOICES, "snapshot", "container", "ready")))
 _HTTP = re.compile(r"http://:(\d{1,5})(/[!-~]{0,512})")
 _LONGEST_SHOWN = 80
+_LONGEST_COMMAND = 4096
 
 
 def problem(key: str, value: str) -> tuple[str, str] | None:
@@ -29,6 +30,8 @@ def problem(key: str, value: str) -> tuple[str, str] | None:
     if key not in KEYS:
         return f"there is no such key (value {shown(value)})", f"known are {', '.join(KEYS)}"
     if key == "ready":
+        if value.startswith("exec:") and (len(value) > _LONGEST_COMMAND or "\0" in value):
+            return f"{shown(value)} is longer than {_LONGEST_COMMAND} characters, or has a NUL in it", "exec:CMD"
         good = value == "file" or _is_http(value) or (value.startswith("exec:") and value[5:].strip())
         return None if good else (f"{shown(value)} is not one of file, http://:PORT/PATH, exec:CMD", "")
     return None if is_name(value) else (f"{shown(value)} is not a name", ALLOWED)

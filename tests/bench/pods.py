@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from bench.measured import Measured
 from support import rootfs, scale_up
-from support.scale_up import ANNOTATIONS, Cluster
+from support.scale_up import ANNOTATIONS, Cluster, of_rewarm
 
 REPLICAS = 5
 TURNS = 3
@@ -75,27 +74,16 @@ def _exec(made: Cluster) -> Measured:
 
 def _left(made: Cluster, prefix: Path) -> Measured:
     """What of rewarm stays behind while restored containers run: processes, with their memory and processor time."""
-    before = _of_rewarm(prefix)
+    before = of_rewarm(prefix).keys()
     replicas = [made.replica(0, f"left-{turn}", ANNOTATIONS) for turn in range(TURNS)]
     assert all(one.outcome["outcome"] == "warm" for one in replicas)
     time.sleep(1)  # what ends by itself has ended
-    found = [_cost(pid) for pid in _of_rewarm(prefix) - before]
+    found = [_cost(pid) for pid in of_rewarm(prefix).keys() - before]
     made.nodes[0].remove_all()
     more = {"memory_bytes": sum(memory for memory, _ in found), "cpu_seconds": sum(seconds for _, seconds in found)}
     what = f"processes of rewarm beside {TURNS} restored containers"
     samples = {"restored": [float(TURNS)], "rewarm": [float(len(found))]}
     return Measured(what, "left_behind_processes", samples, float(len(found)), "0", not found, more, unit="")
-
-
-def _of_rewarm(prefix: Path) -> set[int]:
-    """Processes that run a program of the prefix, or were told one."""
-    found = set()
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if str(prefix).encode() in words or os.readlink(f"/proc/{pid}/exe").startswith(str(prefix)):
-                found.add(pid)
-    return found - {os.getpid(), os.getppid()}
 
 
 def _cost(pid: int) -> tuple[int, float]:

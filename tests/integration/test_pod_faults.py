@@ -44,10 +44,11 @@ def kube(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Iterator[Kub
         yield made
 
 
-@pytest.fixture
-def own(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> Iterator[KubeNode]:
-    """A node whose containerd may be killed: 2.x."""
-    with node(tmp_path, prefix, rootfs.containerd2() / "containerd") as made:
+@pytest.fixture(params=["1.6", "2.x"])
+def own(request: pytest.FixtureRequest, nothing_left_behind: None, tmp_path: Path, prefix: Path) -> Iterator[KubeNode]:
+    """A node whose containerd may be killed."""
+    binary = rootfs.containerd2() / "containerd" if request.param == "2.x" else Path("/usr/bin/containerd")
+    with node(tmp_path, prefix, binary) as made:
         yield made
 
 
@@ -193,6 +194,7 @@ def test_an_engine_that_is_restarted_beside_restored_containers(own: KubeNode) -
         ("rewarm.dev/snapshot", "a\nb\x1b[31m"),
         ("rewarm.dev/ready", "http://169.254.169.254:80/"),
         ("rewarm.dev/engine", "vllm;reboot"),
+        ("rewarm.dev/ready", "exec:" + "x" * 10240),
         ("rewarm.dev/" + "k" * 9000, "x"),
     ],
 )

@@ -12,11 +12,23 @@ from typing import Any
 
 from support import image, rootfs, samples
 from support.pods import HANDLER, KubeNode, Pod
+from support.proc import command_line
 
 PORT = 8000
 PAGE = "invoice"
 ANNOTATIONS = {"rewarm.dev/snapshot": "ocr", "rewarm.dev/capture": "on-ready"}
 _READY = 180.0
+
+
+def of_rewarm(prefix: Path) -> dict[int, str]:
+    """Processes of rewarm's on this machine: pids, with their command lines."""
+    lines = {
+        int(entry.name): command_line(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()
+    }
+    others = ("containerd-shim", "pytest", "bench/run.py")
+    return {
+        pid: line for pid, line in lines.items() if f"{prefix}/" in line and not any(word in line for word in others)
+    }
 
 
 @dataclass

@@ -72,6 +72,8 @@ def test_on_miss_comes_from_the_settings_when_the_pod_does_not_say() -> None:
         ("ready", "http://:80/a b", "is not one of"),
         ("ready", "http://:80/a\r\nHost: b", "is not one of"),
         ("ready", "exec:  ", "is not one of"),
+        ("ready", "exec:" + "x" * 4092, "is longer than 4096 characters"),
+        ("ready", "exec:tr\0ue", "has a NUL in it"),
         ("ready", "tcp:80", "is not one of"),
         ("snapshot", "", "is not a name"),
         ("snapshot", "a/b", "is not a name"),
