@@ -203,7 +203,7 @@ build_kustomize() {
 
 # The suite's kernel and an initramfs with the modules that a guest needs; nothing of it is installed on this machine.
 build_kernel() {
-    local meta package release modules name work=$scratch/apt-kernel
+    local meta package release place modules name work=$scratch/apt-kernel
     meta=linux-image-$(dpkg --print-architecture)
     mkdir -p "$work" "$scratch/kernel/tree/bin"
     chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
@@ -212,15 +212,18 @@ build_kernel() {
     [ -n "$package" ] || die "apt knows no $meta" "see: apt-get update"
     (cd "$work" && apt-get -q download "$package" >&2) || die "downloading $package failed"
     dpkg-deb -x "$work"/linux-image-*.deb "$work/root"
-    release=$(ls "$work/root/lib/modules")
+    place=$work/root/lib/modules
+    [ -d "$place" ] || place=$work/root/usr/lib/modules # since Debian 13
+    release=$(ls "$place")
+    place=$place/$release
     cp "$work/root/boot/vmlinuz-$release" "$scratch/kernel/vmlinuz"
     modules=lib/modules/$release
     mkdir -p "$scratch/kernel/tree/$modules/kernel"
-    cp "$work/root/$modules"/modules.{builtin,builtin.modinfo,order} "$scratch/kernel/tree/$modules/"
+    cp "$place"/modules.{builtin,builtin.modinfo,order} "$scratch/kernel/tree/$modules/"
     for name in net fs/{9p,netfs,fscache,overlayfs,fuse} drivers/{virtio,char/hw_random,net} lib crypto arch; do
-        [ -e "$work/root/$modules/kernel/$name" ] || continue # built in, or elsewhere in another release
+        [ -e "$place/kernel/$name" ] || continue # built in, or elsewhere in another release
         mkdir -p "$scratch/kernel/tree/$modules/kernel/$(dirname "$name")"
-        cp -a "$work/root/$modules/kernel/$name" "$scratch/kernel/tree/$modules/kernel/$name"
+        cp -a "$place/kernel/$name" "$scratch/kernel/tree/$modules/kernel/$name"
     done
     rm -rf "$scratch/kernel/tree/$modules/kernel"/drivers/net/{ethernet,wireless,usb,can,wwan,phy,dsa,hamradio}
     find "$scratch/kernel/tree" -name '*.ko.xz' -exec xz -d {} +
