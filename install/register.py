@@ -91,15 +91,35 @@ def _recorded(state: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
-# In TOML and JSON, and not in a comment.
-_DEFAULT = re.compile(r"""^[^#\n]*\bdefault[-_]runtime(?:_name)?["']?\s*[=:]\s*["']rewarm["']""", re.MULTILINE)
+# In TOML and JSON, and not in a comment; Podman's has no `default` in its name.
+_DEFAULT = re.compile(
+    r"""^[^#\n]*\b(?:default[-_]runtime(?:_name)?|runtime)["']?\s*[=:]\s*["']rewarm["']""", re.MULTILINE
+)
 
 
-def _check_default(journal: Journal) -> None:
-    """An engine whose default runtime is gone does not start. Raises Refused."""
-    for path in map(Path, journal.entries):
-        if _DEFAULT.search((read_bytes(path) or b"").decode(errors="replace")):
+def _check_default(state: Path, name: str, journal: Journal) -> None:
+    """An engine whose default runtime is gone does not start: by a drop-in it is another file that names it.
+
+    Raises Refused.
+    """
+    ours = list(map(Path, journal.entries))
+    for path in dict.fromkeys((*ours, *(_files(state, name, journal) if ours else ()))):
+        try:
+            text = (read_bytes(path) or b"").decode(errors="replace")
+        except Refused:
+            if path in ours:
+                raise
+            continue  # no engine makes anything of it either
+        if _DEFAULT.search(text):
             raise Refused(f"{path} makes rewarm the default runtime: name another there, then run again")
+
+
+def _files(state: Path, name: str, journal: Journal) -> list[Path]:
+    """The files that an engine reads, by where it is registered."""
+    engine = ENGINES.get(name)
+    record = _recorded(state).get(name)
+    config = record.get("config") if isinstance(record, dict) else None
+    return engine.reads(Path(config), journal) if engine is not None and isinstance(config, str) else []
 
 
 def _check_removal(state: Path, name: str, journal: Journal, binary: str) -> None:
@@ -107,10 +127,7 @@ def _check_removal(state: Path, name: str, journal: Journal, binary: str) -> Non
     engine = ENGINES.get(name)
     if engine is None or not binary:
         return
-    record = _recorded(state).get(name)
-    config = record.get("config") if isinstance(record, dict) else None
-    files = engine.reads(Path(config), journal) if isinstance(config, str) else []
-    still_named.check(journal, files, engine.parse, binary)
+    still_named.check(journal, _files(state, name, journal), engine.parse, binary)
 
 
 def unregister(state: Path, names: list[str], removes: str) -> bool:
@@ -120,7 +137,7 @@ def unregister(state: Path, names: list[str], removes: str) -> bool:
         engine = ENGINES.get(name, register_settings)
         try:
             journal = engine.journal_in(state)
-            _check_default(journal)
+            _check_default(state, name, journal)
             _check_removal(state, name, journal, removes)
             changed = journal.put_all_back()
         except (Refused, OSError) as error:

@@ -349,6 +349,28 @@ def test_the_default_runtime_is_not_taken_away(tmp_path: Path, engine: str, line
     assert one.unregister() == "changed" and one.config.read_text() == original_of(engine)
 
 
+@pytest.mark.parametrize(
+    ("engine", "file", "text"),
+    [
+        ("crio", "etc/crio/crio.conf", '[crio.runtime]\ndefault_runtime = "rewarm"\n'),
+        ("crio", "etc/crio/crio.conf.d/10-ours.conf", 'crio.runtime.default_runtime = "rewarm"\n'),
+        ("podman", "etc/containers/containers.conf", '[engine]\nruntime = "rewarm"\n'),
+    ],
+)
+def test_the_default_runtime_that_another_file_names(tmp_path: Path, engine: str, file: str, text: str) -> None:
+    """By a drop-in it is never rewarm's own file that says so, and the engine would not start with it either."""
+    one = at(tmp_path, engine)
+    other = write(tmp_path / file, text)
+    one.register()
+    before = content(tmp_path)
+    done = one.run("unregister", engine)
+    assert (done.returncode, done.stdout) == (1, f"{engine} refused\n")
+    assert f"{other} makes rewarm the default runtime" in done.stderr
+    assert content(tmp_path) == before
+    other.write_text(text.replace('"rewarm"', '"runc"'))
+    assert one.unregister() == "changed" and not one.config.exists()
+
+
 def test_what_is_left_out_stays_recorded(tmp_path: Path) -> None:
     """doctor --node goes by the record: an engine that is registered fails there when its runtime is lost."""
     docker, podman = (at(tmp_path, name) for name in ("docker", "podman"))
