@@ -127,7 +127,9 @@ def _check_removal(state: Path, name: str, journal: Journal, binary: str) -> Non
     engine = ENGINES.get(name)
     if engine is None or not binary:
         return
-    still_named.check(journal, _files(state, name, journal), engine.parse, binary)
+    # What is not on record may be registered by hand (--no-register, --exclude-engines), or its record be lost.
+    files = [*_files(state, name, journal), *engine.reads(engine.DEFAULT, journal)]
+    still_named.check(journal, files, engine.parse, binary)
 
 
 def unregister(state: Path, names: list[str], removes: str) -> bool:

@@ -39,7 +39,8 @@ from toml_own import strip
 from toml_text import parse, strings, table, toml_table
 
 LABEL = "containerd"
-__all__ = ["LABEL", "journal_in", "parse", "reads", "register"]
+DEFAULT = Path("/etc/containerd/config.toml")
+__all__ = ["DEFAULT", "LABEL", "journal_in", "parse", "reads", "register"]
 BUILT_IN: dict[str, dict[str, Any]] = {"runc": {"runtime_type": "io.containerd.runc.v2"}}
 Runtimes = dict[str, dict[str, Any]]
 

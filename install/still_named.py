@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from engine import PROGRAM
 from journal import Journal, Refused, read_bytes
+
+# Where an engine looks for a name without a path.
+_PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def check(journal: Journal, files: Iterable[Path], parse: Callable[[str, Path], Any], binary: str) -> None:
@@ -20,7 +24,7 @@ def check(journal: Journal, files: Iterable[Path], parse: Callable[[str, Path], 
         for keys in _places(parse(text, path), binary):
             raise Refused(
                 f"{path} names {binary}, which would be gone, in {'.'.join(keys)}; "
-                "install.sh did not write that: take it out there, then run again"
+                "install.sh has no record of writing that: take it out there, then run again"
             )
 
 
@@ -46,4 +50,7 @@ def _places(value: Any, binary: str, keys: tuple[str, ...] = ()) -> Iterator[tup
 
 def _is_same(value: str, binary: str) -> bool:
     """The program, or the link to it that install.sh puts where it is found without a path; both go."""
-    return os.path.basename(value) == PROGRAM and os.path.realpath(value) == os.path.realpath(binary)
+    if os.path.basename(value) != PROGRAM:
+        return False
+    found = value if "/" in value else shutil.which(value, path=_PATH)
+    return found is not None and os.path.realpath(found) == os.path.realpath(binary)

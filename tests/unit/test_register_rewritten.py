@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+import register
+import register_docker
+import still_named
 from rewarm.settings import load
 from support.registering import BINARY, Registering, at, content, printed_anew, without_state, write
 
@@ -169,6 +172,31 @@ def test_a_runtime_that_was_added_by_hand(tmp_path: Path) -> None:
     assert one.config.read_text() == text
     one.config.write_text("{}")
     assert removed(one)[:2] == (0, "docker unchanged\n")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_program_without_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recorded: bool
+) -> None:
+    """The link that install.sh makes in /usr/local/sbin is there for such names. `recorded`: else the engine was left
+    out when rewarm was installed (--exclude-engines, --no-register), and has the runtime from config/."""
+    binary = write(tmp_path / "prefix/rewarm-runc", "#!/bin/sh\n")
+    binary.chmod(0o755)
+    link = tmp_path / "sbin/rewarm-runc"
+    link.parent.mkdir()
+    link.symlink_to(binary)
+    monkeypatch.setattr(still_named, "_PATH", f"/nowhere:{link.parent}")
+    config = write(tmp_path / "daemon.json", '{"runtimes": {"rewarm": {"path": "rewarm-runc"}}}')
+    state = tmp_path / "state"
+    if recorded:
+        place = {"docker": {"config": str(config), "program": "", "files": [str(config)]}}
+        write(state / "engines.json", json.dumps(place))
+    else:
+        monkeypatch.setattr(register_docker, "DEFAULT", config)
+    assert not register.unregister(state, ["docker"], str(binary))
+    assert f"{config} names {binary}, which would be gone, in runtimes.rewarm.path" in capsys.readouterr().err
+    config.write_text('{"runtimes": {"mine": {"path": "runc"}}}')
+    assert register.unregister(state, ["docker"], str(binary))
 
 
 # Between the marks
