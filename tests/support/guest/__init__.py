@@ -25,7 +25,9 @@ def run(directory: Path, script: str, *, timeout: float) -> str:
     (directory / "run").write_text(script)
     kernel = rootfs.layer("kernel")
     shares = [("machine", "/", ",readonly=on"), ("guest", directory, "")]
-    words: list[str | Path] = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
+    # However this process ends, with it: qemu would go on with the guest's memory for as long as the script runs.
+    words: list[str | Path] = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
+    words += ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
     words += ["-m", str(_MEMORY), "-nodefaults", "-nographic", "-no-reboot", "-device", "virtio-rng-pci"]
     words += ["-serial", f"file:{directory}/console", "-kernel", kernel / "vmlinuz", "-initrd", kernel / "initrd"]
     words += ["-append", "console=ttyS0 panic=-1 quiet systemd.show_status=no"]
