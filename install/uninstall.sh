@@ -131,9 +131,25 @@ remove_files() {
     done
 }
 
+# refuse_mounts: what is mounted where --purge removes everything is not rewarm's (the store that the DaemonSet binds there, a
+# disk of the admin's), and rm follows a bind mount of the same file system. What is mounted for containers is.
+refuse_mounts() {
+    local point
+    while read -r _ _ _ _ point _; do
+        printf -v point %b "$point" # a blank is \040 there
+        case $point in
+        /run/rewarm/containers/*) ;;
+        /etc/rewarm | /etc/rewarm/* | /var/lib/rewarm | /var/lib/rewarm/* | /run/rewarm | /run/rewarm/*)
+            die "--purge: $point is a mount, whose content may be somebody else's; run: umount $point, then this again"
+            ;;
+        esac
+    done </proc/self/mountinfo
+}
+
 purge_node() {
     local store directory
     store=$(sed -n 's/^store:[[:space:]]*//p' /etc/rewarm/config.yaml 2>/dev/null || true)
+    refuse_mounts # once more: one may have come meanwhile
     # Of containers that were deleted without rewarm: each control directory is a file system of its own.
     for directory in /run/rewarm/containers/*/*/control; do
         ! mountpoint -q "$directory" || umount -l "$directory"
@@ -146,6 +162,7 @@ purge_node() {
 main() {
     parse_arguments "$@"
     [[ $(id -u) -eq 0 ]] || die "has to run as root"
+    [[ $purge == no ]] || refuse_mounts
     state=$(state_directory "$prefix")
     if [[ -d $prefix ]]; then
         exec {lock}>"$prefix/.lock"

@@ -515,6 +515,12 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
         test ! -e /etc/containers/containers.conf.d
         test ! -e /opt/rewarm -a ! -L /usr/local/bin/rewarm -a ! -L /usr/local/sbin/rewarm-runc
         test ! -e /var/lib/rewarm/install -a -e /var/lib/rewarm/store/v1
+        mkdir -p "/var/lib/a claim" /var/lib/rewarm/shared
+        : > "/var/lib/a claim/theirs"
+        mount --bind "/var/lib/a claim" /var/lib/rewarm/shared
+        ! "$repository/install/uninstall.sh" --purge 2>&1
+        test -e "/var/lib/a claim/theirs" -a -e /etc/rewarm/config.yaml
+        umount /var/lib/rewarm/shared
         "$repository/install/uninstall.sh" --purge
         test ! -e /var/lib/rewarm -a ! -e /etc/rewarm -a ! -e /run/rewarm
         cat "$scratch/systemctl.log"
@@ -524,6 +530,7 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
     assert "containerd: needs no change, but to be told of the last one" in said
     assert "its configuration was put back" in failed
     assert "installed in /opt/rewarm" in said
+    assert "--purge: /var/lib/rewarm/shared is a mount" in said
     assert "remove the store, too: /srv/shared" in said
     assert said.count("restart containerd\n") == 2  # once for the install, once for the uninstall
     assert said.count("reload docker\n") == 2
