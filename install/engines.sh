@@ -141,9 +141,20 @@ register_runtime() {
     verify
 }
 
-# verify: by rewarm's own eyes. Sets $ready to no, or to untold where --no-restart leaves an engine to be told.
+# verify: by rewarm's own eyes. Sets $ready to no, or to untold where only those have failed that --no-restart leaves to be
+# told.
 verify() {
-    ! REWARM_CONFIG=$settings "$prefix/bin/rewarm" doctor --node || return 0
+    local said line failed untold=0
+    if said=$(REWARM_CONFIG=$settings "$prefix/bin/rewarm" doctor --node); then
+        printf '%s\n' "$said"
+        return
+    fi
+    printf '%s\n' "$said"
     ready=no
-    if [[ $no_restart == yes ]] && compgen -G "$state/restart.*" >/dev/null; then ready=untold; fi
+    [[ $no_restart == yes ]] || return 0
+    failed=$(grep -c '^failed ' <<<"$said" || true)
+    for line in containerd:containerd crio:CRI-O docker:Docker; do
+        [[ -e $state/restart.${line%:*} ]] && grep -q "^failed *${line#*:} " <<<"$said" && untold=$((untold + 1))
+    done
+    [[ $untold -eq 0 || $untold -lt $failed ]] || ready=untold
 }
