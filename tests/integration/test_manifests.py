@@ -69,6 +69,22 @@ def test_a_mistake_would_be_seen(kind: str, name: str, path: tuple[str | int, ..
         manifests.validate(item, SUPPORTED[-1])
 
 
+def test_the_overlay_of_the_documentation(tmp_path: Path) -> None:
+    """docs/kubernetes.md shows one for people to copy, and has them add the component that uninstalls."""
+    text = (DIRECTORY.parents[1] / "docs/kubernetes.md").read_text()
+    (overlay,) = re.findall(r"```yaml\n(apiVersion: kustomize.*?)```", text, re.DOTALL)
+    shutil.copytree(DIRECTORY, tmp_path / "kubernetes")
+    for name, more in (("own", ""), ("away", ", ../../components/uninstall")):
+        own = tmp_path / "kubernetes/overlays" / name
+        own.mkdir()
+        (own / "kustomization.yaml").write_text(overlay.replace("components/gpu]", f"components/gpu{more}]"))
+        objects = manifests.build(own)
+        assert manifests.pick(objects, "PersistentVolume", "rewarm-store")["spec"]["nfs"]["server"] == "YOURS"
+        (container,) = manifests.pick(objects, "DaemonSet", "rewarm-node")["spec"]["template"]["spec"]["containers"]
+        assert container["image"] == "YOURS:1"
+        assert ("--uninstall" in container["args"]) == bool(more)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_namespaces(target: str) -> None:
     """kustomize's own `namespace` puts one on kinds that have none, if it is older than they are."""
