@@ -49,7 +49,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Path:
         "REWARM_TEST_ROOTFS": str(rootfs.cache()),
         SYSTEMD: "1",
     }
-    script = [f"cd {shlex.quote(str(REPOSITORY))}"]
+    # A checkout below /tmp, /run or /mnt is not there: the guest has its own.
+    script = [f"cd {shlex.quote(str(REPOSITORY))} || exit"]
     script += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     script += [
         "(uname -r; stat -fc %T /sys/fs/cgroup; cat /proc/1/comm; grep CapEff /proc/self/status) >/mnt/guest/facts"
