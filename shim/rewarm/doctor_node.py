@@ -111,6 +111,8 @@ def judged(node: Node, placed: Engine, check: Check, changed_files: Iterable[str
         if os.path.exists(path) and min(began) < os.stat(path).st_mtime:
             found = f"{check.found}; but {daemon} was started before {path} was changed"
             step = f"make it known: systemctl restart {placed.name}, or restart what else has started it"
+            if os.stat(path).st_mtime > time.time():  # by which no restart would be later
+                step = f"its time of change has not come yet (was the clock set back?): run touch {path}, then {step}"
             return Check(placed.label, FAILED, found, step)
     return Check(placed.label, OK, f"{check.found}; {daemon} runs with it")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from rewarm import cli, doctor, doctor_engines, doctor_node
 from rewarm.checks import FAILED, OK, WARNING, Check, Node
 from support.nodes import containerd_config, program, says, well
+from support.proc import wait_for
 
 
 @pytest.fixture
@@ -97,6 +100,28 @@ def test_a_daemon_with_files_of_its_own(tmp_path: Path) -> None:
             finally:
                 process.kill()
     assert not doctor_node._sees(str(process.pid), str(config)), "it has ended"
+
+
+def test_a_file_from_the_future(node: Node, tmp_path: Path) -> None:
+    """The clock was set back since: no restart would be later than that, so a restart alone is no way to mend it."""
+    config = tmp_path / "config.toml"
+    config.write_text(containerd_config(node.launcher))
+    daemon = program(tmp_path / "containerd", "read -r line")
+    record(node, containerd=config)
+    with subprocess.Popen([daemon, "--config", config], stdin=subprocess.PIPE) as running:
+        wait_for("the daemon's name", lambda: Path(f"/proc/{running.pid}/comm").read_text() == "containerd\n")
+        os.utime(config, (0, 0))
+        says(engine(node, "containerd"), OK, "containerd runs with it")
+        os.utime(config, (time.time() + 3600,) * 2)
+        says(engine(node, "containerd"), FAILED, "was started before", f"run touch {config}, then")
+        later = time.time() + 0.1
+        wait_for("a later time, by coarse clocks too", lambda: time.time() > later)
+        os.utime(config)
+        found = engine(node, "containerd")
+        says(found, FAILED, "was started before", "make it known")
+        assert "touch" not in found.mend
+        assert running.stdin is not None
+        running.stdin.close()
 
 
 def crio_file(binary: str, **more: Any) -> str:
