@@ -18,6 +18,8 @@ from support.pods import SYSTEMD, pause_image
 
 REPOSITORY = Path(__file__).parents[2]
 _TIMEOUT = 1500
+# Whichever test is the first (or the only one, by -k or --lf) waits for the guest.
+pytestmark = pytest.mark.timeout(_TIMEOUT + 60)
 TESTS = [
     "test_sandbox_and_container",
     "test_a_restart_after_a_crash_is_warm",
@@ -61,7 +63,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Path:
     return directory
 
 
-@pytest.mark.timeout(_TIMEOUT + 60)
 @pytest.mark.parametrize("name", TESTS)
 def test_pod(shared: Path, name: str) -> None:
     cases = {case.get("name"): case for case in ElementTree.parse(shared / "results.xml").iter("testcase")}
