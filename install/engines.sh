@@ -129,7 +129,9 @@ register_runtime() {
         fi
         [[ -z ${configs[$name]:-} ]] || continue
         if ! restart_engine "$name" "$no_restart"; then
-            "$python" -E -s -B "$here/register.py" unregister --state "$state" "$name" >/dev/null || true
+            "$python" -E -s -B "$here/register.py" unregister --state "$state" "$name" >/dev/null ||
+                die "$name did not start with the runtime, and its configuration could not be put back;" \
+                    "mend what is named above, then: systemctl restart $name"
             restart_engine "$name" no || true
             forget_restart "$name"
             die "$name did not start with the runtime; its configuration was put back; see: journalctl -u $name"

@@ -539,6 +539,29 @@ def test_the_nodes_own_install(tmp_path: Path) -> None:
     assert not Path("/run/rewarm/containers/run-runc/left").exists()
 
 
+def test_a_configuration_that_cannot_be_put_back(tmp_path: Path) -> None:
+    """The runtime has become the default one meanwhile: then it is not said to be gone."""
+    said = in_node(
+        tmp_path,
+        """
+        table='plugins."io.containerd.grpc.v1.cri".containerd'
+        install() { "$repository/install/install.sh" --no-packages --engines containerd "$@" 2>&1; }
+        printf 'version = 2\n[%s.runtimes.runc]\n  runtime_type = "io.containerd.runc.v2"\n' "$table" \
+            >/etc/containerd/config.toml
+        install --no-restart >/dev/null
+        printf '[%s]\n  default_runtime_name = "rewarm"\n' "$table" >>/etc/containerd/config.toml
+        printf '[%s.runtimes.runc.options]\n  SystemdCgroup = true\n' "$table" >>/etc/containerd/config.toml
+        cp /etc/containerd/config.toml "$scratch/before"
+        printf '#!/bin/sh\ntest "$1" != restart\n' >/usr/local/bin/systemctl
+        install && exit 1
+        ! cmp -s /etc/containerd/config.toml "$scratch/before" # it was refreshed, which nobody has undone
+        """,
+    )
+    assert "makes rewarm the default runtime" in said
+    assert "could not be put back; mend what is named above" in said.splitlines()[-1]
+    assert "was put back" not in said
+
+
 def test_a_containerd_that_is_not_restarted(tmp_path: Path) -> None:
     """As asked: no failure, but another is one. As nobody asked, since systemd does not run it: status 3, until it is
     restarted by hand."""
