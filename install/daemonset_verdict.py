@@ -17,6 +17,8 @@ from daemonset_host import Problem
 KUBELETS = ("containerd", "CRI-O")
 OTHERS = ("Docker", "Podman", "engines")
 """No kubelet's; and doctor's remark that there is none of the four, which is said here of the two."""
+STORE = "store"
+"""That is another machine's as a rule: while it is gone pods start cold, and without the label nowhere."""
 DISABLED = "CRI plugin is disabled"
 """What doctor says of a containerd that the kubelet cannot call: fine for `ctr`, useless here."""
 
@@ -43,7 +45,8 @@ def _list(said: str) -> list[dict[str, str]]:
 
 def unwell(general: list[Check], node: list[Check]) -> list[str]:
     """What keeps pods away, a text for each thing; nothing if they can be started."""
-    found = [_text(c) for c in (*general, *node) if c["status"] == "failed" and c["name"] not in OTHERS]
+    harmless = (*OTHERS, STORE)
+    found = [_text(c) for c in (*general, *node) if c["status"] == "failed" and c["name"] not in harmless]
     kubelets = [c for c in node if c["name"] in KUBELETS]
     if not any(c["status"] == "ok" and DISABLED not in c["found"] for c in kubelets):
         found += [_text(c) for c in kubelets if c["status"] != "failed"]

@@ -223,6 +223,7 @@ CRIO = check("CRI-O", "ok")
     ("general", "node", "texts"),
     [
         pytest.param([check("cache", "warning")], [WELL, check("Docker", "failed")], [], id="well"),
+        pytest.param([check("store", "failed")], [WELL], [], id="the store is away, pods start cold"),
         pytest.param([check("criu", "failed")], [WELL], ["criu: found (mend)"], id="nothing can be restored"),
         pytest.param(
             [check("runc", "failed")], [check("runc", "failed"), WELL], ["runc: found (mend)"], id="said once"
