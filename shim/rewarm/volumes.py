@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -52,9 +53,12 @@ def look(checkpoint: Path, root: str, bundle_spec: Spec) -> tuple[tuple[str, ...
     notes: dict[str, list[str]] = {}
     with suppress(images.ImageError, OSError):
         for volume, files in _by_volume(checkpoint, root, bundle_spec).items():
+            # The container stands still meanwhile, and may have thousands open in one directory: each is read once.
+            only_logs = cache(partial(_has_only_logs, volume, _logs(files)))
             for name, them in sorted(files.items()):
                 text = os.fsdecode(them[0].name)
-                if _may_begin_empty(volume, name, files, bundle_spec) and _is_utf8(text) and len(blank) < MAX_BLANK:
+                may = len(blank) < MAX_BLANK and _is_utf8(text) and _can_make(volume, them, bundle_spec)
+                if may and (all(file.is_directory or file.is_empty for file in them) or only_logs(name[:-1])):
                     blank.append(text)
                 elif not volume.read_only:
                     notes.setdefault(volume.destination, []).append(os.fsdecode(b"/".join(name)))
@@ -160,23 +164,28 @@ def _volumes(root: str, bundle_spec: Spec) -> Iterator[Volume]:
             yield Volume(destination, place, source, read_only)
 
 
-def _may_begin_empty(volume: Volume, name: _Name, files: dict[_Name, list[Opened]], bundle_spec: Spec) -> bool:
-    """A directory or empty file, or a log where there are only logs: beside other files it may be a journal (Redis has
-    such, and databases), which is worth nothing without them."""
-    if not _can_make(volume, files[name], bundle_spec):
-        return False
-    if all(file.is_directory or file.is_empty for file in files[name]):
-        return True
-    logs = [
-        other[-1] for other, them in files.items() if other[:-1] == name[:-1] and all(one.is_output for one in them)
-    ]
-    with descended(volume.source, name) as (fd, depth):
-        if depth + 1 != len(name):
+def _logs(files: dict[_Name, list[Opened]]) -> dict[_Name, set[bytes]]:
+    """The names of logs that are open, by their directories."""
+    found: dict[_Name, set[bytes]] = {}
+    for (*directory, last), them in files.items():
+        if all(one.is_output for one in them):
+            found.setdefault(tuple(directory), set()).add(last)
+    return found
+
+
+def _has_only_logs(volume: Volume, logs: dict[_Name, set[bytes]], directory: _Name) -> bool:
+    """Beside other files what looks like a log may be a journal (Redis has such, and databases), which is worth nothing
+    without them."""
+    known = logs.get(directory, set())
+    lengths = {len(log) for log in known}
+    with descended(volume.source, (*directory, b"")) as (fd, depth):
+        if depth != len(directory):
             return False
         with os.scandir(fd) as entries:
             found = list(islice(entries, _LISTED + 1))
+        names = [(os.fsencode(entry.name), entry) for entry in found]
         # Rotated ones have its name and more.
-        others = [e for e in found if not any(os.fsencode(e.name).startswith(log) for log in logs)]
+        others = [entry for name, entry in names if not any(name[:length] in known for length in lengths)]
         return len(found) <= _LISTED and not any(entry.is_file(follow_symlinks=False) for entry in others)
 
 

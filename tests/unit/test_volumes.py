@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,6 +17,7 @@ from rewarm import blanks, volumes
 from rewarm.criu import images, opened
 from rewarm.errors import SnapshotDamaged
 from rewarm.oci.record import Undo
+from rewarm.store.manifest import MAX_BLANK
 from support import criu_images
 
 READ, WRITE, BOTH, APPEND = os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
@@ -140,6 +142,18 @@ def test_a_journal_is_no_log(pod: Pod) -> None:
     pod.open("/cache/appendonlydir/incr.aof", APPEND, size=None)
     blank, notes = pod.look()
     assert blank == () and "appendonlydir/incr.aof" in notes[0]
+
+
+def test_many_logs_in_one_directory(pod: Pod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The container stands still meanwhile: its directory is read once."""
+    for number in range(500):
+        (pod.volume / f"{number}.log").write_text("line")
+        pod.open(f"/cache/{number}.log", APPEND, size=None)
+    scandir = Mock(wraps=os.scandir)
+    monkeypatch.setattr(os, "scandir", scandir)
+    blank, notes = pod.look()
+    assert len(blank) == MAX_BLANK and len(notes) == 1
+    assert scandir.call_count == 1
 
 
 @pytest.mark.parametrize("change", ["read-only", "users"])
