@@ -11,6 +11,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,10 +60,11 @@ def write(path: Path, checkpoint: Path, tree: str, links: Iterable[LinkRemap], p
 def _write_open(path: Path, checkpoint: Path, tree: str, extra: dict[str, str], pids: Iterable[int]) -> None:
     """Of files that are open all names, read by the processes' own descriptors: by a name it may be another by now."""
     files = _open_files(pids, os.stat(tree).st_dev)
-    for entry in os.scandir(tree):
-        status = entry.stat(follow_symlinks=False)
-        if stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) in files:
-            extra.setdefault(entry.name, files[status.st_dev, status.st_ino])
+    for name in os.listdir(tree):
+        with suppress(FileNotFoundError):  # it was another program's, which has removed it by now
+            status = os.lstat(os.path.join(tree, name))
+            if stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) in files:
+                extra.setdefault(name, files[status.st_dev, status.st_ino])
     for name in map(os.fsdecode, sorted(opened.below(checkpoint, SHM))):
         if name not in extra:
             cause = f"it is open, and of the node's own {SHM} only files at its top are carried"
