@@ -151,8 +151,12 @@ def planned(checkpoint: Path, bundle_spec: Spec) -> dict[str, Any]:
     return sysv.planned(path, _objects(checkpoint)) if path else {}
 
 
-def clear(plan: dict[str, Any]) -> None:
-    """Remove what an earlier run of the container has left. Raises RestoreError and OSError."""
+def clear(plan: dict[str, Any], bundle_spec: Spec) -> None:
+    """Remove what an earlier run of the container has left. Raises Unfit if another container has come meanwhile, whose
+    it may be; RestoreError and OSError."""
+    if plan:
+        with sysv.namespace(str(plan["path"])) as there:
+            _make_way(bundle_spec, there, [Object(*one) for one in plan["objects"]])
     left = sysv.clear(plan)
     if left is not None:
         raise RestoreError("make room for", str(left), "a process has attached what is there", "restart the container")

@@ -88,7 +88,7 @@ def undo(path: str, kept: Record, low_level: runc.Runc) -> None:
         _remove_probes(path)
         low_level.remove(kept.id)
         cgroups.remove(kept.cgroups)
-        sysv.clear(kept.ipc)
+        sysv.clear(kept.ipc, made=True)
         _restore_trees(kept)
         _remove_places(kept)
         _restore_config(kept)

@@ -286,7 +286,7 @@ def _change(plan: Plan, kept: Record, changed: Spec) -> None:
         devshm.apply(_file(plan, devshm.FILE), _file(plan, CHECKPOINT), kept.undo[1], plan.spec)
     aside.run(lambda: make_blank(kept.undo, Path(_file(plan, CHECKPOINT))))
     spec.save(plan.invocation.bundle, changed)
-    ipc.clear(kept.ipc)
+    ipc.clear(kept.ipc, plan.spec)
 
 
 def _prepared(plan: Plan) -> Spec:

@@ -26,7 +26,8 @@ _SLOT = (1 << 15) - 1
 where the kernel was told `ipcmni_extend`)."""
 _FIRST_LIST, _LARGEST_LIST = 1 << 13, 8 << 20
 _LARGEST_SYSCTL = 256
-_ATTACHED, _SENDER, _RECEIVER = 6, 5, 6
+_CREATOR, _LAST, _ATTACHED = 4, 5, 6
+_SENDER, _RECEIVER = 5, 6
 """Columns of /proc/sysvipc/shm and /proc/sysvipc/msg."""
 
 
@@ -95,6 +96,16 @@ class Namespace:
         queues = [words for words in self._table(MSG) if words[1] == one.id] if one.kind == MSG else []
         return {words[at] for words in queues for at in (_SENDER, _RECEIVER)} - {0}
 
+    def is_others(self, one: Object) -> bool:
+        """Whether something that stands where a restore, whose processes are dead, makes its own is not of that: a
+        living process has made or used it last. CRIU uses all semaphores that it makes. Raises OSError."""
+        if one.kind == SHM:
+            rows = [words for words in self._table(SHM) if words[1] == one.id]
+            users = {words[at] for words in rows for at in (_CREATOR, _LAST)} - {0}
+        else:
+            users = self.users(one)
+        return any(os.path.exists(f"/proc/{pid}") for pid in users) or (one.kind == SEM and not users)
+
     def sysctls(self) -> dict[str, list[int]]:
         """Those of SYSCTLS that the kernel has. Raises OSError."""
         from rewarm_native import ipc
@@ -158,17 +169,18 @@ def planned(path: str, objects: Iterable[Object]) -> dict[str, Any]:
         return {"path": path, "namespace": there.name, "objects": wanted}
 
 
-def clear(plan: dict[str, Any]) -> Object | None:
-    """Remove what is in the way of what a record has planned, or has been made by it; the first that could not be,
-    since it is attached. A namespace that is gone has taken all with it. Raises OSError."""
+def clear(plan: dict[str, Any], *, made: bool = False) -> Object | None:
+    """Remove what is in the way of what a record has planned, or, `made`, has been made by it: others may have made
+    something in the same place meanwhile. The first that could not be removed, since it is attached. A namespace that
+    is gone has taken all with it. Raises OSError."""
     if not plan:
         return None
     wanted = [Object(*one) for one in plan["objects"]]
     try:
         with namespace(str(plan["path"])) as there:
             # /proc/PID/ns/ipc may be another's by now.
-            found = there.objects() if there.name == plan["namespace"] else []
-            stay = [one for one in in_the_way(found, wanted) if not there.remove(one)]
+            found = in_the_way(there.objects(), wanted) if there.name == plan["namespace"] else []
+            stay = [one for one in found if not (made and there.is_others(one)) and not there.remove(one)]
     except FileNotFoundError:
         return None
     return stay[0] if stay else None

@@ -110,10 +110,17 @@ def test_undoing_twice_does_no_harm(path: Path, bundle: Path) -> None:
 
 
 def test_objects_of_a_pods_ipc_namespace_are_taken_back(path: Path, bundle: Path) -> None:
-    program = (
-        "import ctypes, time; print([ctypes.CDLL(None).semget(key, 1, 0o1600) for key in (7, 8)][0], flush=True); "
-    )
-    args = ["unshare", "--ipc", sys.executable, "-c", program + "time.sleep(60)"]
+    program = """
+import ctypes, os, time
+libc = ctypes.CDLL(None)
+made, others = (libc.semget(key, 1, 0o1600) for key in (7, 8))
+if os.fork() == 0:
+    os._exit(libc.semctl(made, 0, 16, 1))
+os.wait()
+print(made, flush=True)
+time.sleep(60)
+"""
+    args = ["unshare", "--ipc", sys.executable, "-c", program]
     with subprocess.Popen(args, stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout is not None

@@ -110,6 +110,38 @@ def test_it_is_removed_unless_it_is_attached(other: tuple[int, list[int]]) -> No
     assert queue >= 0
 
 
+MADE = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+if os.fork() == 0:
+    libc.shmget(0, 4096, 0o1600)
+    libc.msgsnd(libc.msgget(0, 0o1600), struct.pack('l5s', 1, b'hello'), 5, 0)
+    libc.semctl(libc.semget(0, 1, 0o1600), 0, 16, 7)
+    os._exit(0)
+os.wait()
+print(flush=True)
+sys.stdin.read()
+"""
+OTHERS = MADE.replace("os.fork()", "0").replace("os._exit(0)", "libc.semget(0, 2, 0o1600)").replace("os.wait()", "")
+
+
+@pytest.mark.parametrize("program", [MADE, OTHERS], ids=["by it", "by others"])
+def test_after_a_restore_what_it_has_made_is_removed(program: str) -> None:
+    """Not what another container of the pod has made meanwhile, which has the slots that the snapshot's would have."""
+    args = ["unshare", "--ipc", sys.executable, "-c", program]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        path = f"/proc/{process.pid}/ns/ipc"
+        wanted = [Object(SHM, 0, 0), Object(MSG, 0, 0), Object(SEM, 0, 0), Object(SEM, 0, 1)]
+        with sysv.namespace(path) as there:
+            found = there.objects()
+            assert len(found) == (3 if program == MADE else 4)
+            assert sysv.clear(sysv.planned(path, wanted), made=True) is None
+            assert there.objects() == ([] if program == MADE else found)
+        process.communicate("")
+
+
 def test_what_is_no_namespace(other: tuple[int, list[int]]) -> None:
     with pytest.raises(OSError, match="No such") as missing, sysv.namespace("/proc/4194305/ns/ipc"):
         pass
