@@ -13,12 +13,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
+from rewarm import briefly
 from rewarm.oci import spec
+from rewarm.oci.record import Undo
 
 PLAN = ".volume"
 """How the names of such files end."""
+_LONGEST = 3.0
+"""Seconds that a volume may take to have things taken away again."""
 _DIRECTORY_MODE = 0o755
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -67,6 +72,17 @@ def make(source: str, path: str) -> set[int]:
     made = [one for one in lacking if one.inode]
     save(path, user, made)
     return {number for one in made for number in one.ids}
+
+
+def undo(change: Undo) -> None:
+    """Undo a plan of `volumes.lay_out`, if the volume is still there. It may be a share that no longer answers: what
+    was made there is empty, and stays then. Raises OSError."""
+    briefly.run(partial(_undo, change), _LONGEST)
+
+
+def _undo(change: Undo) -> None:
+    if os.path.isdir(change.root) and (not change.mounted or os.path.ismount(change.root)):
+        take_away(change.root, change.layer)
 
 
 def take_away(source: str, path: str) -> None:

@@ -151,12 +151,10 @@ def _remove_probes(path: str) -> None:
 
 def _restore_trees(kept: Record) -> None:
     for change in reversed(kept.undo):
-        if not os.path.isdir(change.root) or (change.mounted and not os.path.ismount(change.root)):
-            continue  # the engine has taken the tree away already
         if change.layer.endswith(blanks.PLAN):
-            blanks.take_away(change.root, change.layer)
-        else:
-            layers.undo(change.root, change.layer)
+            blanks.undo(change)
+        elif os.path.isdir(change.root) and (not change.mounted or os.path.ismount(change.root)):
+            layers.undo(change.root, change.layer)  # else the engine has taken the tree away already
 
 
 def _remove_places(kept: Record) -> None:

@@ -112,6 +112,35 @@ def test_a_volume_that_answers_nothing(tmp_path: Path, prefix: Path, snapshot: S
         assert silence.asked.is_set()
 
 
+def test_a_volume_that_answers_nothing_any_more(tmp_path: Path, prefix: Path) -> None:
+    """When a log of the snapshot's is made on it. Taking away again what was made there must not hang either."""
+    program = "log = open('/data/app.log', 'a')\nlog.write('line')\nlog.flush()\n" + counter.PROGRAM
+    args = ["python3", "-c", program]
+    with Node(tmp_path / "captured", prefix) as node:
+        (volume := tmp_path / "source").mkdir()
+        counter.captured(node, args=args, mounts=[bind(volume, "/data")])
+        end(node, "source")
+        store = node.store
+    (empty := tmp_path / "empty").mkdir()
+    with (
+        Silence(tmp_path / "volume", empty) as silence,
+        Node(tmp_path / "node", prefix, store=store, cache="off", deadline=DEADLINE) as node,
+    ):
+        made = counter.bundle(node.directory / "copy", args=args, mounts=[bind(silence.target, "/data")])
+        silence.fall_silent("CREATE")
+        began = time.monotonic()
+        process, container = node.runtime.spawn("create", "copy", made)
+        assert process.wait(60) == 0
+        assert time.monotonic() - began < DEADLINE + 2 * GRACE
+        assert silence.asked.is_set()
+        node.runtime.settle(container)
+        outcome = node.outcome("copy")
+        assert outcome["outcome"] == "cold", outcome
+        said(outcome["reason"], f"the deadline of {DEADLINE:g} s passed during restore.runc")
+        end(node, "copy")
+        assert os.listdir(empty) == []
+
+
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.7])
 @pytest.mark.parametrize("how", ["hang", "vanish", "break_off"])
 def test_in_the_middle(tmp_path: Path, prefix: Path, snapshot: Snapshot, how: str, part: float) -> None:

@@ -21,7 +21,7 @@ from support.proc import command
 # The protocol, version 7.31: include/uapi/linux/fuse.h.
 OPERATIONS = {
     1: "LOOKUP", 3: "GETATTR", 14: "OPEN", 15: "READ", 17: "STATFS", 18: "RELEASE", 25: "FLUSH", 26: "INIT",
-    27: "OPENDIR", 28: "READDIR", 29: "RELEASEDIR",
+    27: "OPENDIR", 28: "READDIR", 29: "RELEASEDIR", 35: "CREATE",
 }  # fmt: skip
 ALL = frozenset(OPERATIONS.values()) - {"INIT"}
 _UNANSWERED = (2, 36, 42)  # FORGET, INTERRUPT, BATCH_FORGET

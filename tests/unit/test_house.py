@@ -30,6 +30,7 @@ ROOMS = {
     "rewarm.processes": 1,
     "rewarm.aside": 1,
     "rewarm.apart": 1,
+    "rewarm.briefly": 1,
     "rewarm.oci": 2,
     "rewarm.gpu": 2,
     "rewarm.criu": 2,
