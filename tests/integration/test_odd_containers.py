@@ -103,19 +103,6 @@ def test_a_shared_dev_shm(node: Node, there: str, held: bool, opens: bool, outco
     assert there == "mine" or sibling.read_text() == "sibling"
 
 
-def test_a_shared_pid_namespace_is_refused(node: Node) -> None:
-    pause = counter.run(node.runtime, "pause", counter.bundle(node.directory / "pause", {}))
-    made = counter.bundle(node.directory / "source")
-    for namespace in made.spec["linux"]["namespaces"]:
-        if namespace["type"] == "pid":
-            namespace["path"] = f"/proc/{pause.pid}/ns/pid"
-    made.write()
-    counter.run(node.runtime, "source", made)
-    done = node.rewarm("capture", "source", "--name", "counter", check=False)
-    assert done.returncode == 1 and "shares a pid namespace" in done.stderr
-    node.runtime.stop("source")
-
-
 def test_a_mistyped_annotation_is_said(node: Node) -> None:
     counter.run(node.runtime, "typo", counter.bundle(node.directory / "typo", {"rewarm.dev/snapshott": "x"}))
     said = [line["msg"] for line in node.runtime.log_lines() if line.get("level") == "warning"]
