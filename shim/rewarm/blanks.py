@@ -65,12 +65,13 @@ class Blank:
 def make(source: str, path: str) -> set[int]:
     """Make what is written down in `path` on the volume `source`; the numbers in the images of what was made. What is
     there by now stays, and what its user may not make is not made. Raises OSError."""
-    user, lacking = _load(path)
+    user, lacking, _ = _load(path)
+    save(path, user, lacking, begun=True)
     for one in lacking:
         one.inode = _make(source, one, user)
     # What others have made meanwhile is not to be taken away.
     made = [one for one in lacking if one.inode]
-    save(path, user, made)
+    save(path, user, made, begun=True)
     return {number for one in made for number in one.ids}
 
 
@@ -87,9 +88,10 @@ def _undo(change: Undo) -> None:
 
 def take_away(source: str, path: str) -> None:
     """Undo `make`, also half done: of what it has made, what is still empty and that nobody else has open. It is
-    others' volume, and the same log may be theirs by now."""
+    others' volume, and the same log may be theirs by now; all of it is where `make` was not even begun."""
     with suppress(FileNotFoundError):
-        for one in reversed(_load(path)[1]):
+        _, lacking, begun = _load(path)
+        for one in reversed(lacking if begun else []):
             with suppress(OSError):
                 _take_away(source, one)
         os.unlink(path)
@@ -129,7 +131,8 @@ def _take_away(source: str, one: Blank) -> None:
         if depth + 1 != len(name):
             return
         if one.is_directory:
-            os.rmdir(last, dir_fd=directory)
+            if one.inode in (0, os.lstat(last, dir_fd=directory).st_ino):
+                os.rmdir(last, dir_fd=directory)
             return
         fd = os.open(last, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         try:
@@ -152,16 +155,19 @@ def _is_open(fd: int) -> bool:
     return False
 
 
-def save(path: str, user: User, lacking: list[Blank]) -> None:
-    plan = {"user": [user.uid, user.gid, sorted(user.groups), user.privileged], "files": list(map(asdict, lacking))}
+def save(path: str, user: User, lacking: list[Blank], *, begun: bool = False) -> None:
+    who = [user.uid, user.gid, sorted(user.groups), user.privileged]
+    plan = {"user": who, "files": list(map(asdict, lacking)), "begun": begun}
     spec.write_atomically(path, json.dumps(plan).encode())
 
 
-def _load(path: str) -> tuple[User, list[Blank]]:
+def _load(path: str) -> tuple[User, list[Blank], bool]:
     with open(path, "rb") as file:
         plan = json.load(file)
     uid, gid, groups, privileged = plan["user"]
-    return User(uid, gid, frozenset(groups), privileged), [Blank(**one) for one in plan["files"]]
+    user = User(uid, gid, frozenset(groups), privileged)
+    # A rewarm from before an upgrade does not say whether it has begun.
+    return user, [Blank(**one) for one in plan["files"]], plan.get("begun", True)
 
 
 @contextmanager

@@ -324,7 +324,8 @@ def test_a_killed_restore_is_undone(pod: Pod, monkeypatch: pytest.MonkeyPatch) -
     pod.open("/cache/logs/app.log", APPEND, size=None)
     changes = volumes.lay_out(["/cache/logs/app.log"], pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
     with monkeypatch.context() as patched:
-        patched.setattr(blanks, "save", lambda *_: None)
+        save = blanks.save
+        patched.setattr(blanks, "save", lambda *plan, begun: None if plan[-1][0].inode else save(*plan, begun=begun))
         volumes.make_blank(changes, pod.checkpoint)
     assert (pod.volume / "logs/app.log").exists()
     blanks.take_away(changes[0].root, changes[0].layer)
@@ -336,3 +337,25 @@ def test_deleted_files_are_left_to_criu(pod: Pod) -> None:
     remap = criu_images.field(1, number) + criu_images.field(2, 99) + criu_images.field(3, 1)
     (pod.checkpoint / "remap-fpath.img").write_bytes(criu_images.image(remap))
     assert pod.look() == ((), [])
+
+
+def test_what_was_not_begun_is_not_undone(pod: Pod) -> None:
+    """A restore that was killed before has made nothing: what lies there by now is others', as an empty lock is."""
+    pod.open("/cache/app.lock", BOTH)
+    pod.open("/cache/work", READ, size=None, mode=DIRECTORY)
+    pod.open("/cache/app.log", APPEND, size=None)
+    names = ("/cache/app.lock", "/cache/app.log", "/cache/work")
+    (change,) = volumes.lay_out(names, pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
+    (pod.volume / "app.lock").touch()
+    (pod.volume / "work").mkdir()
+    blanks.take_away(change.root, change.layer)
+    assert sorted(os.listdir(pod.volume)) == ["app.lock", "work"]
+
+
+def test_a_directory_in_the_place_of_the_one_that_was_made_stays(pod: Pod) -> None:
+    pod.open("/cache/work", READ, size=None, mode=DIRECTORY)
+    pod.make("/cache/work")
+    (pod.volume / "work").rename(pod.volume / "moved")
+    (pod.volume / "work").mkdir()
+    pod.undo()
+    assert (pod.volume / "work").is_dir()
