@@ -110,6 +110,7 @@ def capture(
     upper = overlay.upper_directory(container.pid, bool((bundle_spec.get("root") or {}).get("readonly")))
     source.check_streams(container)
     image_id = image.identity(bundle_spec, settings.state_dir, container.pid, "/")
+    source.check_users(container, bundle_spec)
     store = DirectoryStore(settings.store)
     trace = Trace()
     notes: list[str] = []

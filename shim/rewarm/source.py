@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from typing import TYPE_CHECKING
 
 from rewarm import processes
 from rewarm.errors import CaptureError, GpuError
-from rewarm.oci import cgroups
+from rewarm.oci import cgroups, spec
 from rewarm.oci.runc import Container, Runc
 
 if TYPE_CHECKING:
     from rewarm.gpu.hold import Users
+
+_NS_GET_PARENT = 0xB702  # ioctl_ns(2)
 
 
 def check_status(container: Container, low_level: Runc, *, held: bool = False) -> None:
@@ -60,6 +63,50 @@ def check_pid_namespaces(container: Container) -> None:
                 f"process {pid} ({processes.command(pid)}) is in a pid namespace of its own, which CRIU cannot dump",
                 "run it without `unshare --pid` or a sandbox that makes one",
             )
+
+
+def check_users(container: Container, bundle_spec: spec.Spec) -> None:
+    """Its init is in the user namespace in which runc has started it. In one of its own it may mount, also an overlay
+    as its root, whose upper directory is then any path of the node's that it likes. From there no way leads back: what
+    was read of its mounts before this is its container's.
+
+    Raises CaptureError.
+    """
+    try:
+        if _depth(container.pid) == (1 if spec.has_users(bundle_spec) else 0):
+            return
+    except OSError as error:
+        cause = f"its init, process {container.pid}, has ended"
+        raise CaptureError("capture container", container.id, cause, "capture it while it runs") from error
+    raise CaptureError(
+        "capture container",
+        container.id,
+        f"its init ({processes.command(container.pid)}) is in a user namespace that it has made itself, in which any "
+        "mount can be its root",
+        "run it without `unshare --user` or a sandbox that makes one",
+    )
+
+
+def _depth(pid: int) -> int:
+    """How many user namespaces a process is below this one's; 2 for more, and for what is not below it.
+
+    Raises OSError.
+    """
+    own = os.stat("/proc/self/ns/user")
+    its = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.path.samestat(os.fstat(its), own):
+            return 0
+        try:
+            parent = fcntl.ioctl(its, _NS_GET_PARENT)
+        except PermissionError:
+            return 2
+        try:
+            return 1 if os.path.samestat(os.fstat(parent), own) else 2
+        finally:
+            os.close(parent)
+    finally:
+        os.close(its)
 
 
 def check_orphans(container: Container) -> None:

@@ -103,6 +103,48 @@ def test_a_shared_dev_shm(node: Node, there: str, held: bool, opens: bool, outco
     assert there == "mine" or sibling.read_text() == "sibling"
 
 
+ANOTHER_ROOT = """
+import ctypes, os, shutil
+libc = ctypes.CDLL(None, use_errno=True)
+def done(result): assert result == 0, os.strerror(ctypes.get_errno())
+done(libc.unshare(0x5c020000))  # user, network, IPC, UTS and mount namespace
+open('/proc/self/setgroups', 'w').write('deny')
+for kind in 'uid', 'gid': open(f'/proc/self/{kind}_map', 'w').write('0 0 1')
+os.makedirs(top)
+done(libc.mount(b'tmpfs', top.encode(), b'tmpfs', 0, None))
+for name in 'up', 'work', 'root': os.mkdir(f'{top}/{name}')
+layers = f'lowerdir=/etc,upperdir={top}/up,workdir={top}/work'
+done(libc.mount(b'overlay', f'{top}/root'.encode(), b'overlay', 0, layers.encode()))
+for file in '/usr/bin/sleep', '/lib/x86_64-linux-gnu/libc.so.6', '/lib64/ld-linux-x86-64.so.2':
+    os.makedirs(os.path.dirname(f'{top}/root{file}'), exist_ok=True)
+    shutil.copy(file, f'{top}/root{file}')
+for name in 'proc', 'dev':
+    os.mkdir(f'{top}/root/{name}')
+    done(libc.mount(f'/{name}'.encode(), f'{top}/root/{name}'.encode(), None, 0x5000, None))
+os.mkdir(f'{top}/root/old')
+os.chdir(f'{top}/root')
+done(libc.syscall(155, b'.', b'old'))
+done(libc.umount2(b'/old', 2))
+print('there', flush=True)
+os.dup2(os.pipe()[0], 0)
+os.execv('/usr/bin/sleep', ['sleep', '1000'])
+"""
+
+
+def test_a_root_of_its_own_choice(node: Node, tmp_path: Path) -> None:
+    """Without a right that others have not: the upper directory of that overlay is a path of the node's."""
+    (tmp_path / "nodes/up").mkdir(parents=True)
+    (tmp_path / "nodes/up/secret").write_text("the node's")
+    args = ["python3", "-c", f"top = {str(tmp_path / 'nodes')!r}" + ANOTHER_ROOT]
+    container = node.runtime.create("source", counter.bundle(node.directory / "source", args=args))
+    node.runtime.start("source")
+    container.stdout.wait_text("there")
+    done = node.rewarm("capture", "source", "--name", "counter", check=False)
+    assert done.returncode == 1 and "in a user namespace that it has made itself" in done.stderr, done
+    assert not node.store.exists()
+    node.runtime.stop("source")
+
+
 def test_a_mistyped_annotation_is_said(node: Node) -> None:
     counter.run(node.runtime, "typo", counter.bundle(node.directory / "typo", {"rewarm.dev/snapshott": "x"}))
     said = [line["msg"] for line in node.runtime.log_lines() if line.get("level") == "warning"]
