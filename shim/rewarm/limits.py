@@ -33,7 +33,8 @@ def limit(spec: Spec, init: int) -> list[str]:
     except OSError as error:
         raise RestoreError("limit resources of", f"process {init}", error.strerror or str(error)) from error
     wanted = process.get("oomScoreAdj")
-    return [] if wanted is None else _set_scores(int(wanted), tree)
+    # Without one a cold start inherits this process's.
+    return _set_scores(_score("self") if wanted is None else int(wanted), tree, exactly=wanted is not None)
 
 
 def _allowed(entries: list[dict[str, Any]]) -> dict[int, int]:
@@ -54,11 +55,12 @@ def _limit_resources(allowed: dict[int, int], tree: list[int]) -> None:
                 resource.prlimit(pid, number, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))
 
 
-def _set_scores(wanted: int, tree: list[int]) -> list[str]:
-    """The init's score was that of its spec; whoever below it has made itself likelier to be killed stays so."""
+def _set_scores(wanted: int, tree: list[int], *, exactly: bool) -> list[str]:
+    """No score is below `wanted`. With `exactly` that is the init's, whose own was that of its spec; whoever below it
+    has made itself likelier to be killed stays so."""
     was = {pid: _score(pid) for pid in tree}
     for pid, score in was.items():
-        if score != wanted and (score == was[tree[0]] or score < wanted):
+        if score < wanted or (exactly and score != wanted and score == was[tree[0]]):
             try:
                 with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
                     file.write(str(wanted))
@@ -72,6 +74,6 @@ def _set_scores(wanted: int, tree: list[int]) -> list[str]:
     return []
 
 
-def _score(pid: int) -> int:
+def _score(pid: int | str) -> int:
     with open(f"/proc/{pid}/oom_score_adj", encoding="ascii") as file:
         return int(file.read())

@@ -32,6 +32,14 @@ def check_status(container: Container, low_level: Runc, *, held: bool = False) -
         )
     if status == "paused" and not held:
         raise CaptureError("capture container", container.id, "it is paused", "resume it first")
+    namespaces = (spec.load(container.bundle).get("linux") or {}).get("namespaces") or []
+    if not any(one.get("type") == "pid" and not processes.is_own_namespace(one) for one in namespaces):
+        raise CaptureError(
+            "capture container",
+            container.id,
+            "it is in the node's pid namespace (hostPID), in which its process ids are others' at a restore",
+            "give it a pid namespace of its own, or its pod's (shareProcessNamespace)",
+        )
     if container.labels.get("org.criu.config"):
         raise CaptureError(
             "capture container",

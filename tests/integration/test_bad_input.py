@@ -278,6 +278,19 @@ def test_restored_container_that_is_not_started(other: Node) -> None:
     refused(other, "created but not started", "start it first")
 
 
+@pytest.mark.parametrize("path", ["", "/proc/self/ns/pid"])
+def test_container_in_the_nodes_pid_namespace(node: Node, path: str) -> None:
+    made = counter.bundle(node.directory / "source", env=faults.SMALL)
+    namespaces = made.spec["linux"]["namespaces"]
+    namespaces[:] = [one for one in namespaces if one["type"] != "pid"]
+    if path:
+        namespaces.append({"type": "pid", "path": path})
+    made.write()
+    counter.run(node.runtime, "source", made)
+    refused(node, "in the node's pid namespace (hostPID)", "its pod's (shareProcessNamespace)")
+    node.runtime.stop("source")
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_container_with_a_stream_that_criu_cannot_see(node: Node, stream: str) -> None:
     file = node.directory / "output.log"

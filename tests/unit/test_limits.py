@@ -124,3 +124,16 @@ def test_what_the_spec_does_not_name_is_as_in_a_cold_start(made: list[Tree]) -> 
         [sys.executable, "-c", script, str(tree.process.pid)], check=True, env={"PYTHONPATH": ":".join(sys.path)}
     )
     assert tree.files == {(200, 200)} and resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+def test_without_a_score_in_the_spec_none_is_below_what_a_cold_start_inherits(made: list[Tree]) -> None:
+    """An image may ask for -1000."""
+    tree = Tree([500, 600])
+    made.append(tree)
+    script = (
+        "import sys; from rewarm.limits import limit; "
+        "open('/proc/self/oom_score_adj', 'w').write('550'); assert limit({}, int(sys.argv[1])) == []"
+    )
+    words = [sys.executable, "-c", script, str(tree.process.pid)]
+    subprocess.run(words, check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert tree.scores == [550, 600]
