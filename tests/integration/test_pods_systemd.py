@@ -42,21 +42,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Path:
     image.workload("pod_server")
     directory = tmp_path_factory.mktemp("guest") / "shared"
     names = [f"tests/integration/test_pods.py::{name}[1.6]" for name in TESTS]
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=/mnt/guest/results.xml", *names]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=/guest/results.xml", *names]
     variables = {
         "HOME": "/root",
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "PYTHONDONTWRITEBYTECODE": "1",
         "REWARM_TEST_PREFIX": str(prefix),
         "REWARM_TEST_ROOTFS": str(rootfs.cache()),
+        "TMPDIR": "/guest-tmp",
         SYSTEMD: "1",
     }
-    # A checkout below /tmp, /run or /mnt is not there: the guest has its own.
     script = [f"cd {shlex.quote(str(REPOSITORY))} || exit"]
     script += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    script += [
-        "(uname -r; stat -fc %T /sys/fs/cgroup; cat /proc/1/comm; grep CapEff /proc/self/status) >/mnt/guest/facts"
-    ]
+    script += ["(uname -r; stat -fc %T /sys/fs/cgroup; cat /proc/1/comm; grep CapEff /proc/self/status) >/guest/facts"]
     script += [shlex.join(words)]
     said = guest.run(directory, "\n".join(script), timeout=_TIMEOUT)
     assert (directory / "results.xml").exists(), said

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from support import rootfs
 
-_MEMORY = 6144  # MiB, of which 3 GiB may be in /tmp
+_MEMORY = 6144  # MiB, of which 3 GiB may be in /guest-tmp
 
 
 def run(directory: Path, script: str, *, timeout: float) -> str:
     """Boot a guest, run a bash script in it as root, and power it off; what the script has written to its streams.
 
-    The guest's /mnt/guest is `directory`, which is made. /tmp and /run are empty there, and changes of other files are
-    gone with the guest. Raises AssertionError if it does not end by itself within `timeout` seconds.
+    The guest's /guest is `directory`, which is made. /guest-tmp is in memory, as /run is, and empty; changes of other
+    files are gone with the guest. Raises AssertionError if it does not end by itself within `timeout` seconds.
     """
     directory.mkdir()
     (directory / "run").write_text(script)

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # shellcheck shell=dash
 # What a guest's kernel runs first, in its initramfs: makes the machine's own file system, read-only, with what is
-# written kept in memory, the guest's root, and hands over to systemd, which runs /mnt/guest/run in rewarm-guest.target.
+# written kept in memory, the guest's root, and hands over to systemd, which runs /guest/run in rewarm-guest.target.
 /bin/busybox mkdir -p /proc /sys /dev /machine /written /root
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
@@ -15,12 +15,13 @@ mount -t tmpfs -o size=3g tmpfs /written
 mkdir /written/upper /written/work
 mount -t overlay -o lowerdir=/machine,upperdir=/written/upper,workdir=/written/work overlay /root
 # No symbolic link of the machine's is followed out of the new root: its /lib is one, within it.
-for directory in proc sys dev run tmp mnt mnt/guest usr/lib/modules; do
+for directory in proc sys dev run tmp guest guest-tmp usr/lib/modules; do
     mkdir -p "/root/$directory"
 done
 mount -t tmpfs -o mode=755 tmpfs /root/run
-mount -t tmpfs -o size=3g,mode=1777 tmpfs /root/tmp
-mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 guest /root/mnt/guest
+# Not /tmp: the checkout may be there.
+mount -t tmpfs -o size=3g,mode=1777 tmpfs /root/guest-tmp
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 guest /root/guest
 cp -a /lib/modules/* /root/usr/lib/modules/
 rm -f /root/usr/sbin/modprobe
 cp /bin/busybox /root/usr/sbin/modprobe
@@ -39,8 +40,8 @@ SuccessAction=poweroff-force
 FailureAction=poweroff-force
 [Service]
 Type=oneshot
-ExecStart=/bin/bash /mnt/guest/run
-StandardOutput=file:/mnt/guest/output
+ExecStart=/bin/bash /guest/run
+StandardOutput=file:/guest/output
 StandardError=inherit
 TimeoutStartSec=infinity
 Delegate=yes
