@@ -14,6 +14,7 @@ from rewarm.oci.runc import Container, Runc
 if TYPE_CHECKING:
     from rewarm.gpu.hold import Users
 
+_INIT = 1
 _NS_GET_PARENT = 0xB702  # ioctl_ns(2)
 
 
@@ -119,7 +120,8 @@ def _depth(pid: int) -> int:
 
 def check_orphans(container: Container) -> None:
     """In a pid namespace that is shared its init, another container, adopts processes whose parent has ended: CRIU,
-    which goes from parent to child, would leave them out. (What was executed in a container has its parent outside.)
+    which goes from parent to child, would leave them out. (Not meant is what was executed in a container: its parent is
+    outside, or was executed, too.)
 
     Raises CaptureError.
     """
@@ -128,6 +130,8 @@ def check_orphans(container: Container) -> None:
         found = processes.stat(pid)
         try:
             if found is None or found.state in "ZX" or os.readlink(f"/proc/{found.parent}/ns/pid") != own:
+                continue
+            if processes.namespace_pid(found.parent) != _INIT:
                 continue
         except OSError:
             continue  # it, or its parent, has ended

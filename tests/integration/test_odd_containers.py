@@ -29,6 +29,23 @@ def test_a_control_directory_nested_deeper_than_python_recurses(node: Node) -> N
         assert not node.container_directory("deep").exists()
 
 
+def test_a_process_that_was_execed_and_has_children(node: Node) -> None:
+    """A shell of `kubectl exec`, or a probe, that runs something: they are left out, and go on."""
+    counter.run(node.runtime, "source", counter.bundle(node.directory / "source"))
+    pid_file = node.directory / "exec.pid"
+    quiet = "sleep 1000 </dev/null >/dev/null 2>&1 & exec sleep 1001 </dev/null >/dev/null 2>&1"
+    node.runtime.run("exec", "--detach", "--pid-file", pid_file, "source", "sh", "-c", quiet)
+    execed = int(pid_file.read_text())
+    children = Path(f"/proc/{execed}/task/{execed}/children")
+    proc.wait_for("its child", lambda: children.read_text().split())
+    node.rewarm("capture", "source", "--name", "counter")
+    (child,) = map(int, children.read_text().split())
+    for pid in (child, execed):
+        os.kill(pid, signal.SIGKILL)
+    proc.reap(execed, timeout=10)
+    node.runtime.stop("source")
+
+
 def test_a_stopped_process_that_was_execed_into_the_container(node: Node) -> None:
     """Control-Z in `kubectl exec`: it is no descendant of the container's init, and CRIU must not wait for it."""
     made = counter.run(node.runtime, "source", counter.bundle(node.directory / "source"))
