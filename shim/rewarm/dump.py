@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from rewarm import private
+from rewarm import private, processes
 from rewarm.criu import log, options
 from rewarm.errors import CaptureError, OciError
 from rewarm.lifeline import Lifeline
@@ -20,8 +20,10 @@ from rewarm.restore import CHECKPOINT
 from rewarm.scratch import Scratch
 from rewarm.settings import Settings
 
-# compel's word in the log for the step at which a process begins to run CRIU's code.
 _DEATH = 10.0
+_LOOK, _LAST_WORDS = 0.25, 1.0
+"""Seconds between looks at the container, and for CRIU to end by itself when it is dead."""
+# compel's word in the log for the step at which a process begins to run CRIU's code.
 _INFECTED = b"Putting parasite blob"
 
 
@@ -46,16 +48,25 @@ def dump(
     environment = options.environment(option_file, criu)
     dump_log = scratch.work / "dump.log"
     done = _run_checkpoint(
-        low_level.words(*words), environment, settings.capture_timeout, lifeline, scratch.lock, dump_log
+        low_level.words(*words), environment, settings.capture_timeout, lifeline, scratch.lock, dump_log, container
     )
     if done.returncode != 0:
+        if processes.start_time(container.pid) != container.start_time:
+            cause = "it has ended while it was dumped"
+            raise CaptureError("dump container", container.id, cause, "capture it while it runs")
         kept = _keep_log(dump_log, settings)
         cause = log.cause(str(dump_log)) or runc.message(done)
         raise CaptureError("dump container", container.id, cause, f"CRIU's log is kept as {kept}")
 
 
 def _run_checkpoint(
-    words: list[str], env: dict[str, str], timeout: float, lifeline: Lifeline, lock: int, dump_log: Path
+    words: list[str],
+    env: dict[str, str],
+    timeout: float,
+    lifeline: Lifeline,
+    lock: int,
+    dump_log: Path,
+    container: Container,
 ) -> subprocess.CompletedProcess[str]:
     """Run `runc checkpoint`. It outlives a killed rewarm: a CRIU that dies in the middle leaves broken processes.
 
@@ -78,7 +89,7 @@ def _run_checkpoint(
     end = time.monotonic() + timeout
     try:
         lifeline.dumping(process.pid, 2 * timeout)
-        said, _ = process.communicate(timeout=timeout)
+        said = _wait(process, container, end)
     except subprocess.TimeoutExpired as error:
         _end(process, dump_log, timeout)
         limit = f"it did not end within {timeout:g} s"
@@ -86,11 +97,33 @@ def _run_checkpoint(
     except BaseException:
         # Told to end: the processes must be whole again before they may run.
         try:
-            process.communicate(timeout=max(0.0, end - time.monotonic()))
+            _wait(process, container, end)
         except subprocess.TimeoutExpired:
             _end(process, dump_log, timeout)
         raise
     return subprocess.CompletedProcess(words, process.returncode, said, "")
+
+
+def _wait(process: subprocess.Popen[str], container: Container, end: float) -> str:
+    """What it has said once it has ended. Raises subprocess.TimeoutExpired at `end`.
+
+    A container that is killed meanwhile is nothing that could be broken any more, and CRIU may wait for it for ever:
+    a process with several threads is not dead for its tracer before that has waited for each of them (seen with 4.2).
+    The engine could not delete the container for as long.
+    """
+    dead = 0.0
+    while True:
+        try:
+            return process.communicate(timeout=max(0.0, min(_LOOK, end - time.monotonic())))[0]
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                raise
+        if processes.start_time(container.pid) == container.start_time:
+            continue
+        dead = dead or time.monotonic()
+        if time.monotonic() - dead > _LAST_WORDS:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[str], dump_log: Path, patience: float) -> None:

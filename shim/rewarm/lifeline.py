@@ -231,7 +231,10 @@ class _Watch:
         word, *rest = line.split()
         if word == _FREEZING:
             self._limit = None
-            self._frozen, self._stopped = True, {int(pid): int(start) for pid, start in _pairs(rest)}
+            self._frozen, self._stopped = (
+                True,
+                {int(pid): int(start) for pid, start in (word.split("=") for word in rest)},
+            )
         elif word == _DUMPING:
             self._dump = int(rest[0]), int(rest[1]), float(rest[2])
         elif word == _DUMPED:
@@ -259,7 +262,7 @@ class _Watch:
             self._locking, self._limit = False, None
         elif word == _TAKEN:
             self._limit = None
-            for uuid, pid, size in _pairs(rest):
+            for uuid, pid, size in (word.split("=") for word in rest):
                 self._needed.setdefault(uuid, {})[int(pid)] = int(size)
         elif word == _KEPT:
             self._limit = None
@@ -338,9 +341,8 @@ class _Watch:
         if not self._orphan:
             self.resume()
             return
-        if self._dump is not None and processes.start_time(self._dump[0]) == self._dump[1]:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._dump[0], signal.SIGKILL)  # so late its processes are lost, or it does nothing
+        if self._dump is not None:
+            processes.kill_group(*self._dump[:2])  # so late its processes are lost, or it does nothing
         self.abandoned(_PATIENCE)
         self.done = True
 
@@ -350,16 +352,14 @@ class _Watch:
         if self._frozen:
             end = time.monotonic() + patience
             while processes.traced(self._held.pid) and time.monotonic() < end:
+                if self._dump is not None and processes.start_time(self._held.pid) != self._held.start:
+                    processes.kill_group(*self._dump[:2])  # it may wait for dead threads for ever (dump.py)
                 time.sleep(0.05)
             if processes.start_time(self._held.pid) == self._held.start:
                 with contextlib.suppress(CaptureError):
                     netlock.remove(self._held.pid)
         self.resume()
         scratch.remove_dead(Path(self._held.directory))
-
-
-def _pairs(words: list[str]) -> list[list[str]]:
-    return [word.split("=") for word in words]
 
 
 def main(words: list[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 
@@ -132,6 +133,13 @@ def send(pid: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def kill_group(leader: int, start: int) -> None:
+    """SIGKILL for the process group of a process with this start time; nothing if that is gone."""
+    if start_time(leader) == start:
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 def in_cgroups(paths: Iterator[str] | tuple[str, ...]) -> set[int]:
