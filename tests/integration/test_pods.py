@@ -327,7 +327,8 @@ def test_its_clock_goes_on_where_the_node_has_not_been_up_as_long(
 ) -> None:
     annotations = {**SNAPSHOT, "rewarm.dev/snapshot": "older"}
     clocks = []
-    with KubeNode(tmp_path / "older", prefix, number=7, store=clean.node.store, older=1_000_000) as older:
+    store, binary = clean.node.store, clean.binary  # each version of containerd has a seccomp profile of its own
+    with KubeNode(tmp_path / "older", prefix, number=7, store=store, binary=binary, older=1_000_000) as older:
         older.import_image(image.workload("pod_server")[0])
         for node, outcome in ((older, "cold"), (clean, "warm")):
             pod = node.pod("clock", annotations=annotations)

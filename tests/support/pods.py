@@ -85,6 +85,7 @@ class KubeNode:
         self.directory = directory
         self.node = Node(directory / "node", prefix, store=store, **settings)
         self.number = number
+        self.binary = binary
         self.systemd_cgroup = systemd_cgroup
         self._pods: list[Pod] = []
         networks = directory / "networks"
