@@ -159,8 +159,8 @@ def test_while_runc_makes_it(node: Node) -> None:
     made.write()
     with ThreadPoolExecutor() as pool:
         done = pool.submit(node.runtime.create, "slow", made)
-        wait_for("the hook", lambda: "slow" in rows(node))
-        assert rows(node)["slow"]["state"] == "creating"
+        # "restoring" for a moment, until it is known that there is no snapshot.
+        wait_for("the hook", lambda: rows(node).get("slow", {}).get("state") == "creating", timeout=10)
         done.result()
     assert rows(node)["slow"]["state"] == "created"
 
