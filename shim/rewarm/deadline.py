@@ -11,9 +11,9 @@ import signal
 KUBELET = 120.0
 """Seconds after which the kubelet gives a container up that is being created or started: runtimeRequestTimeout, by
 default."""
-SWEEPING, UNDOING = 15.0, 30.0
-"""Seconds beside the limit, at most: before it, for what killed restores have left, and after it, for undoing this
-one."""
+SWEEPING, UNDOING, TAKING_BACK = 15.0, 20.0, 20.0
+"""Seconds beside the limit, at most: before it, for what killed restores have left; after it, for undoing this one; and
+for the guard to do that, where the process that should hangs."""
 
 
 class Passed(Exception):
@@ -21,8 +21,9 @@ class Passed(Exception):
 
 
 def latest(limit: float) -> float:
-    """Seconds after which `create` has given up a restore with this limit, whatever hangs, and starts cold."""
-    return SWEEPING + limit + UNDOING
+    """Seconds after which `create` has given up a restore with this limit and starts cold, though a store or a driver
+    hang."""
+    return SWEEPING + limit + UNDOING + TAKING_BACK
 
 
 def arm(seconds: float) -> None:

@@ -51,7 +51,7 @@ def dump(
         low_level.words(*words), environment, settings.capture_timeout, lifeline, scratch.lock, dump_log, container
     )
     if done.returncode != 0:
-        if processes.start_time(container.pid) != container.start_time:
+        if processes.is_dead(container.pid, container.start_time):
             cause = "it has ended while it was dumped"
             raise CaptureError("dump container", container.id, cause, "capture it while it runs")
         kept = _keep_log(dump_log, settings)
@@ -118,7 +118,7 @@ def _wait(process: subprocess.Popen[str], container: Container, end: float) -> s
         except subprocess.TimeoutExpired:
             if time.monotonic() >= end:
                 raise
-        if processes.start_time(container.pid) == container.start_time:
+        if not processes.is_dead(container.pid, container.start_time):
             continue
         dead = dead or time.monotonic()
         if time.monotonic() - dead > _LAST_WORDS:

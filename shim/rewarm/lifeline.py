@@ -231,10 +231,8 @@ class _Watch:
         word, *rest = line.split()
         if word == _FREEZING:
             self._limit = None
-            self._frozen, self._stopped = (
-                True,
-                {int(pid): int(start) for pid, start in (word.split("=") for word in rest)},
-            )
+            self._frozen = True
+            self._stopped = {int(pid): int(start) for pid, start in (pair.split("=") for pair in rest)}
         elif word == _DUMPING:
             self._dump = int(rest[0]), int(rest[1]), float(rest[2])
         elif word == _DUMPED:
@@ -262,7 +260,7 @@ class _Watch:
             self._locking, self._limit = False, None
         elif word == _TAKEN:
             self._limit = None
-            for uuid, pid, size in (word.split("=") for word in rest):
+            for uuid, pid, size in (triple.split("=") for triple in rest):
                 self._needed.setdefault(uuid, {})[int(pid)] = int(size)
         elif word == _KEPT:
             self._limit = None
@@ -352,7 +350,7 @@ class _Watch:
         if self._frozen:
             end = time.monotonic() + patience
             while processes.traced(self._held.pid) and time.monotonic() < end:
-                if self._dump is not None and processes.start_time(self._held.pid) != self._held.start:
+                if self._dump is not None and processes.is_dead(self._held.pid, self._held.start):
                     processes.kill_group(*self._dump[:2])  # it may wait for dead threads for ever (dump.py)
                 time.sleep(0.05)
             if processes.start_time(self._held.pid) == self._held.start:

@@ -35,6 +35,16 @@ def start_time(pid: int) -> int | None:
     return None if found is None or found.state in "ZX" else found.start_time
 
 
+def is_dead(pid: int, start: int) -> bool:
+    """Whether a process with this start time has ended, also if its tracer still has to wait for its threads. One of
+    which only the first thread has ended, which looks like a zombie then, lives."""
+    found = stat(pid)
+    if found is None or found.start_time != start:
+        return True
+    states = [one.state for one in (stat(pid, tid) for tid in threads(pid)) if one is not None]
+    return all(state in "ZX" for state in states)
+
+
 def children(pid: int) -> list[int]:
     """The living children of all threads of a process (CONFIG_PROC_CHILDREN, which CRIU needs as well)."""
     found: list[int] = []

@@ -21,6 +21,7 @@ from dataclasses import replace
 
 from rewarm import blanks, causes, installation, layers, private, processes, settings, sysv
 from rewarm.criu import log as criu_log
+from rewarm.deadline import TAKING_BACK
 from rewarm.errors import NotUndone, OciError, RestoreError, RewarmError
 from rewarm.oci import cgroups, mounts, record, runc, spec
 from rewarm.oci.record import Record
@@ -28,7 +29,6 @@ from rewarm.settings import Settings
 
 _LONGEST_EXEC = 1.0
 """Seconds until a program that has been started has its arguments, also one whose cgroup is throttled."""
-_GUARD_TIMEOUT = 20.0
 _PROBE = re.compile(r"/tmp/\.criu\.move_mount_set_group\.[A-Za-z0-9]{6}")
 _PROBED = 1.0
 """Seconds after which such a mount is nobody's any more."""
@@ -276,7 +276,7 @@ def _take(path: str, kept: Record, binary: str) -> None:
 
 
 def _wait_for_guards(path: str) -> None:
-    end = time.monotonic() + _GUARD_TIMEOUT
+    end = time.monotonic() + TAKING_BACK
     while _guards(path):
         if time.monotonic() > end:
             raise NotUndone("wait for guard of", os.path.basename(path), "it does not end", "look for state D in `ps`")

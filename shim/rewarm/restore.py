@@ -318,10 +318,12 @@ def _guard(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
     words = ["restore", "--detach", "--no-subreaper", "--file-locks", "--ext-unix-sk", "--tcp-established"]
     words += ["--bundle", invocation.bundle, "--image-path", _file(plan, CHECKPOINT)]
     words += ["--work-path", os.path.join(directory, "work")]
-    words += ["--pid-file", invocation.pid_file] if invocation.pid_file else []
+    if invocation.pid_file:
+        words += ["--pid-file", invocation.pid_file]
     if invocation.flags.get("console-socket"):
         words += ["--console-socket", invocation.flags["console-socket"]]
-    words += ["--no-pivot"] * invocation.is_set("no-pivot")
+    if invocation.is_set("no-pivot"):
+        words.append("--no-pivot")
     env = options.environment(os.path.join(directory, "criu.conf"), node.criu_binary(plan.settings))
     recovery = [sys.executable, "-I", "-m", "rewarm.recover", directory]
     command = low_level.words(*words, invocation.container_id, log=os.path.join(directory, "runc.json"))

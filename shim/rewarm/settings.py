@@ -57,7 +57,7 @@ class Settings:
     """Globs of runc roots in which `rewarm capture` looks for a container."""
     criu: str = "auto"
     """Path of criu; auto: the one that the install provided, or PATH's."""
-    deadline: float = 70.0
+    deadline: float = 60.0
     """A restore that takes longer is given up for a cold start, in time for the kubelet (deadline.py)."""
     on_miss: str = "cold-start"
     """What a container gets that does not say: cold-start or fail."""

@@ -74,9 +74,9 @@ def test_settings(tmp_path: Path) -> None:
 
 def test_a_deadline_for_which_the_kubelet_does_not_wait(node: Node) -> None:
     """Whatever hangs, `create` has to have answered by then: by default, it does."""
-    says(doctor.check_settings(with_settings(node, deadline=75)), OK)
-    found = doctor.check_settings(with_settings(node, deadline=76))
-    says(found, WARNING, "after 121 s", "runtimeRequestTimeout", "set it to 75 at most")
+    says(doctor.check_settings(with_settings(node, deadline=65)), OK)
+    found = doctor.check_settings(with_settings(node, deadline=66))
+    says(found, WARNING, "after 121 s", "runtimeRequestTimeout", "set it to 65 at most")
     assert deadline.latest(Settings().deadline) < deadline.KUBELET == 120
 
 

@@ -38,7 +38,7 @@ def test_an_absent_file_is_all_defaults(file: Path) -> None:
     assert load(file) == Settings()
     assert Settings().store == "/var/lib/rewarm/store"
     assert Settings().runtimes == ("runc",)
-    assert Settings().deadline == 70.0
+    assert Settings().deadline == 60.0
     assert Settings().on_miss == "cold-start"
     assert "/run/containerd/runc/*" in Settings().runtime_roots
 
