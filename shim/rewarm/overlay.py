@@ -6,21 +6,30 @@ import os
 import re
 from pathlib import Path
 
+from rewarm import processes
 from rewarm.errors import CaptureError
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 _LOWER = re.compile(r"(?:[^:\\]|\\.)+", re.DOTALL)
 
 
-def upper_directory(pid: int, read_only: bool) -> Path | None:
-    """The upper directory of the overlay that is `/` for process `pid`; None for a root that cannot change.
+def upper_directory(pid: int, rootfs: str, read_only: bool) -> Path | None:
+    """The upper directory of the overlay that is `/` for `pid`, a container's init; None for a root that cannot change.
 
     Read from the process's own /proc/PID/mountinfo, so that it is right whatever namespace the engine
-    mounts in; the path itself is the node's. `read_only` is the spec's `root.readonly`. Raises CaptureError
-    for any other kind of root, whose changes cannot be told from its image.
+    mounts in; the path itself is the node's. With CAP_SYS_ADMIN the container can make any overlay its root, and
+    so name any path: only the one that the engine has mounted on `rootfs` counts. `read_only` is the spec's
+    `root.readonly`. Raises CaptureError for any other kind of root, whose changes cannot be told from its image.
     """
-    kind, options = _mount(pid, "/")
+    kind, device, options = _mount(pid, "/")
     if kind == "overlay":
+        if device != _engines(pid, rootfs):
+            raise CaptureError(
+                "find rootfs changes",
+                f"process {pid}",
+                f"its root is not the overlay that its engine has mounted on {rootfs}",
+                "run it without mounts that become its root",
+            )
         found = dict(option.partition("=")[::2] for option in options)
         upper = found.get("upperdir", "")
         if not upper:
@@ -49,7 +58,7 @@ def lower_directories(pid: int, target: str) -> list[str]:
 
     Without those that hold data only: they are of no image. Raises OSError.
     """
-    kind, options = _mount(pid, target)
+    kind, _, options = _mount(pid, target)
     found = [option.partition("=")[::2] for option in options] if kind == "overlay" else []
     layers = [value for key, value in found if key == "lowerdir+"]
     for key, value in found:
@@ -63,15 +72,29 @@ def lower_directories(pid: int, target: str) -> list[str]:
     return [os.path.join(snapshots, layer) for layer in layers]
 
 
-def _mount(pid: int, target: str) -> tuple[str, list[str]]:
-    """File system type and superblock options of the topmost mount at `target`, of proc_pid_mountinfo(5)."""
-    found: tuple[str, list[str]] = ("", [])
+def _engines(pid: int, rootfs: str) -> int:
+    """The device number of what the engine has mounted on `rootfs`. Engines have mount namespaces of their own, and the
+    parent of a container's init is in its engine's: a shim, conmon or runc, or the node's init. Raises CaptureError."""
+    found = processes.stat(pid)
+    try:
+        return os.stat(f"/proc/{found.parent if found else 1}/root{rootfs}").st_dev
+    except OSError as error:
+        cause = f"{rootfs} of its engine: {error.strerror}"
+        raise CaptureError("find rootfs changes", f"process {pid}", cause, "capture it while it runs") from error
+
+
+def _mount(pid: int, target: str) -> tuple[str, int, list[str]]:
+    """File system type, device number and superblock options of the topmost mount at `target`, of
+    proc_pid_mountinfo(5). All of them are of one line: the process may change its mounts meanwhile."""
+    found: tuple[str, int, list[str]] = ("", 0, [])
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             fields, _, rest = line.rstrip("\n").partition(" - ")
-            if _unescape(fields.split(" ")[4]) == target:
+            _, _, device, _, place, *_ = fields.split(" ")
+            if _unescape(place) == target:
                 kind, _, options = rest.split(" ", 2)
-                found = kind, [_unescape(option) for option in _split(options)]
+                major, _, minor = device.partition(":")
+                found = kind, os.makedev(int(major), int(minor)), [_unescape(option) for option in _split(options)]
     return found
 
 

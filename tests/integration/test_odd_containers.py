@@ -124,9 +124,10 @@ ANOTHER_ROOT = """
 import ctypes, os, shutil
 libc = ctypes.CDLL(None, use_errno=True)
 def done(result): assert result == 0, os.strerror(ctypes.get_errno())
-done(libc.unshare(0x5c020000))  # user, network, IPC, UTS and mount namespace
-open('/proc/self/setgroups', 'w').write('deny')
-for kind in 'uid', 'gid': open(f'/proc/self/{kind}_map', 'w').write('0 0 1')
+if own_users:
+    done(libc.unshare(0x5c020000))  # user, network, IPC, UTS and mount namespace
+    open('/proc/self/setgroups', 'w').write('deny')
+    for kind in 'uid', 'gid': open(f'/proc/self/{kind}_map', 'w').write('0 0 1')
 os.makedirs(top)
 done(libc.mount(b'tmpfs', top.encode(), b'tmpfs', 0, None))
 for name in 'up', 'work', 'root': os.mkdir(f'{top}/{name}')
@@ -148,18 +149,34 @@ os.execv('/usr/bin/sleep', ['sleep', '1000'])
 """
 
 
-def test_a_root_of_its_own_choice(node: Node, tmp_path: Path) -> None:
-    """Without a right that others have not: the upper directory of that overlay is a path of the node's."""
+@pytest.mark.parametrize("own_users", [True, False], ids=["without a right that others have not", "CAP_SYS_ADMIN"])
+def test_a_root_of_its_own_choice(node: Node, tmp_path: Path, own_users: bool) -> None:
+    """The upper directory of that overlay is a path of the node's."""
     (tmp_path / "nodes/up").mkdir(parents=True)
     (tmp_path / "nodes/up/secret").write_text("the node's")
-    args = ["python3", "-c", f"top = {str(tmp_path / 'nodes')!r}" + ANOTHER_ROOT]
-    container = node.runtime.create("source", counter.bundle(node.directory / "source", args=args))
+    args = ["python3", "-c", f"{own_users = }; top = {str(tmp_path / 'nodes')!r}" + ANOTHER_ROOT]
+    made = counter.bundle(node.directory / "source", args=args)
+    for names in made.spec["process"]["capabilities"].values():
+        names += [] if own_users else ["CAP_SYS_ADMIN"]
+    made.write()
+    container = node.runtime.create("source", made)
     node.runtime.start("source")
     container.stdout.wait_text("there")
     done = node.rewarm("capture", "source", "--name", "counter", check=False)
-    assert done.returncode == 1 and "in a user namespace that it has made itself" in done.stderr, done
+    assert done.returncode == 1 and "its root is not the overlay that its engine has mounted" in done.stderr, done
     assert not node.store.exists()
     node.runtime.stop("source")
+
+
+def test_a_user_namespace_of_its_own(node: Node) -> None:
+    program = "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0" + LOOP
+    source = counter.run(
+        node.runtime, "source", counter.bundle(node.directory / "source", args=["python3", "-c", program])
+    )
+    done = node.rewarm("capture", "source", "--name", "counter", check=False)
+    assert done.returncode == 1 and "in a user namespace that it has made itself" in done.stderr, done
+    before = counter.numbers(source)[-1]
+    proc.wait_for("the source to count on", lambda: counter.numbers(source)[-1] > before)
 
 
 def test_a_mistyped_annotation_is_said(node: Node) -> None:
