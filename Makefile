@@ -9,6 +9,8 @@ ROOTFS := $(BUILD)/rootfs
 export REWARM_TEST_PREFIX := $(PREFIX)
 export REWARM_TEST_ROOTFS := $(ROOTFS)
 export PYTHONDONTWRITEBYTECODE := 1
+# A file's tests stay together, since they share nodes. What takes long comes first.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help: ## list the targets
@@ -20,11 +22,11 @@ demo: prefix rootfs ## install into build/, then capture a model server on one n
 
 .PHONY: test
 test: prefix rootfs testenv ## install into build/, then run the linters and every test
-	$(TESTENV)/bin/pytest tests/unit tests/integration tests/gpu $(PYTEST_ARGS)
+	$(TESTENV)/bin/pytest $(PARALLEL) tests/integration tests/gpu tests/unit $(PYTEST_ARGS)
 
 .PHONY: unit
 unit: prefix testenv ## only the linters and the unit tests
-	$(TESTENV)/bin/pytest tests/unit $(PYTEST_ARGS)
+	$(TESTENV)/bin/pytest $(PARALLEL) tests/unit $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: prefix rootfs testenv ## measure both sides in one run, print a table, write bench.json

@@ -98,17 +98,22 @@ def _own(names: Iterable[str]) -> frozenset[str]:
 
 
 def _of_another_run(name: str) -> bool:
-    """Whether a path or name belongs to a test run other than this one that is alive."""
+    """Whether a path or name belongs to a test run other than this one that is alive, or to another of its workers."""
     owner = re.search(r"\b(?:rewarm-test|rwt)-(\d+)", name)
     if owner is not None:
         pid = int(owner[1])
-    else:
-        base = re.match(r"(.*/pytest-of-[^/]+/pytest-\d+)(/|$)", name)
-        try:
-            pid = int(Path(base[1], ".lock").read_text()) if base is not None else os.getpid()
-        except (FileNotFoundError, ValueError):  # no lock, or one that is just being written: a run that has ended
-            return False
-    return pid != os.getpid() and state_of(pid) is not None
+        return pid != os.getpid() and state_of(pid) is not None
+    base = re.match(r"(.*/pytest-of-[^/]+/pytest-\d+)(?:/popen-(gw\d+))?(/|$)", name)
+    if base is None:
+        return False
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    try:
+        pid = int(Path(base[1], ".lock").read_text())
+    except (FileNotFoundError, ValueError):  # no lock, or one that is just being written: a run that has ended
+        return False
+    if pid != (os.getppid() if worker else os.getpid()):
+        return state_of(pid) is not None
+    return base[2] not in (None, worker)
 
 
 def _later(now: frozenset[str], before: frozenset[str]) -> set[str]:
