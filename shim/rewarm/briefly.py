@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
+
+_KEPT = 3
 
 
 def run(work: Callable[[], object], seconds: float) -> bool:
@@ -36,8 +39,41 @@ def run(work: Callable[[], object], seconds: float) -> bool:
     return True
 
 
-def _let_go() -> None:
+def ask(work: Callable[[], bytes], seconds: float) -> bytes | None:
+    """What `work` returns; None if that is not there within so many seconds, nothing if its process dies. Raises
+    OSError."""
+    answers, answer = os.pipe()
+    with os.fdopen(answers, "rb", buffering=0) as file:
+        try:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    _let_go(answer)
+                    with os.fdopen(_KEPT, "wb") as out:
+                        out.write(work())
+                finally:
+                    os._exit(0)
+        finally:
+            os.close(answer)
+        said = b""
+        end = time.monotonic() + seconds
+        while select.select([file], [], [], max(0.0, end - time.monotonic()))[0]:
+            piece = file.read(1 << 16)
+            if not piece:
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+                return said
+            said += piece
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return None
+
+
+def _let_go(keep: int | None = None) -> None:
+    """Close all descriptors but the one to `keep`, which becomes _KEPT."""
+    if keep is not None:
+        os.dup2(keep, _KEPT)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(_KEPT if keep is None else _KEPT + 1, os.sysconf("SC_OPEN_MAX"))

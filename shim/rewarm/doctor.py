@@ -6,13 +6,15 @@ and captures left.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from rewarm import (
+    briefly,
     deadline,
     doctor_containerd,
     doctor_gpu,
@@ -44,7 +46,7 @@ def look(config: Path | None = None, store: str | None = None) -> Node:
 
 def check_settings(node: Node) -> Check:
     if node.settings_error:
-        step = "correct the file; until then every container with a rewarm annotation fails"
+        step = "correct the file; until then every container with a rewarm annotation starts cold"
         return Check("settings", FAILED, node.settings_error, step)
     there = os.path.exists(node.settings_file)
     found = node.settings_file if there else f"the defaults: there is no {node.settings_file}"
@@ -85,6 +87,10 @@ NODE_CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (
     ("installation", doctor_programs.installation),
     ("launcher", doctor_node.launcher),
 )
+SHARES = ("store", "work directory", "cache", "left-overs")
+"""Checks that look at what may be another machine's, whose server may not answer."""
+PATIENCE = 10.0
+"""Seconds that one of them may take."""
 WIDTH = max(len(name) for name, _ in CHECKS)
 
 
@@ -104,14 +110,28 @@ def examine_node(node: Node) -> Iterator[Check]:
 
 def _run(node: Node, checks: Sequence[tuple[str, Callable[[Node], Check]]]) -> Iterator[Check]:
     for name, check in checks:
-        try:
-            yield check(node)
-        except RewarmError as error:
-            found = f"{error.operation} {error.object}: {error.cause}"
-            yield Check(name, FAILED, found, error.next_step or "see the cause")
-        except OSError as error:
-            found = f"{error.filename or 'cannot look'}: {error.strerror or error}"
-            yield Check(name, FAILED, found, "run it as root, and see the kernel's log")
+        yield (_within if name in SHARES else _look)(node, name, check)
+
+
+def _look(node: Node, name: str, check: Callable[[Node], Check]) -> Check:
+    try:
+        return check(node)
+    except RewarmError as error:
+        found = f"{error.operation} {error.object}: {error.cause}"
+        return Check(name, FAILED, found, error.next_step or "see the cause")
+    except OSError as error:
+        found = f"{error.filename or 'cannot look'}: {error.strerror or error}"
+        return Check(name, FAILED, found, "run it as root, and see the kernel's log")
+
+
+def _within(node: Node, name: str, check: Callable[[Node], Check]) -> Check:
+    """The same, or that there is no answer: the store is what has failed then, pods start cold without it."""
+    said = briefly.ask(lambda: json.dumps(asdict(_look(node, name, check))).encode(), PATIENCE)
+    if said:
+        return Check(**json.loads(said))
+    status = FAILED if name == "store" else WARNING
+    found = f"no answer within {PATIENCE:g} s" if said is None else "its process died"
+    return Check(name, status, found, f"look whether the server of {node.settings.store} answers; pods start cold")
 
 
 def fix(node: Node) -> list[str]:

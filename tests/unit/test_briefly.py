@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
 from rewarm import briefly
+from support.proc import reap_orphans
 
 
 def fail() -> None:
@@ -35,3 +37,11 @@ def test_what_hangs(tmp_path: Path) -> None:
     os.close(out)
     os.waitpid(-1, 0)
     assert not (tmp_path / "late").exists()
+
+
+def test_what_it_answers() -> None:
+    assert briefly.ask(lambda: b"x" * 200_000, 5) == b"x" * 200_000  # more than a pipe holds
+    assert briefly.ask(lambda: os.listdir("/proc/self/fd").__repr__().encode(), 5) == b"['0', '1', '2', '3', '4']"
+    assert briefly.ask(lambda: bytes(1 // 0), 5) == b""
+    assert briefly.ask(lambda: subprocess.check_output(["sleep", "60"]), 0.2) is None
+    reap_orphans()

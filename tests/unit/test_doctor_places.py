@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from daemonset_verdict import checks_of, unwell
 from rewarm import doctor, doctor_places
 from rewarm.checks import FAILED, OK, WARNING, Node
 from rewarm.oci import record
 from rewarm.scratch import Scratch
 from rewarm.store.directory import DirectoryStore
 from support.nodes import killed_restore, says, well, with_settings
+from support.proc import reap_orphans
+from support.share import Share
 from support.snapshots import tmpfs, write_snapshot
 
 
@@ -47,6 +52,25 @@ def test_store_that_is_none(node: Node, tmp_path: Path, kind: str) -> None:
     broken = with_settings(node, store="s3://bucket" if kind == "scheme" else str(path))
     found = {check.name: check for check in doctor.examine(broken)}
     says(found["store"], FAILED)
+
+
+def test_store_whose_server_does_not_answer(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, of the store alone, and takes no pods away (the DaemonSet's verdict)."""
+    monkeypatch.setattr(doctor, "PATIENCE", 0.5)
+    (tmp_path / "served").mkdir()
+    with Share(tmp_path / "served", tmp_path / "share") as share:
+        node = with_settings(node, store=str(share.target / "store"), work_dir=str(share.target / "work"))
+        says({check.name: check for check in doctor.examine(node)}["store"], OK)
+        share.hang()
+        found = {check.name: check for check in doctor.examine(node)}
+        says(found["store"], FAILED, "no answer within 0.5 s", f"the server of {share.target}/store")
+        assert all(
+            found[name].status != FAILED for name in ("work directory", "state directory", "cache", "left-overs")
+        )
+        said = json.dumps({"checks": [asdict(found[name]) for name in doctor.SHARES]})
+        engine = json.dumps({"checks": [{"name": "containerd", "status": "ok", "found": "", "mend": ""}]})
+        assert unwell(checks_of("doctor", 1, said), checks_of("doctor --node", 0, engine)) == []
+    reap_orphans()
 
 
 def test_store_that_is_read_only_or_full(node: Node, tmp_path: Path) -> None:
