@@ -145,7 +145,10 @@ class Keeper:
         if status != 0:
             self.host.run("rm", "-f", tried, timeout=30)
             raise Problem(f"settings of the ConfigMap: {said.strip()[:500]}")
-        self.host.run("mv", "-fT", tried, SETTINGS, timeout=30)
+        status, _ = self.host.run("mv", "-fT", tried, SETTINGS, timeout=30)
+        if status != 0:
+            self.host.run("rm", "-f", tried, timeout=30)
+            raise Problem(f"write {SETTINGS} on the node: mv: exit status {status}; see the line above")
         say(f"{SETTINGS} is the ConfigMap's")
 
     def _remove_settings(self, found: bytes | None) -> None:

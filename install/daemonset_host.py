@@ -16,10 +16,20 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NAMESPACES = ("mount", "uts", "ipc", "net", "cgroup")
 STOP_SECONDS = 10.0
+
+
+class Mount(NamedTuple):
+    """A line of proc_pid_mountinfo(5): `number` is the mount's ID, `root` its root within the file system."""
+
+    number: str
+    device: str
+    root: str
+    point: str
 
 
 class Problem(Exception):
@@ -91,16 +101,16 @@ class Host:
             raise Problem(f"read {path} on the node: exit status {status}; see the line above")
         return said[1:].encode() if said else None
 
-    def mounts(self) -> Iterator[tuple[str, str, str]]:
-        """Device, root within the file system, and mount point of each of the node's mounts, the latest last."""
+    def mounts(self) -> Iterator[Mount]:
+        """The node's mounts, the latest last."""
         yield from mounts(Path(f"/proc/{self.pid}/mountinfo"))
 
 
-def mounts(file: Path) -> Iterator[tuple[str, str, str]]:
+def mounts(file: Path) -> Iterator[Mount]:
     """The same of a mountinfo file."""
     for line in file.read_text(errors="surrogateescape").splitlines():
         words = line.split(" ")
-        yield words[2], _plain(words[3]), _plain(words[4])
+        yield Mount(words[0], words[2], _plain(words[3]), _plain(words[4]))
 
 
 def _plain(word: str) -> str:

@@ -48,9 +48,8 @@ class NodeLabel:
             cause = str(error) or type(error).__name__
             raise Problem(f"{what}: {cause}; tried again later") from None
         if status != 200:
-            raise Problem(
-                f"{what}: the API server answers {status}: {_message(answer)}; see config/kubernetes, rbac.yaml"
-            )
+            step = "see config/kubernetes/base, account.yaml and admission.yaml"
+            raise Problem(f"{what}: the API server answers {status}: {_message(answer)}; {step}")
         try:
             found = json.loads(answer)["metadata"].get("labels", {}).get(LABEL)
         except (ValueError, KeyError, AttributeError, TypeError):

@@ -132,7 +132,11 @@ def test_settings(image: NodeImage, machine: BareNode, api: KubeApi, tmp_path: P
         pod.wait_for("node-1: installed and verified")
         assert machine.read(SETTINGS).partition("\n")[2] == "deadline: 30\nthreads: 2\n"
     file.write_text("deadline: 30\n")
+    machine.run("mount", "--bind", SETTINGS, SETTINGS)
     with start(image, machine, api, settings=settings, name="shorter") as pod:
+        pod.wait_for(f"write {SETTINGS} on the node: mv: exit status 1")
+        assert not machine.exists(f"{SETTINGS}.tried") and not pod.ready()
+        machine.run("umount", SETTINGS)
         pod.wait_for("node-1: installed and verified")
         assert machine.read(SETTINGS).partition("\n")[2] == "deadline: 30\n"
     with start(image, machine, api, name="none") as pod:

@@ -147,7 +147,11 @@ def test_mountinfo(tmp_path: Path) -> None:
     file.write_text(
         "22 1 0:20 / /proc rw - proc proc rw\n31 22 0:45 /a\\040b /with\\040space\\134 rw shared:1 - nfs4 s:/x rw\n"
     )
-    assert list(mounts(file)) == [("0:20", "/", "/proc"), ("0:45", "/a b", "/with space\\")]
+    assert [one[1:] for one in mounts(file)] == [("0:20", "/", "/proc"), ("0:45", "/a b", "/with space\\")]
+
+
+def device_of(mounted: Path) -> str:
+    return next(one.device for one in mounts(Path("/proc/self/mountinfo")) if one.point == str(mounted))
 
 
 @pytest.fixture
@@ -166,29 +170,50 @@ def volume(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_volume_that_is_a_directory(volume: Path, host: Host, tmp_path: Path) -> None:
     """As the volumes of a cluster of one node are: no mount of the node begins there."""
-    device = next(device for device, _, point in mounts(Path("/proc/self/mountinfo")) if point == str(volume))
+    device = device_of(volume)
     own = tmp_path / "mountinfo"
     target = f"{tmp_path}/target"
-    store = SharedStore(host, Path("/store"), target, own)
+    store = SharedStore(host, Path("/store"), target, own, f"{tmp_path}/note")
     own.write_text(f"1 1 {device} /claims/one /store rw - tmpfs x rw\n")
     store.provide()
     store.provide()
     assert host.run("ls", target, timeout=10, capture=True) == (0, "mark\n")
-    assert [root for _, root, point in host.mounts() if point == target] == ["/claims/one"]
-    text = own.read_text()
-    own.write_text(text.replace("claims/one", "claims/two"))
-    store.remove()
-    assert host.run("ls", target, timeout=10, capture=True) == (0, "mark\n")  # not the pod's
-    own.write_text(text)
+    assert [one.root for one in host.mounts() if one.point == target] == ["/claims/one"]
     store.remove()
     store.remove()
     assert host.run("ls", target, timeout=10, capture=True) == (0, "")
-    own.write_text(f"1 1 {device} /claims/two /store rw - tmpfs x rw\n")
+    own.write_text(f"1 1 {device} /claims/three /store rw - tmpfs x rw\n")
     with pytest.raises(Problem, match="exit status 32"):
         store.provide()
     own.write_text("1 1 9999:1 / /store rw - nfs x rw\n")
     with pytest.raises(Problem, match="no mount of what the pod has at /store"):
         store.provide()
+
+
+def test_a_volume_in_place_of_another(volume: Path, host: Host, tmp_path: Path) -> None:
+    """What the DaemonSet has bound it knows again, whatever volume its pod has now; others' mounts stay."""
+    volume.joinpath("claims/two").mkdir()
+    volume.joinpath("claims/two/other").write_text("")
+    own, target = tmp_path / "mountinfo", f"{tmp_path}/target"
+
+    def bound(claim: str) -> SharedStore:
+        own.write_text(f"1 1 {device_of(volume)} /claims/{claim} /store rw - tmpfs x rw\n")
+        return SharedStore(host, Path("/store"), target, own, f"{tmp_path}/note")
+
+    bound("one").provide()
+    bound("two").provide()
+    assert [one.root for one in host.mounts() if one.point == target] == ["/claims/two"]
+    bound("one").remove()
+    assert not [one for one in host.mounts() if one.point == target]
+    assert not (tmp_path / "note").exists()
+    assert host.run("mount", "--bind", f"{volume}/claims/two", target, timeout=10)[0] == 0
+    with pytest.raises(Problem, match="has another mount; run there: umount"):
+        bound("one").provide()
+    bound("one").remove()
+    assert [one.root for one in host.mounts() if one.point == target] == ["/claims/two"]
+    bound("two").provide()  # as a pod that was killed before it could note it
+    bound("one").provide()
+    assert [one.root for one in host.mounts() if one.point == target] == ["/claims/one"]
 
 
 def test_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
