@@ -149,6 +149,7 @@ def test_memory_that_the_program_creates_itself(here: Place) -> None:
 def test_memory_of_a_restore_that_is_not_mapped(here: Place) -> None:
     """Only the program could take it out: it is refused by name, and as soon as it is mapped again, captured."""
     here.start("source", served(here, "source", WITH_CREATED))
+    goes_on(here, 1, CREATED)
     capture(here, "source", "--stop")
     here.end("source")
     restore(here, env=WITH_CREATED)
@@ -156,9 +157,9 @@ def test_memory_of_a_restore_that_is_not_mapped(here: Place) -> None:
     refused = capture(here, "copy", check=False)
     assert refused.returncode != 0
     said(refused.stderr.strip(), "take GPU memory of", f"{6 * MIB} bytes of it are not mapped", "that of a restore")
-    goes_on(here, 1, CREATED)
-    capture(here, "copy")
     goes_on(here, 2, CREATED)
+    capture(here, "copy")
+    goes_on(here, 3, CREATED)
 
 
 def test_zeros_and_memory_of_several_pieces(here: Place) -> None:

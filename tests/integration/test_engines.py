@@ -331,7 +331,7 @@ def test_captured_again_before_the_helper_is_done(cluster: Cluster) -> None:
 def test_a_source_that_does_not_get_healthy(cluster: Cluster) -> None:
     """What was captured is right, so that is a note; a copy that ends before it is healthy takes its waker along."""
     node = cluster.node
-    node.configure(engine_timeout=1.0)
+    node.configure(engine_timeout=3.0)
     source = cluster.make("source", "vllm")
     source.state(starting=FOR_EVER)
     done = capture(source)

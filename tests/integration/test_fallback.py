@@ -378,7 +378,8 @@ def test_undo_that_fails_starts_nothing(other: Node) -> None:
     container = other.runtime.create("copy", made, check=False)
     try:
         assert container.status == 1
-        said(other.runtime.last_error(), "undo restore copy", "rootfs.undo", "Operation not permitted", "delete")
+        why = "removing the undo file: Operation not permitted"
+        said(other.runtime.last_error(), "undo restore copy", why, "delete")
         assert cgroups.processes(made.cgroup) == set()
         assert container.stdout.text() == ""
         assert other.runtime.run("delete", "--force", "copy", check=False).returncode != 0
