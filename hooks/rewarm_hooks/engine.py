@@ -117,13 +117,17 @@ def resume(engine: str, connect: Connect, limit: float) -> list[str]:
     operation = "resume engine"
     _check(operation, engine)
     calls = _Calls(connect, limit)
+    earlier: _Failed | None = None
     while True:
         try:
             _continue(engine, calls)
             _healthy(engine, calls)
         except _Failed as failure:
             if failure.status not in _NOT_YET or calls.left() <= _POLL:
-                raise EngineError(operation, engine, str(failure), _next_step(engine, failure)) from None
+                # A call that had no time for its answer says less than the one before it.
+                said = failure if earlier is None or calls.left() else earlier
+                raise EngineError(operation, engine, str(said), _next_step(engine, said)) from None
+            earlier = failure
             del calls.lines[:]
             time.sleep(_POLL)
         else:

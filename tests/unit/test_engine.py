@@ -84,6 +84,21 @@ def test_requests_that_do_not_end(make: type[Engine]) -> None:
         assert "may be paused" not in error.cause
 
 
+def test_an_engine_that_starts_for_long_is_said_to_do_that() -> None:
+    """Not the call that the time ran out in."""
+    with Vllm() as server:
+        server.starting = 1 << 30
+
+        def connect(seconds: float) -> socket.socket:
+            if seconds < 0.5:
+                time.sleep(seconds)
+                raise TimeoutError
+            return server.connect(seconds)
+
+        error = refused(resume, "vllm", connect, 1.0)
+        assert "GET /health was answered by status 503" in error.cause
+
+
 def test_a_vllm_without_pause_drops_its_cache() -> None:
     with Vllm("/pause", "/resume", "/is_paused") as server:
         said = quiesce("vllm", server.connect, LIMIT)
