@@ -56,6 +56,24 @@ def parse(spec: Spec, settings: Settings) -> Request | None:
     )
 
 
+def why_none(spec: Spec, settings: Settings) -> str:
+    """Why a container of runc's alone is that: what `parse` found, and else nobody asked it."""
+    if pod.is_sandbox(spec):
+        return "it is a pod's sandbox"
+    given = _given(spec)
+    if "snapshot" not in given:
+        return f"it has no annotation {PREFIX}snapshot"
+    try:
+        ours = policy.of(settings.namespaces, pod.namespace(spec)).apply(given)
+    except ValueError:
+        ours = given
+    if not ours:
+        return "its annotations do not count: the node's settings say otherwise for its namespace"
+    if "container" in ours and pod.container(spec) not in ("", ours["container"]):
+        return f"{PREFIX}container is {shown(ours['container'])}"
+    return "it was not started by rewarm"
+
+
 def without_effect(spec: Spec, settings: Settings) -> list[str]:
     """A line for each annotation under the prefix that has none: a typing error as a rule, or the node's settings."""
     given = _given(spec)

@@ -53,6 +53,22 @@ def test_warm_cold_and_none_of_rewarms(node: Node) -> None:
     runtime = node.runtime
     annotation = {"rewarm.dev/snapshot": "counter"}
     counter.run(runtime, "plain", counter.bundle(node.directory / "plain", annotations={}))
+    counter.run(
+        runtime,
+        "sidecar",
+        counter.bundle(
+            node.directory / "sidecar",
+            annotations={
+                **annotation,
+                **POD,
+                "io.kubernetes.cri.container-name": "proxy",
+                "rewarm.dev/container": "server",
+            },
+        ),
+    )
+    ignored = {**annotation, **POD, "io.kubernetes.cri.sandbox-namespace": "plain"}
+    node.configure(namespaces={"plain": {"ignore": "all"}})
+    counter.run(runtime, "ignored", counter.bundle(node.directory / "ignored", annotations=ignored))
     runtime.create("copy", counter.bundle(node.directory / "copy", annotations={**annotation, **POD}))
     found = rows(node)
     assert found.keys() == {"source", "copy"}
@@ -67,11 +83,16 @@ def test_warm_cold_and_none_of_rewarms(node: Node) -> None:
     assert lines[1].split()[:3] == ["copy", "default/ocr-7d9f/server", "created"], "the newest comes first"
     assert lines[1].endswith(copy["snapshot"]) and "does not exist; create it or mount it" in lines[2]
 
-    node.configure(runtime_roots=[str(runtime.root)])
+    node.configure(runtime_roots=[str(runtime.root)], namespaces={"plain": {"ignore": "all"}})
     everything = {row["container"]: row for row in node.json("ps", "--all")}
-    assert everything.keys() == {"source", "copy", "plain"} and everything["copy"] == copy
-    plain = everything["plain"]
-    assert (plain["state"], plain["outcome"], plain["reason"]) == ("running", None, "it has no annotation")
+    assert everything.keys() == {"source", "copy", "plain", "sidecar", "ignored"} and everything["copy"] == copy
+    for name, reason in (
+        ("plain", "it has no annotation rewarm.dev/snapshot"),
+        ("sidecar", "rewarm.dev/container is 'server'"),
+        ("ignored", "its annotations do not count: the node's settings say otherwise for its namespace"),
+    ):
+        other = everything[name]
+        assert (other["state"], other["outcome"], other["reason"]) == ("running", None, reason)
 
     runtime.start("copy")
     assert rows(node)["copy"]["state"] == "running"

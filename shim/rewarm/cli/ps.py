@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import click
 
-from rewarm import processes
+from rewarm import processes, request
 from rewarm.errors import OciError
 from rewarm.oci import discover, pod, record, runc, spec
+from rewarm.settings import Settings
 
 from . import options, output
 
@@ -24,7 +25,7 @@ _HEX = re.compile("[0-9a-f]{64}")
 
 
 class Row(NamedTuple):
-    """A container. `outcome` is none for those without an annotation, which are runc's alone.
+    """A container. `outcome` is none for those that are runc's alone.
 
     `state` is runc's, "restoring" or "creating" while it is made, or "gone": the container is deleted, and what rewarm
     has of it is removed by the next create. `outcome` is "warm", "cold", or none yet; `snapshot` is what it was
@@ -42,20 +43,20 @@ class Row(NamedTuple):
 
 
 @click.command("ps")
-@click.option("--all", "-a", "everything", is_flag=True, help="Those without an annotation, too.")
+@click.option("--all", "-a", "everything", is_flag=True, help="Those that are runc's alone, too.")
 @options.as_json
 @options.config
 def command(everything: bool, as_json: bool, config: Path | None) -> None:
-    """List the containers with an annotation of this node.
+    """List the containers of this node whose annotations count.
 
-    Each was restored from a snapshot (warm), or started as without rewarm (cold), for a reason. Those without an
-    annotation are runc's alone: --all lists them, too, of all runc roots that the settings name (`runtime_roots`).
+    Each was restored from a snapshot (warm), or started as without rewarm (cold), for a reason. All others are runc's
+    alone: --all lists them, too, of all runc roots that the settings name (`runtime_roots`), and says why.
     """
     settings = options.load(config, None)
     found = list(_rows(settings.state_dir))
     if everything:
         known = {(os.path.realpath(row.runtime_root), row.container) for row in found}
-        found += [_other(*one) for one in discover.every(settings.runtime_roots) if one not in known]
+        found += [_other(*one, settings) for one in discover.every(settings.runtime_roots) if one not in known]
     rows = sorted(found, key=lambda row: (row.created, row.container), reverse=True)
     if as_json:
         output.document([row._asdict() for row in rows])
@@ -118,16 +119,16 @@ def _row(directory: str) -> Row | None:
     )
 
 
-def _other(root: str, name: str) -> Row:
+def _other(root: str, name: str, settings: Settings) -> Row:
     """A container of runc's alone."""
     try:
         container = runc.load(root, name)
     except OciError as error:
         return Row(name, root, None, "damaged", None, "", str(error), "")
-    reason = "it has no annotation"
-    with suppress(OciError):
-        if pod.is_sandbox(spec.load(container.bundle)):
-            reason = "it is a pod's sandbox"
+    try:
+        reason = request.why_none(spec.load(container.bundle), settings)
+    except OciError as error:
+        reason = str(error)
     return Row(name, root, _pod(container.bundle), _state_of(container), None, "", reason, container.created)
 
 
