@@ -51,11 +51,22 @@ def test_preparing_twice_changes_nothing_more() -> None:
     original: dict[str, Any] = {
         "linux": {"seccomp": None},
         "mounts": [],
-        "annotations": {"org.criu.config": "/etc/shadow"},
+        "annotations": {
+            "org.criu.config": "/etc/shadow",
+            "bundle": "/etc",
+            "org.systemd.property.ExecStart": "'x'",
+            "org.systemd.property.TimeoutStopUSec": "uint64 30000000",
+            "org.systemd.property.CollectMode": "'inactive-or-failed'",
+            "org.systemd.property.DefaultDependencies": "true",
+            "example.org/bundle": "b",
+        },
     }
+    before = copy.deepcopy(original)
     once = spec.prepared(original, "/control")
     assert spec.prepared(once, "/control") == once
-    assert "org.criu.config" not in once["annotations"] and original["annotations"], "only the copy is changed"
+    kept = {f"org.systemd.property.{name}" for name in ("TimeoutStopUSec", "CollectMode", "DefaultDependencies")}
+    assert once["annotations"].keys() == kept | {"example.org/bundle"}
+    assert original == before, "only the copy is changed"
     (mount,) = once["mounts"]
     assert mount["destination"] == "/run/rewarm" and mount["source"] == "/control"
     assert {"nosuid", "nodev", "noexec"} <= set(mount["options"])
