@@ -7,7 +7,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 
-from rewarm import recover, scratch
+from rewarm import recover, scratch, sweep
 from rewarm.checks import FAILED, OK, WARNING, Check, Node
 from rewarm.errors import RewarmError
 from rewarm.oci import runc
@@ -88,7 +88,7 @@ def left_overs(node: Node) -> Check:
 
 def undo_left_overs(node: Node) -> list[str]:
     """Undo them; a line for each that stays. Raises OciError when there is no low-level runtime to undo with."""
-    problems = recover.sweep(node.settings.state_dir, runc.find(node.settings))
+    problems = sweep.left_overs(node.settings.state_dir, runc.find(node.settings))
     for path in scratch.dead(node.settings.work_dir):
         try:
             scratch.remove_dead(path)

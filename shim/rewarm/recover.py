@@ -69,9 +69,9 @@ def forget(path: str) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
         os.unlink(f"{path}~lock")
     parent, own = os.path.split(path)
-    for name in _names(parent):
+    for name in names(parent):
         if name.startswith(f"{own}~"):
-            _remove_scratch(os.path.join(parent, name))
+            remove_scratch(os.path.join(parent, name))
 
 
 def undo(path: str, kept: Record, low_level: runc.Runc) -> None:
@@ -202,36 +202,6 @@ def left_over(path: str) -> Record | None:
     return kept if kept is not None and kept.phase == record.RESTORING and not kept.owner_lives() else None
 
 
-def sweep(state_dir: str, binary: str) -> list[str]:
-    """Undo every left-over restore on this node, and forget containers that runc no longer knows.
-
-    Returns a line for each restore that could not be undone. What another process is at, it is left to.
-    """
-    _forget_captures(os.path.join(state_dir, "captures"))
-    problems = []
-    base = os.path.join(state_dir, "containers")
-    for root in _names(base):
-        for name in _names(os.path.join(base, root)):
-            path = os.path.join(base, root, name)
-            try:
-                if "~" in name:
-                    _remove_scratch(path)
-                elif not recover(path, binary, wait=False):
-                    _forget_dead(path)
-            except (RewarmError, OSError) as error:
-                problems.append(str(error))
-    return problems
-
-
-def _forget_captures(base: str) -> None:
-    """Locks that captures have left which were killed, of containers that are no more."""
-    for name in _names(base):
-        found = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,20})~lock", name)
-        if found and processes.start_time(int(found[1])) != int(found[2]):
-            with suppress(OSError):  # one that stays is no reason for a cold start
-                os.unlink(os.path.join(base, name))
-
-
 def settle(path: str, binary: str) -> None:
     """Wait until no guard is busy with this container, then undo what is left over. Raises NotUndone and OSError.
 
@@ -277,7 +247,7 @@ def _take(path: str, kept: Record, binary: str) -> None:
 
 def _wait_for_guards(path: str) -> None:
     end = time.monotonic() + TAKING_BACK
-    while _guards(path):
+    while guards(path):
         if time.monotonic() > end:
             raise NotUndone("wait for guard of", os.path.basename(path), "it does not end", "look for state D in `ps`")
         time.sleep(0.005)
@@ -285,7 +255,7 @@ def _wait_for_guards(path: str) -> None:
 
 def recover(path: str, binary: str, *, wait: bool) -> bool:
     """Undo one left-over restore and remove its directory; False when there is none, or another is at it."""
-    if left_over(path) is None or (not wait and _guards(path)):
+    if left_over(path) is None or (not wait and guards(path)):
         return False
     with locked(path, wait=wait) as lock:
         kept = left_over(path) if lock >= 0 else None
@@ -296,15 +266,7 @@ def recover(path: str, binary: str, *, wait: bool) -> bool:
     return True
 
 
-def _forget_dead(path: str) -> None:
-    """The directory of a container that ended and was deleted behind rewarm's back, or was never made by runc."""
-    kept = record.load(path)
-    gone = kept is not None and not kept.owner_lives() and not runc.exists(kept.root, kept.id)
-    if gone and not _guards(path):
-        forget(path)
-
-
-def _remove_scratch(path: str) -> None:
+def remove_scratch(path: str) -> None:
     """A container directory that was never finished, by a process that is no more."""
     owner = path.rpartition("~")[2]
     if owner.isdigit() and processes.start_time(int(owner)) is None:
@@ -312,12 +274,12 @@ def _remove_scratch(path: str) -> None:
             record.remove(path)
 
 
-def _guards(path: str) -> list[int]:
+def guards(path: str) -> list[int]:
     """The guards, or the recoveries that they became, of one container directory: they have its path as an argument."""
-    guards = _running((installation.guard(),), path)
+    found = _running((installation.guard(),), path)
     # After these: one that becomes a recovery meanwhile is in the one list or the other, or in both.
     recoveries = _running((sys.executable,), path)
-    return [*guards, *(pid for pid, words in recoveries.items() if b"rewarm.recover" in words.split(b"\0"))]
+    return [*found, *(pid for pid, words in recoveries.items() if b"rewarm.recover" in words.split(b"\0"))]
 
 
 def _running(programs: tuple[str, ...], argument: str) -> dict[int, bytes]:
@@ -366,7 +328,8 @@ def _identity(program: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _names(directory: str) -> list[str]:
+def names(directory: str) -> list[str]:
+    """What is in a directory, in order; nothing if it is not there."""
     try:
         return sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):

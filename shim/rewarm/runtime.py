@@ -141,10 +141,10 @@ def _attempt(
     child: Child,
 ) -> str:
     """The same in the process that may hang."""
-    from rewarm import recover
+    from rewarm import sweep
 
     try:
-        for line in recover.sweep(settings.state_dir, binary):
+        for line in sweep.left_overs(settings.state_dir, binary, in_passing=True):
             log.write(invocation, "warning", f"rewarm: a left-over restore could not be undone: {line}")
         child.begin()
         from rewarm.gpu import container

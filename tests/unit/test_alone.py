@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rewarm import alone as module
-from rewarm import processes, recover
+from rewarm import processes, sweep
 from rewarm.alone import alone
 from rewarm.errors import CaptureError
 from rewarm.oci import record
@@ -163,7 +163,7 @@ def test_what_killed_ones_have_left_is_swept(container: Container, tmp_path: Pat
         path.touch()
     stays = lock.with_name("1-88888~lock")
     stays.mkdir()
-    assert recover.sweep(str(tmp_path), "/no/runc") == []
+    assert sweep.left_overs(str(tmp_path), "/no/runc") == []
     assert sorted(lock.parent.iterdir()) == sorted([lock, lock.with_name("else"), stays])
 
 

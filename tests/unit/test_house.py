@@ -63,6 +63,7 @@ ROOMS = {
     "rewarm.lifeline": 3,
     "rewarm.frozen": 3,
     "rewarm.recover": 3,
+    "rewarm.sweep": 3,
     "rewarm.resume": 3,
     "rewarm.carved": 3,
     "rewarm.causes": 3,

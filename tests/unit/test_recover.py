@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rewarm import processes, recover, resume, sysv
+from rewarm import processes, recover, resume, sweep, sysv
 from rewarm.errors import OciError
 from rewarm.oci import mounts, record, runc, spec
 from rewarm.oci.record import Record, Undo
@@ -170,7 +170,7 @@ def test_what_a_living_process_writes_stays(path: Path, bundle: Path) -> None:
 def test_a_living_rewarm_is_left_alone(path: Path, bundle: Path, tmp_path: Path) -> None:
     record.save(str(path), replace(changed(path, bundle), **vars(of(tmp_path, bundle, os.getpid())) | {"undo": []}))
     recover.settle(str(path), "/no/runc")
-    assert recover.sweep(str(tmp_path / "state"), "/no/runc") == []
+    assert sweep.left_overs(str(tmp_path / "state"), "/no/runc") == []
     assert path.exists() and (bundle / "init.pid").exists()
 
 
@@ -191,7 +191,7 @@ def test_what_start_reads_goes_with_the_directory(path: Path, bundle: Path, monk
     resume.write_down(str(path), kept)
     record.save(str(path), kept)
     (Path(kept.root) / "c1").mkdir(parents=True)
-    assert recover.sweep(str(path.parents[2]), "/no/runc") == []
+    assert sweep.left_overs(str(path.parents[2]), "/no/runc") == []
     recover.settle(str(path), "/no/runc")
     assert {"start", "record.started.json"} <= set(os.listdir(path))
     assert record.load(str(path)) == kept
@@ -317,9 +317,27 @@ def test_what_cannot_be_undone_is_kept_and_said(path: Path, bundle: Path, tmp_pa
     changed(path, bundle)
     undo = path / "rootfs.undo"
     undo.write_bytes(b"no layer" * 200)
-    problems = recover.sweep(str(tmp_path / "state"), "/no/runc")
+    problems = sweep.left_overs(str(tmp_path / "state"), "/no/runc")
     assert len(problems) == 1 and "undo restore c1" in problems[0] and str(bundle / "rootfs") in problems[0]
     assert path.exists() and undo.exists()
+    # Who waits for something else does not wait for it time and again.
+    state = str(tmp_path / "state")
+    assert sweep.left_overs(state, "/no/runc", in_passing=True) == problems
+    assert sweep.left_overs(state, "/no/runc", in_passing=True) == []
+    assert sweep.left_overs(state, "/no/runc") == problems
+    os.utime(path / "tried", (1, 1))
+    assert sweep.left_overs(state, "/no/runc", in_passing=True) == problems
+
+
+def test_what_takes_long_is_left_to_the_next_one(
+    path: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed(path, bundle)
+    monkeypatch.setattr(sweep, "_LONGEST", -1)
+    assert sweep.left_overs(str(tmp_path / "state"), "/no/runc", in_passing=True) == []
+    assert path.exists()
+    assert sweep.left_overs(str(tmp_path / "state"), "/no/runc") == []
+    assert not path.exists()
 
 
 def test_mounts_go_before_anything_is_deleted(path: Path, bundle: Path, tmp_path: Path) -> None:
@@ -404,7 +422,7 @@ def test_sweep_forgets_what_nobody_has(tmp_path: Path, bundle: Path) -> None:
     (parent / f"half~{os.getpid()}").mkdir()
     (parent / "broken").mkdir()
     (parent / "broken" / "record.json").write_text("{")
-    assert ["record.json" in line for line in recover.sweep(state, "/no/runc")] == [True]
+    assert ["record.json" in line for line in sweep.left_overs(state, "/no/runc")] == [True]
     assert {item.name for item in parent.iterdir()} == {"begins", "known", "broken", f"half~{os.getpid()}"}
 
 
@@ -417,7 +435,7 @@ def test_sweep_says_what_it_cannot_remove(tmp_path: Path, bundle: Path, monkeypa
         raise PermissionError(1, "Operation not permitted", path)
 
     monkeypatch.setattr("rewarm.oci.record.remove", immutable)
-    [problem] = recover.sweep(str(tmp_path / "state"), "/no/runc")
+    [problem] = sweep.left_overs(str(tmp_path / "state"), "/no/runc")
     assert "Operation not permitted" in problem and "half~" in problem
 
 
@@ -426,12 +444,12 @@ def test_a_watcher_is_no_guard(path: Path) -> None:
     words = [sys.executable, "-c", "import time; time.sleep(100)", "rewarm.watcher", str(path)]
     with subprocess.Popen(words) as watcher:
         try:
-            assert recover._guards(str(path)) == []
+            assert recover.guards(str(path)) == []
         finally:
             watcher.kill()
     with subprocess.Popen([*words[:3], "rewarm.recover", str(path)]) as guard:
         try:
-            assert recover._guards(str(path)) == [guard.pid]
+            assert recover.guards(str(path)) == [guard.pid]
         finally:
             guard.kill()
 
@@ -451,7 +469,7 @@ def test_a_guard_in_the_middle_of_execve(path: Path, monkeypatch: pytest.MonkeyP
             wait_for("its arguments", lambda: words(guard.pid))
             monkeypatch.setattr(recover, "_LONGEST_EXEC", 30.0)
             monkeypatch.setattr(recover, "_words", not_always)
-            assert recover._guards(str(path)) == [guard.pid]
+            assert recover.guards(str(path)) == [guard.pid]
         finally:
             guard.kill()
 
@@ -468,13 +486,13 @@ def test_processes_without_words_hold_nothing_up_for_long(path: Path, monkeypatc
             monkeypatch.setattr(recover, "_LONGEST_EXEC", 0.5)
             monkeypatch.setattr(recover, "_words", lambda pid: b"" if pid in (one.pid, two.pid) else words(pid))
             began = time.monotonic()
-            assert recover._guards(str(path)) == []
+            assert recover.guards(str(path)) == []
             assert time.monotonic() - began >= 0.5, "they were not waited for"
             monkeypatch.setattr(recover, "_LONGEST_EXEC", 30.0)
             began = time.monotonic()
             os.kill(one.pid, signal.SIGKILL)
             os.kill(two.pid, signal.SIGKILL)
-            assert recover._guards(str(path)) == []
+            assert recover.guards(str(path)) == []
             assert time.monotonic() - began < 20, "they are gone"
         finally:
             one.kill()
@@ -482,9 +500,9 @@ def test_processes_without_words_hold_nothing_up_for_long(path: Path, monkeypatc
 
 
 def test_sweep_of_no_state_is_no_failure(tmp_path: Path) -> None:
-    assert recover.sweep(str(tmp_path / "nowhere"), "/no/runc") == []
+    assert sweep.left_overs(str(tmp_path / "nowhere"), "/no/runc") == []
     (tmp_path / "file").write_text("")
-    assert recover.sweep(str(tmp_path / "file"), "/no/runc") == []
+    assert sweep.left_overs(str(tmp_path / "file"), "/no/runc") == []
 
 
 def test_one_at_a_time(path: Path) -> None:
