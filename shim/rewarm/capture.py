@@ -103,6 +103,7 @@ def capture(
     criu = node.criu_binary(settings)
     source.check_status(container, low_level, held=True)
     _check_criu(criu, settings)
+    source.check_mounts(container)
     source.check_pid_namespaces(container)
     source.check_orphans(container)
     bundle_spec = spec.load(container.bundle)

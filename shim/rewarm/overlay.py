@@ -6,7 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from rewarm import processes
 from rewarm.errors import CaptureError
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -23,7 +22,12 @@ def upper_directory(pid: int, rootfs: str, read_only: bool) -> Path | None:
     """
     kind, device, options = _mount(pid, "/")
     if kind == "overlay":
-        if device != _engines(pid, rootfs):
+        try:
+            engines = os.stat(rootfs).st_dev
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise CaptureError("find rootfs changes", rootfs, cause, "capture it while it runs") from error
+        if device != engines:
             raise CaptureError(
                 "find rootfs changes",
                 f"process {pid}",
@@ -40,7 +44,7 @@ def upper_directory(pid: int, rootfs: str, read_only: bool) -> Path | None:
                 "find rootfs changes",
                 upper,
                 "the overlay's upper directory is not there",
-                "is the engine in another mount namespace?",
+                "look whether the engine has removed it",
             )
         return path
     if read_only:
@@ -70,17 +74,6 @@ def lower_directories(pid: int, target: str) -> list[str]:
     if not snapshots.startswith("/") and not all(map(os.path.isabs, layers)):
         return []
     return [os.path.join(snapshots, layer) for layer in layers]
-
-
-def _engines(pid: int, rootfs: str) -> int:
-    """The device number of what the engine has mounted on `rootfs`. Engines have mount namespaces of their own, and the
-    parent of a container's init is in its engine's: a shim, conmon or runc, or the node's init. Raises CaptureError."""
-    found = processes.stat(pid)
-    try:
-        return os.stat(f"/proc/{found.parent if found else 1}/root{rootfs}").st_dev
-    except OSError as error:
-        cause = f"{rootfs} of its engine: {error.strerror}"
-        raise CaptureError("find rootfs changes", f"process {pid}", cause, "capture it while it runs") from error
 
 
 def _mount(pid: int, target: str) -> tuple[str, int, list[str]]:

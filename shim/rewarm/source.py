@@ -50,6 +50,29 @@ def check_status(container: Container, low_level: Runc, *, held: bool = False) -
         )
 
 
+def check_mounts(container: Container) -> None:
+    """What is read of a container by path, its control directory and the changes of its root, is where its engine has
+    mounted it, which may have a mount namespace of its own. The parent of a container's init is in that: a shim, conmon
+    or runc, or the node's init.
+
+    Raises CaptureError.
+    """
+    found = processes.stat(container.pid)
+    parent = found.parent if found is not None else 0
+    try:
+        if os.path.samestat(os.stat(f"/proc/{parent}/ns/mnt"), os.stat("/proc/self/ns/mnt")):
+            return
+    except OSError as error:
+        cause = f"its init, process {container.pid}, or the parent of that has ended"
+        raise CaptureError("capture container", container.id, cause, "capture it while it runs") from error
+    raise CaptureError(
+        "capture container",
+        container.id,
+        f"its engine (process {parent}, {processes.command(parent)}) has a mount namespace of its own",
+        f"capture it from there: nsenter --target {parent} --mount rewarm capture",
+    )
+
+
 def check_pid_namespaces(container: Container) -> None:
     """CRIU dumps none below the container's own (criu/namespaces.c), and says so when device memory has been moved.
 
@@ -126,6 +149,8 @@ def check_orphans(container: Container) -> None:
     Raises CaptureError.
     """
     own = os.readlink(f"/proc/{container.pid}/ns/pid")
+    if processes.namespace_pid(container.pid) == _INIT:
+        return  # its own namespace: who is adopted is below it, though maybe not yet when that is looked at
     for pid in sorted(processes.in_cgroups(container.cgroup_paths) - set(processes.tree(container.pid))):
         found = processes.stat(pid)
         try:
