@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from rewarm import processes
+from rewarm.oci import runc
+from rewarm.source import check_orphans
 from support import counter, proc
 from support.bundle import bind
 from support.node import Node
@@ -44,6 +48,40 @@ def test_a_process_that_was_execed_and_has_children(node: Node) -> None:
         os.kill(pid, signal.SIGKILL)
     proc.reap(execed, timeout=10)
     node.runtime.stop("source")
+
+
+def test_a_program_that_forks_all_the_time(node: Node) -> None:
+    """A child whose parent has just ended is its init's, and no other container's."""
+    program = (
+        "import os, time\n"
+        "while True:\n"
+        "    if (pid := os.fork()) == 0:\n"
+        "        if os.fork() == 0: time.sleep(0.002)\n"
+        "        os._exit(0)\n"
+        "    while True:\n"
+        "        try:\n"
+        "            if os.waitpid(-1, os.WNOHANG)[0] == 0: break\n"
+        "        except ChildProcessError: break\n"
+    )
+    made = counter.bundle(node.directory / "source", args=["python3", "-c", program])
+    node.runtime.create("source", made)
+    node.runtime.start("source")
+    container = runc.load(str(node.runtime.root), "source")
+    proc.wait_for("children", lambda: len(processes.tree(container.pid)) > 1)
+    for _ in range(300):
+        check_orphans(container)
+    node.runtime.stop("source")
+
+
+def test_captured_from_other_mounts_than_its_engines(node: Node) -> None:
+    """Its control directory and its changes lie where the engine has mounted them."""
+    source = counter.run(node.runtime, "source", counter.bundle(node.directory / "source"))
+    words = ["unshare", "--mount", str(node.prefix / "bin/rewarm"), "capture", "source", "--name", "counter"]
+    done = subprocess.run(words, env={**os.environ, **node.env}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "has a mount namespace of its own; capture it from there: nsenter" in done.stderr
+    before = counter.numbers(source)[-1]
+    proc.wait_for("the source to count on", lambda: counter.numbers(source)[-1] > before)
+    node.rewarm("capture", "source", "--name", "counter")
 
 
 def test_a_stopped_process_that_was_execed_into_the_container(node: Node) -> None:
