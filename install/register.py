@@ -9,7 +9,8 @@ docker or podman, FILE its configuration (of CRI-O and Podman: rewarm's drop-in)
 
 Every engine is tried. Prints a line for each: `ENGINE changed`, `unchanged` or `refused`, whose cause is on standard
 error; exit status 1 if any was refused. `engines.json` in the state directory says where each engine is registered,
-for `rewarm doctor --node`.
+for `rewarm doctor --node`, and what its runc runtime runs, for the settings: they stand for all engines, also for those
+that a run leaves out.
 """
 
 from __future__ import annotations
@@ -45,22 +46,21 @@ def complain(label: str, error: Exception) -> None:
 
 def register(wanted: dict[str, tuple[Path, str]], binary: str, state: Path, settings: Path | None, python: str) -> bool:
     """Registers with each engine. False if one refused."""
-    programs, done = [], {}
+    done = {}
     for name, (config, program) in wanted.items():
         try:
             done[name] = ENGINES[name].register(config, binary, state, program)
-            programs.append(done[name].runc)
         except (Refused, OSError) as error:
             complain(name, error)
     well = len(done) == len(wanted)
+    programs = _programs(state, _record(state, wanted, done))
     if settings is not None:
         try:
-            noted = register_settings.note(settings, programs, binary, state, python)
+            noted = Done() if programs is None else register_settings.note(settings, programs, binary, state, python)
             print(f"settings {'changed' if noted.changed else 'unchanged'}")
         except (Refused, OSError) as error:
             complain("settings", error)
             well = False
-    _record(state, wanted, done)
     for name in wanted:
         print(f"{name} {_word(done.get(name))}")
     return well
@@ -72,21 +72,40 @@ def _word(done: Done | None) -> str:
     return "changed" if done.changed else "unchanged"
 
 
-def _record(state: Path, wanted: dict[str, tuple[Path, str]], done: dict[str, Done]) -> None:
+def _record(state: Path, wanted: dict[str, tuple[Path, str]], done: dict[str, Done]) -> dict[str, object]:
     state.mkdir(parents=True, exist_ok=True)
     # Of engines that are left out this time, or refuse, the last registration still stands.
     record = _recorded(state) | {
-        name: {"config": str(config), "program": program, "files": [str(path) for path in done[name].paths]}
+        name: {
+            "config": str(config),
+            "program": program,
+            "files": [str(path) for path in done[name].paths],
+            "runc": done[name].runc,
+        }
         for name, (config, program) in wanted.items()
         if name in done
     }
     atomic_write(state / RECORD, json.dumps(record, indent=1).encode() + b"\n")
+    return record
+
+
+def _programs(state: Path, record: dict[str, object]) -> list[str] | None:
+    """What the runc runtimes of all registered engines run; None where that is not known: what was noted stays then."""
+    found = []
+    unknown = False
+    for name in ENGINES:
+        entry = record.get(name)
+        program = entry.get("runc") if isinstance(entry, dict) else None
+        found += [program] if isinstance(program, str) and program else []
+        # An earlier rewarm's record has no program in it, and a damaged one nothing.
+        unknown |= not isinstance(program, str) and (state / f"{name}.json").exists()
+    return None if unknown and not found else found
 
 
 def _recorded(state: Path) -> dict[str, object]:
     try:
         found = json.loads(read_bytes(state / RECORD) or b"{}")
-    except ValueError:  # it is for doctor's eyes only
+    except ValueError:  # a registration makes it anew
         return {}
     return found if isinstance(found, dict) else {}
 

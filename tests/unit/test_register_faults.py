@@ -1,4 +1,4 @@
-"""install/register.py where files are odd or it is killed, for every engine; and the settings that it notes runc in."""
+"""install/register.py where files are odd or it is killed, for every engine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rewarm.settings import Settings, load
-from support.registering import BINARY, ENGINES, FILES, INSTALL, Registering, at, content, without_state, write
+from support.registering import BINARY, ENGINES, FILES, INSTALL, at, content, without_state, write
 
 CONTAINERD = """\
 version = 2
@@ -242,83 +241,11 @@ def test_one_engines_refusal_is_no_other_ones(tmp_path: Path) -> None:
     done = docker.run("register", "--binary", BINARY, f"docker={docker.config}", f"podman={podman.config}")
     assert (done.returncode, done.stdout) == (1, "docker refused\npodman changed\n")
     record = json.loads((docker.state / "engines.json").read_text())
-    assert record == {"podman": {"config": str(podman.config), "program": "", "files": [str(podman.config)]}}
+    place = {"config": str(podman.config), "program": "", "files": [str(podman.config)], "runc": ""}
+    assert record == {"podman": place}
 
 
-# The low-level runtime
-
-
-def with_custom_runc(directory: Path, name: str, said: str = "runc version 1.1.5") -> tuple[Registering, Path, str]:
-    program = write(directory / name, f"#!/bin/sh\necho {said}\n")
-    program.chmod(0o755)
-    one = at(directory, "containerd")
-    write(one.config, CONTAINERD + f'  options = {{ BinaryName = "{program}" }}\n')
-    return one, directory / "etc/rewarm/config.yaml", str(program)
-
-
-def noted(one: Registering, settings: Path) -> subprocess.CompletedProcess[str]:
-    words = ("--binary", BINARY, "--settings", str(settings), "--python", sys.executable)
-    return one.run("register", *words, f"containerd={one.config}")
-
-
-@pytest.mark.parametrize("text", [None, "deadline: 60", "# nothing\n"])
-def test_a_custom_runc_goes_into_the_settings(tmp_path: Path, text: str | None) -> None:
-    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
-    if text is not None:
-        write(settings, text)
-    before = content(tmp_path)
-    done = noted(one, settings)
-    assert done.stdout == "settings changed\ncontainerd changed\n", done.stderr
-    assert f"runs {program}: so does rewarm" in done.stderr
-    assert load(settings).runtimes == (program,)
-    assert load(settings).deadline == (60 if text == "deadline: 60" else Settings().deadline)
-    assert noted(one, settings).stdout == "settings unchanged\ncontainerd unchanged\n"
-    assert one.run("unregister").returncode == 0
-    assert without_state(tmp_path) == before
-
-
-def test_settings_of_the_users_own_stand(tmp_path: Path) -> None:
-    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
-    write(settings, "runtimes: [runc]\n")
-    done = noted(one, settings)
-    assert done.stdout == "settings unchanged\ncontainerd changed\n"
-    assert f"put {program} first there" in done.stderr
-    assert settings.read_text() == "runtimes: [runc]\n"
-
-
-def test_settings_that_cannot_be_extended(tmp_path: Path) -> None:
-    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
-    write(settings, "{deadline: 60}\n")
-    done = noted(one, settings)
-    assert done.returncode == 1
-    assert f"add 'runtimes: [\"{program}\"]' there by hand" in done.stderr
-    assert settings.read_text() == "{deadline: 60}\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "said", "message"),
-    [
-        ("crun", "crun version 1.8.1", "runs crun"),
-        ("a\u00e9 b", "runc", "does rewarm"),
-        ("gone", "", "does not run"),
-    ],
-)
-def test_what_can_stand_below(tmp_path: Path, name: str, said: str, message: str) -> None:
-    one, settings, program = with_custom_runc(tmp_path, name, said)
-    if name == "gone":
-        Path(program).unlink()
-    done = noted(one, settings)
-    assert message in done.stderr
-    assert settings.exists() == (message == "does rewarm")
-    assert not settings.exists() or load(settings).runtimes == (program,)
-
-
-def test_the_note_goes_when_the_node_runs_runc_again(tmp_path: Path) -> None:
-    one, settings, program = with_custom_runc(tmp_path, "custom-runc")
-    noted(one, settings)
-    one.config.write_text(one.config.read_text().replace(f'  options = {{ BinaryName = "{program}" }}\n', ""))
-    assert noted(one, settings).stdout == "settings changed\ncontainerd unchanged\n"
-    assert not settings.exists()
+# The default runtime
 
 
 @pytest.mark.parametrize(
