@@ -19,11 +19,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from marked import blocks
 
 MAX_BYTES = 8 << 20
+TRIES = 3
 _TEMPORARY = ".rewarm-tmp"
 # What a file that was made for rewarm holds when rewarm's part is out of it.
 _NOTHING = re.compile(r"\s*(?:\{\s*\}|version\s*=\s*\d+)?\s*")
@@ -33,6 +34,21 @@ Strip = Callable[[str, Path, Collection[str] | None], str]
 
 class Refused(Exception):
     """A file cannot be changed safely. The text says which one, why, and what to do about it."""
+
+
+class Changed(Refused):
+    """Somebody else has written to a file since it was read, and what was to be written is of no use."""
+
+
+T = TypeVar("T")
+
+
+def anew(step: Callable[[], T]) -> T:
+    """Runs a step that reads files and then writes them, and again if somebody else has written meanwhile."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(Changed):
+            return step()
+    return step()
 
 
 def digest(data: bytes) -> str:
@@ -72,11 +88,14 @@ def read_text(path: Path) -> str | None:
     return None if data is None else decode(data, path)
 
 
-def atomic_write(path: Path, data: bytes, scratch: Path | None = None, mode: int = 0o644) -> None:
+def atomic_write(
+    path: Path, data: bytes, scratch: Path | None = None, mode: int = 0o644, check: Callable[[], None] | None = None
+) -> None:
     """Writes by rename, at a symlink its target. Keeps mode, owner and attributes (new file: `mode`). Raises Refused.
 
-    `scratch` is where the temporary file is made, on the same file system: for directories whose every file is read by
-    somebody (CRI-O's), who must not find half of one there. By default it is the file's own directory.
+    `check` is called just before the rename, to raise what speaks against it. `scratch` is where the temporary file is
+    made, on the same file system: for directories whose every file is read by somebody (CRI-O's), who must not find
+    half of one there. By default it is the file's own directory.
     """
     path = Path(os.path.realpath(path))
     directory = scratch or path.parent
@@ -94,6 +113,8 @@ def atomic_write(path: Path, data: bytes, scratch: Path | None = None, mode: int
                 os.fchmod(out.fileno(), mode)
             out.flush()
             os.fsync(out.fileno())
+        if check is not None:
+            check()
         os.replace(temporary, path)
     except OSError as error:
         _unlink(temporary)
@@ -199,7 +220,10 @@ class Journal:
         return self._strip(text, path, blocks_there if self.entries else None)
 
     def write(self, path: Path, current: bytes | None, base: bytes | None, new: bytes) -> None:
-        """Writes `new`; `current` is what is there, `base` the same without rewarm's part. Raises Refused."""
+        """Writes `new`; `current` is what is there, `base` the same without rewarm's part. Raises Refused.
+
+        Changed, with nothing on record, where something else is there by now.
+        """
         entry = self.entries.get(str(path))
         self._undone = entry, None if entry is None or entry["found"] is None else read_bytes(self.original(path))
         made = [] if entry is None else entry["made"]
@@ -218,7 +242,20 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Refused(f"{path.parent} cannot be made: {error.strerror or error}") from error
-        atomic_write(path, new, self._scratch(path))
+        try:
+            self._replace(path, current, new)
+        except Changed:
+            self._recall(path)
+            raise
+
+    def _replace(self, path: Path, current: bytes | None, new: bytes) -> None:
+        """Writes `new` if `current` is there still: what others wrote since it was read would be lost."""
+
+        def check() -> None:
+            if read_bytes(path) != current:
+                raise Changed(f"{path} was changed meanwhile; run again")
+
+        atomic_write(path, new, self._scratch(path), check=check)
 
     def _scratch(self, path: Path) -> Path | None:
         return Path(os.path.realpath(path)).parent.parent if self._keep_out else None
@@ -243,24 +280,42 @@ class Journal:
         else:
             self.file.unlink(missing_ok=True)
 
-    def undo(self, path: Path, current: bytes | None) -> None:
-        """Takes back a `write` that did not do: `current` is what was there before it. Raises Refused."""
+    def _recall(self, path: Path) -> None:
+        """Makes the record what it was before the last `write`, which alone says whether rewarm wrote what is there."""
+        entry, original = self._undone
+        if entry is None:
+            self._forget(path)
+            return
+        self.entries[str(path)] = entry
+        if original is None:
+            self.original(path).unlink(missing_ok=True)
+        else:
+            atomic_write(self.original(path), original, mode=0o600)
+        self._save()
+
+    def undo(self, path: Path, current: bytes | None) -> str:
+        """Takes back a `write` that did not do: `current` is what was there before it. Raises Refused.
+
+        What somebody else has written there meanwhile stays. Returns words for what has become of the file.
+        """
+        return anew(lambda: self._undo(path, current))
+
+    def _undo(self, path: Path, current: bytes | None) -> str:
+        written = read_bytes(path)
+        if not self.wrote(path, written):
+            self.put_back(path, quiet=True)
+            return f"{path} was changed meanwhile: only rewarm's part was taken out"
         if current is None:
             _unlink(os.path.realpath(path))
             self._forget(path)
-            return
-        atomic_write(path, current, self._scratch(path))
-        entry, original = self._undone
-        if entry is not None:  # what was on record stands: it alone says whether rewarm wrote what is there now
-            self.entries[str(path)] = entry
-            if original is not None:
-                atomic_write(self.original(path), original, mode=0o600)
-            self._save()
-        elif self.base(_text(current), path) == _text(current):
-            self._forget(path)
-        else:  # rewarm's part of an install whose record is lost
-            self.entries[str(path)]["installed"] = []
-            self._save()
+        else:
+            self._replace(path, written, current)
+            if self._undone[0] is not None or self.base(_text(current), path) == _text(current):
+                self._recall(path)
+            else:  # rewarm's part of an install whose record is lost
+                self.entries[str(path)]["installed"] = []
+                self._save()
+        return "the file was put back as it was"
 
     def left(self, path: Path, current: bytes | None) -> bytes | None:
         """What `put_back` makes of a file, None where it removes it. Raises Refused."""
@@ -278,6 +333,9 @@ class Journal:
 
     def put_back(self, path: Path, *, quiet: bool = False) -> bool:
         """Takes rewarm's part out of one file: by the original, if nobody changed the file since. True if changed."""
+        return anew(lambda: self._put_back(path, quiet=quiet))
+
+    def _put_back(self, path: Path, *, quiet: bool) -> bool:
         current = read_bytes(path)
         real = Path(os.path.realpath(path))
         sweep(real, self._scratch(path))
@@ -286,7 +344,7 @@ class Journal:
             _unlink(real)
             said = f"removed {path}, which {'was not there before' if whole else 'held nothing else'}"
         elif left is not None and left != current:
-            atomic_write(path, left, self._scratch(path))
+            self._replace(path, current, left)
             said = (
                 f"put {path} back as it was found"
                 if whole

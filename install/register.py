@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import register_containerd
@@ -29,7 +30,7 @@ import register_podman
 import register_settings
 import still_named
 from engine import Done
-from journal import Journal, Refused, atomic_write, read_bytes
+from journal import Journal, Refused, anew, atomic_write, read_bytes
 
 ENGINES = {
     "containerd": register_containerd,
@@ -49,14 +50,15 @@ def register(wanted: dict[str, tuple[Path, str]], binary: str, state: Path, sett
     done = {}
     for name, (config, program) in wanted.items():
         try:
-            done[name] = ENGINES[name].register(config, binary, state, program)
+            done[name] = anew(partial(ENGINES[name].register, config, binary, state, program))
         except (Refused, OSError) as error:
             complain(name, error)
     well = len(done) == len(wanted)
     programs = _programs(state, _record(state, wanted, done))
     if settings is not None:
         try:
-            noted = Done() if programs is None else register_settings.note(settings, programs, binary, state, python)
+            note = partial(register_settings.note, settings, programs or (), binary, state, python)
+            noted = Done() if programs is None else anew(note)
             print(f"settings {'changed' if noted.changed else 'unchanged'}")
         except (Refused, OSError) as error:
             complain("settings", error)

@@ -33,7 +33,7 @@ from containerd_config import (
     version_of,
 )
 from engine import ANNOTATIONS, RUNTIME, Done
-from journal import Journal, Refused, read_bytes
+from journal import Changed, Journal, Refused, read_bytes
 from marked import block
 from toml_own import strip
 from toml_text import parse, strings, table, toml_table
@@ -114,6 +114,8 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
             return _finish(
                 journal, main, binary, containerd, _drop_in(read(drop_in, journal), files, binary, containerd)
             )
+        except Changed:
+            raise
         except Refused as error:
             journal.say(f"a drop-in does not do ({error}): editing in place")
             files = load(main, journal, containerd)
@@ -201,26 +203,36 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
         current = None if target.text is None else target.text.encode()
         base = None if target.text is None else target.base.encode()
         journal.write(target.path, current, base, plan.text.encode())
-    kept = {path: (data, path.stat().st_mtime_ns) for path in stale if (data := read_bytes(path)) is not None}
+    kept = {path: _Kept(journal, path, data) for path in stale if (data := read_bytes(path)) is not None}
     moved = [path for path in stale if journal.put_back(path, quiet=True)]
     if changed and containerd:
         try:
             _check(containerd, main, target.path, before if not moved else None, binary)
         except Refused as error:
-            journal.undo(target.path, current)
+            undone = journal.undo(target.path, current)
             for path in moved:
-                _restore(journal, path, *kept[path])
-            raise Refused(f"{error}; the file was put back as it was") from error
+                kept[path].restore()
+            raise Refused(f"{error}; {undone}") from error
     for path in moved:
         journal.say(f"took out of {path} what an earlier run has written there")
     return Done(changed=changed or bool(moved), paths=(target.path,), runc=plan.runc)
 
 
-def _restore(journal: Journal, path: Path, data: bytes, changed_ns: int) -> None:
-    """Puts rewarm's part back into a file, which is as before then, its time of change included: doctor goes by it."""
-    now = read_bytes(path)
-    journal.write(path, now, now, data)
-    os.utime(path, ns=(changed_ns, changed_ns))
+class _Kept:
+    """A file with rewarm's part in it, which may have to go back there."""
+
+    def __init__(self, journal: Journal, path: Path, data: bytes) -> None:
+        self._journal, self._path, self._data = journal, path, data
+        self._rest = journal.left(path, data)
+        self._changed_ns = path.stat().st_mtime_ns
+
+    def restore(self) -> None:
+        """Puts the part back: the file is as before then, its time of change included, since doctor goes by it."""
+        if read_bytes(self._path) != self._rest:
+            self._journal.say(f"{self._path} was changed meanwhile: rewarm's part stays out of it")
+            return
+        self._journal.write(self._path, self._rest, self._rest, self._data)
+        os.utime(self._path, ns=(self._changed_ns, self._changed_ns))
 
 
 def _check(containerd: Containerd, main: Path, path: Path, before: Runtimes | None, binary: str) -> None:

@@ -85,8 +85,7 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
     try:
         _validate(config, program)
     except Refused as error:
-        journal.undo(config, current)
-        raise Refused(f"{error}; the file was put back as it was") from error
+        raise Refused(f"{error}; {journal.undo(config, current)}") from error
     return Done(changed=True, paths=(config,))
 
 
