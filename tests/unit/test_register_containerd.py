@@ -321,13 +321,28 @@ def test_damaged_backup_is_not_put_back(node: Node) -> None:
 
 @pytest.mark.parametrize("broken", ["exit 0", "exit 3", "echo 'version = 3'"])
 def test_put_back_when_containerd_does_not_agree(node: Node, tmp_path: Path, broken: str) -> None:
-    """A containerd that reads the file as it was, and does not see the runtime in the new one."""
+    """A containerd that reads the file as it was, and does not see the runtime in the new one. Nothing has changed for
+    it then, the file's time included: `doctor --node` would have it restarted."""
     node.config.write_text(KUBEADM_V2)
+    os.utime(node.config, ns=(10**18, 10**18 + 7))
     program = tmp_path / "containerd"
     program.write_text(f'#!/bin/sh\nif grep -q rewarm "$2"; then {broken}; else cat "$2"; fi\n')
     program.chmod(0o755)
     done = node.try_register(program=str(program))
     assert done.returncode == 1
     assert "put back as it was" in done.stderr
-    assert node.config.read_text() == KUBEADM_V2
+    assert (node.config.read_text(), node.config.stat().st_mtime_ns) == (KUBEADM_V2, 10**18 + 7)
     assert node.unregister() == "unchanged"
+
+
+def test_a_refresh_that_is_put_back(node: Node, tmp_path: Path) -> None:
+    node.config.write_text(KUBEADM_V2)
+    node.register()
+    node.config.write_text(node.config.read_text().replace("SystemdCgroup = true", "SystemdCgroup = false", 1))
+    os.utime(node.config, ns=(10**18, 10**18))
+    before = node.config.read_bytes()
+    program = tmp_path / "containerd"
+    program.write_text('#!/bin/sh\nif grep -q "SystemdCgroup = true" "$2"; then cat "$2"; else exit 3; fi\n')
+    program.chmod(0o755)
+    assert "put back as it was" in node.try_register(program=str(program)).stderr
+    assert (node.config.read_bytes(), node.config.stat().st_mtime_ns) == (before, 10**18)
