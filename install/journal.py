@@ -89,13 +89,19 @@ def read_text(path: Path) -> str | None:
 
 
 def atomic_write(
-    path: Path, data: bytes, scratch: Path | None = None, mode: int = 0o644, check: Callable[[], None] | None = None
+    path: Path,
+    data: bytes,
+    scratch: Path | None = None,
+    mode: int = 0o644,
+    check: Callable[[], None] | None = None,
+    changed_ns: int | None = None,
 ) -> None:
     """Writes by rename, at a symlink its target. Keeps mode, owner and attributes (new file: `mode`). Raises Refused.
 
-    `check` is called just before the rename, to raise what speaks against it. `scratch` is where the temporary file is
-    made, on the same file system: for directories whose every file is read by somebody (CRI-O's), who must not find
-    half of one there. By default it is the file's own directory.
+    `changed_ns` is the time of change that the file gets (None: now). `check` is called just before the rename, to
+    raise what speaks against it. `scratch` is where the temporary file is made, on the same file system: for
+    directories whose every file is read by somebody (CRI-O's), who must not find half of one there. By default it is
+    the file's own directory.
     """
     path = Path(os.path.realpath(path))
     directory = scratch or path.parent
@@ -107,11 +113,13 @@ def atomic_write(
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
+            out.flush()
+            if changed_ns is not None:
+                os.utime(out.fileno(), ns=(changed_ns, changed_ns))
             if path.exists():
                 _copy_attributes(path, out.fileno())
             else:
                 os.fchmod(out.fileno(), mode)
-            out.flush()
             os.fsync(out.fileno())
         if check is not None:
             check()
@@ -126,15 +134,19 @@ def atomic_write(
 
 
 def _copy_attributes(path: Path, handle: int) -> None:
+    """In this order, since without CAP_FOWNER (as a DaemonSet) nobody but a file's owner can do the rest."""
     status = path.stat()
-    os.fchown(handle, status.st_uid, status.st_gid)
+    mode, special = status.st_mode & 0o1777, status.st_mode & 0o6000
+    os.fchmod(handle, mode)
     names: list[str] = []
     with contextlib.suppress(OSError):  # not every file system has attributes
         names = os.listxattr(path)
     for name in names:
         with contextlib.suppress(OSError):  # some are the kernel's own
             os.setxattr(handle, name, os.getxattr(path, name))
-    os.fchmod(handle, status.st_mode & 0o7777)
+    os.fchown(handle, status.st_uid, status.st_gid)
+    if special:  # which a new owner takes away
+        os.fchmod(handle, mode | special)
 
 
 def sweep(path: Path, directory: Path | None = None) -> None:
@@ -220,7 +232,9 @@ class Journal:
         blocks_there = self.entries.get(str(path), {}).get("blocks", [])
         return self._strip(text, path, blocks_there if self.entries else None)
 
-    def write(self, path: Path, current: bytes | None, base: bytes | None, new: bytes) -> None:
+    def write(
+        self, path: Path, current: bytes | None, base: bytes | None, new: bytes, changed_ns: int | None = None
+    ) -> None:
         """Writes `new`; `current` is what is there, `base` the same without rewarm's part. Raises Refused.
 
         Changed, with nothing on record, where something else is there by now.
@@ -245,19 +259,19 @@ class Journal:
         except OSError as error:
             raise Refused(f"{path.parent} cannot be made: {error.strerror or error}") from error
         try:
-            self._replace(path, current, new)
+            self._replace(path, current, new, changed_ns)
         except Changed:
             self._recall(path)
             raise
 
-    def _replace(self, path: Path, current: bytes | None, new: bytes) -> None:
+    def _replace(self, path: Path, current: bytes | None, new: bytes, changed_ns: int | None = None) -> None:
         """Writes `new` if `current` is there still: what others wrote since it was read would be lost."""
 
         def check() -> None:
             if read_bytes(path) != current:
                 raise Changed(f"{path} was changed meanwhile; run again")
 
-        atomic_write(path, new, self._scratch(path), check=check)
+        atomic_write(path, new, self._scratch(path), check=check, changed_ns=changed_ns)
 
     def _scratch(self, path: Path) -> Path | None:
         return Path(os.path.realpath(path)).parent.parent if self._keep_out else None
@@ -311,9 +325,8 @@ class Journal:
             _unlink(os.path.realpath(path))
             self._forget(path)
         else:
-            self._replace(path, written, current)
             # Nothing has changed for the engine, and doctor goes by the time.
-            os.utime(path, ns=(self._changed_ns, self._changed_ns))
+            self._replace(path, written, current, self._changed_ns)
             if self._undone[0] is not None or self.base(_text(current), path) == _text(current):
                 self._recall(path)
             else:  # rewarm's part of an install whose record is lost

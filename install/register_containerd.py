@@ -10,7 +10,6 @@ Afterwards containerd itself is asked whether it has the new runtime, and every 
 
 from __future__ import annotations
 
-import os
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -231,8 +230,7 @@ class _Kept:
         if read_bytes(self._path) != self._rest:
             self._journal.say(f"{self._path} was changed meanwhile: rewarm's part stays out of it")
             return
-        self._journal.write(self._path, self._rest, self._rest, self._data)
-        os.utime(self._path, ns=(self._changed_ns, self._changed_ns))
+        self._journal.write(self._path, self._rest, self._rest, self._data, self._changed_ns)
 
 
 def _check(containerd: Containerd, main: Path, path: Path, before: Runtimes | None, binary: str) -> None:

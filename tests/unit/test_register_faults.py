@@ -167,6 +167,38 @@ def test_where_nothing_can_be_written(tmp_path: Path, engine: str) -> None:
     assert one.unregister() == "unchanged"
 
 
+DAEMONSET = "-all,+chown,+dac_override,+net_admin,+mknod,+sys_admin,+sys_chroot,+sys_ptrace"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("agrees", [True, False])
+def test_a_file_that_is_not_roots(tmp_path: Path, engine: str, agrees: bool) -> None:
+    """With the DaemonSet's capabilities root may change the mode and the times of its own files only."""
+    one = at(tmp_path, engine)
+    write(one.config, original_of(engine)).chmod(0o640)
+    os.utime(one.config, (10**9, 10**9))
+    os.setxattr(one.config, "user.mine", b"x")
+    os.chown(one.config, 12345, 54321)
+    validates = f'test "$1" != --help || exec echo --validate\ntest ! -e {tmp_path}/no'
+    reads = f'if test -e {tmp_path}/no && grep -q rewarm-runc "$2"; then exit 1; else cat "$2"; fi'
+    program = write(tmp_path / "program", f"#!/bin/sh\n{validates if engine == 'docker' else reads}\n")
+    program.chmod(0o755)
+    asked = engine in ("containerd", "docker")
+    if not agrees:
+        write(tmp_path / "no", "")
+    words = [sys.executable, "-B", str(INSTALL / "register.py"), "register", "--state", str(one.state)]
+    words += ["--binary", BINARY, f"{engine}={one.config}:{program if asked else ''}"]
+    done = subprocess.run(["setpriv", "--bounding-set", DAEMONSET, *words], capture_output=True, text=True, timeout=60)
+    registered = agrees or not asked
+    assert done.stdout == f"{engine} {'changed' if registered else 'refused'}\n", done.stderr
+    assert registered or "put back as it was" in done.stderr
+    status = one.config.stat()
+    assert (status.st_mode & 0o7777, status.st_uid, status.st_gid) == (0o640, 12345, 54321)
+    assert os.getxattr(one.config, "user.mine") == b"x"
+    assert (BINARY in one.config.read_text()) == registered
+    assert registered or status.st_mtime == 10**9
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_part_that_somebody_has_torn(tmp_path: Path, engine: str) -> None:
     """Where rewarm's part ends would be a guess: it is said, and the original stays on record."""
