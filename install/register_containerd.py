@@ -214,7 +214,9 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
             raise Refused(f"{error}; {undone}") from error
     for path in moved:
         journal.say(f"took out of {path} what an earlier run has written there")
-    return Done(changed=changed or bool(moved), paths=(target.path,), runc=plan.runc)
+    # Where no file names `runc` the options are the default runtime's, but below rewarm runs what `runc` does.
+    runc = binary_of(before["runc"], main) if "runc" in before else plan.runc
+    return Done(changed=changed or bool(moved), paths=(target.path,), runc=runc)
 
 
 class _Kept:
