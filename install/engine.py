@@ -13,8 +13,12 @@ ANNOTATIONS = "rewarm.dev/*"
 
 @dataclass(frozen=True)
 class Done:
-    """`paths` are the files that name the runtime; `runc` is what the node's runc runtime runs, "" for plain runc."""
+    """`paths` are the files that name the runtime; `runc` is what the node's runc runtime runs, "" for plain runc.
+
+    `copied` is the runtime of containerd's whose options rewarm's has, "" where it has none.
+    """
 
     changed: bool = False
     paths: tuple[Path, ...] = ()
     runc: str = ""
+    copied: str = ""

@@ -8,9 +8,9 @@ Standard library only: install.sh runs it with the system's python3 (>= 3.11, fo
 docker or podman, FILE its configuration (of CRI-O and Podman: rewarm's drop-in), PROGRAM what checks the result.
 
 Every engine is tried. Prints a line for each: `ENGINE changed`, `unchanged` or `refused`, whose cause is on standard
-error; exit status 1 if any was refused. `engines.json` in the state directory says where each engine is registered,
-for `rewarm doctor --node`, and what its runc runtime runs, for the settings: they stand for all engines, also for those
-that a run leaves out.
+error; exit status 1 if any was refused. `engines.json` in the state directory says where each engine is registered and
+which runtime was copied, for `rewarm doctor --node`, and what its runc runtime runs, for the settings: they stand for
+all engines, also for those that a run leaves out.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def _record(state: Path, wanted: dict[str, tuple[Path, str]], done: dict[str, Do
             "program": program,
             "files": [str(path) for path in done[name].paths],
             "runc": done[name].runc,
+            "copied": done[name].copied,
         }
         for name, (config, program) in wanted.items()
         if name in done

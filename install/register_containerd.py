@@ -56,10 +56,10 @@ def reads(config: Path, journal: Journal) -> list[Path]:
         return [config]
 
 
-def derive(runtimes: Runtimes, default: str, binary: str, path: Path) -> tuple[dict[str, Any], str]:
+def derive(runtimes: Runtimes, default: str, binary: str, path: Path) -> tuple[dict[str, Any], str, str]:
     """rewarm's runtime: runc's (or, where there is none, the default one's), with our binary and our annotations.
 
-    Returns the table and the binary that the copied runtime named ("" for plain runc).
+    Returns the table, the copied runtime's name and the binary that it named ("" for plain runc).
     """
     name = "runc" if "runc" in runtimes else default
     source = runtimes.get(name)
@@ -74,7 +74,7 @@ def derive(runtimes: Runtimes, default: str, binary: str, path: Path) -> tuple[d
     if ANNOTATIONS not in annotations:
         annotations.append(ANNOTATIONS)
     options = {**table(source, path, "options"), "BinaryName": binary}
-    return {**source, "pod_annotations": annotations, "options": options}, binary_of(source, path)
+    return {**source, "pod_annotations": annotations, "options": options}, name, binary_of(source, path)
 
 
 def left_alone(config: Path, binary: str, files: list[ConfigFile], journal: Journal) -> bool:
@@ -122,12 +122,13 @@ def register(config: Path, binary: str, state: Path, program: str) -> Done:
 
 
 class _Plan:
-    """What is to be written where; `runc` is the binary that the copied runtime named."""
+    """What is to be written where; `copied` is the runtime that was copied, `runc` the binary that it named."""
 
-    def __init__(self, target: ConfigFile, before: str, lines: list[str], runc: str) -> None:
+    def __init__(self, target: ConfigFile, before: str, lines: list[str], copied: str, runc: str) -> None:
         self.target = target
         self.block = block(lines)
         self.text = before + self.block
+        self.copied = copied
         self.runc = runc
 
 
@@ -144,10 +145,11 @@ def _drop_in(target: ConfigFile, files: list[ConfigFile], binary: str, container
             named[name] = {**named.get(name, {}), **runtime, **({"options": options} if options else {})}
         found = table(cri_table(file.base_data, file.path), file.path, "containerd").get("default_runtime_name")
         default = str(found or default)
-    runtimes = _with_types(named, files[0].path, containerd) if named.keys() & {"runc", default} else BUILT_IN
-    mine, runc = derive(runtimes, default, binary, target.path)
+    effective = containerd.effective(files[0].path) if containerd else {}
+    runtimes = _merged(named, effective, target.path) if named.keys() & {"runc", default} else BUILT_IN
+    mine, copied, runc = derive(runtimes, default, binary, target.path)
     lines = [f"version = {version}", *_tables(PLUGINS[version], {RUNTIME: mine})]
-    return _Plan(target, "", lines, runc)
+    return _Plan(target, "", lines, copied, runc)
 
 
 def _in_place(files: list[ConfigFile], binary: str, containerd: Containerd | None) -> _Plan:
@@ -161,22 +163,28 @@ def _in_place(files: list[ConfigFile], binary: str, containerd: Containerd | Non
     default = str(
         table(cri_table(owner.base_data, owner.path), owner.path, "containerd").get("default_runtime_name", "runc")
     )
-    runtimes = _with_types(named, files[0].path, containerd) or implied
+    runtimes = _merged(named, effective, owner.path) or implied
     if not runtimes.keys() & {"runc", default}:  # another file may have it, where tables are merged
         runtimes = effective or runtimes
-    mine, runc = derive(runtimes, default, binary, owner.path)
+    mine, copied, runc = derive(runtimes, default, binary, owner.path)
     base = owner.base
     before = base + ("\n" if base and not base.endswith("\n") else "") + version_line
-    return _Plan(owner, before, _tables(plugin, {**implied, RUNTIME: mine}), runc)
+    return _Plan(owner, before, _tables(plugin, {**implied, RUNTIME: mine}), copied, runc)
 
 
-def _with_types(named: Runtimes, main: Path, containerd: Containerd | None) -> Runtimes:
-    """The runtimes that files name, with the type that containerd itself gives those that leave it to the built-in."""
-    if containerd is None or all("runtime_type" in runtime for runtime in named.values()):
-        return named
-    effective = containerd.effective(main)
-    types = {name: {k: v for k, v in effective.get(name, {}).items() if k == "runtime_type"} for name in named}
-    return {name: {**types[name], **runtime} for name, runtime in named.items()}
+def _merged(named: Runtimes, effective: Runtimes, path: Path) -> Runtimes:
+    """The runtimes that a file names, with what containerd has for them from elsewhere: built in, from other files."""
+    runtimes = {}
+    for name, runtime in named.items():
+        theirs = effective.get(name, {})
+        options = _with(table(runtime, path, "options"), table(theirs, path, "options"))
+        runtimes[name] = _with({**runtime, **({"options": options} if options else {})}, theirs)
+    return runtimes
+
+
+def _with(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The values, and of `more` those that are none of containerd's defaults."""
+    return {**{k: v for k, v in more.items() if k not in values and v and v != "podsandbox"}, **values}
 
 
 def _tables(plugin: str, runtimes: Runtimes) -> list[str]:
@@ -216,7 +224,7 @@ def _finish(journal: Journal, main: Path, binary: str, containerd: Containerd | 
         journal.say(f"took out of {path} what an earlier run has written there")
     # Where no file names `runc` the options are the default runtime's, but below rewarm runs what `runc` does.
     runc = binary_of(before["runc"], main) if "runc" in before else plan.runc
-    return Done(changed=changed or bool(moved), paths=(target.path,), runc=runc)
+    return Done(changed=changed or bool(moved), paths=(target.path,), runc=runc, copied=plan.copied)
 
 
 class _Kept:

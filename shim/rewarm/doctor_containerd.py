@@ -13,7 +13,10 @@ from rewarm.checks import OK, WARNING, Check, Node, ask_apart, last_line
 # Configuration version 2, and 3 and later.
 _PLUGINS = ("io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime")
 _REGISTER = "run install/install.sh again, or see config/containerd-v2.toml and config/containerd-v3.toml"
+_RUNTIME = "rewarm"
 _ANNOTATIONS = "rewarm.dev/"
+# What a pod's cgroups and files depend on, beside the options.
+_COPIED = ("base_runtime_spec", "snapshotter", "sandboxer")
 
 
 def containerd(node: Node) -> Check:
@@ -24,8 +27,11 @@ def containerd(node: Node) -> Check:
     return registered(node, program)
 
 
-def registered(node: Node, program: str) -> Check:
-    """What `program` ("": nobody) makes of the node's containerd_config: a warning where the runtime is not in it."""
+def registered(node: Node, program: str, copied: str = "") -> Check:
+    """What `program` ("": nobody) makes of the node's containerd_config: a warning where the runtime is not in it.
+
+    `copied` is the runtime whose options install.sh has given to rewarm's ("": none), which may have others by now.
+    """
     if not os.path.exists(node.containerd_config):
         return Check("containerd", WARNING, f"there is no {node.containerd_config}, so no runtime rewarm", _REGISTER)
     try:
@@ -38,7 +44,7 @@ def registered(node: Node, program: str) -> Check:
     if {"cri", *_PLUGINS} & set(config.get("disabled_plugins") or []):
         found = f"its CRI plugin is disabled; ctr takes the runtime by its path, {node.launcher}"
         return Check("containerd", OK, found)
-    check = _judge(node, _runtimes(config))
+    check = _judge(node, _runtimes(config), copied if program else "")
     if check.status != OK and warning:  # such as the key or table that it ignores
         return replace(check, found=f"{check.found}; containerd warns: {last_line(warning)}")
     return check
@@ -66,7 +72,21 @@ def _runtimes(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _judge(node: Node, runtimes: dict[str, dict[str, Any]]) -> Check:
+def _options(runtime: dict[str, Any]) -> dict[str, Any]:
+    """What install.sh copies of a runtime, without values that say nothing; its program is its own."""
+    found = {**(runtime.get("options") or {}), **{key: runtime.get(key) for key in _COPIED}, "BinaryName": ""}
+    return {key: value for key, value in found.items() if value and (key, value) != ("sandboxer", "podsandbox")}
+
+
+def _differing(runtimes: dict[str, dict[str, Any]], copied: str) -> str:
+    """An option in which rewarm's runtime differs from the one that it was copied from; "" if there is none."""
+    if not {copied, _RUNTIME} <= runtimes.keys():
+        return ""
+    ours, theirs = _options(runtimes[_RUNTIME]), _options(runtimes[copied])
+    return next((key for key in sorted({**ours, **theirs}) if ours.get(key) != theirs.get(key)), "")
+
+
+def _judge(node: Node, runtimes: dict[str, dict[str, Any]], copied: str) -> Check:
     binaries = {name: str((table.get("options") or {}).get("BinaryName") or "") for name, table in runtimes.items()}
     ours = [name for name, binary in binaries.items() if os.path.basename(binary) == "rewarm-runc"]
     if not ours:
@@ -79,4 +99,8 @@ def _judge(node: Node, runtimes: dict[str, dict[str, Any]]) -> Check:
         if not any(glob.startswith(_ANNOTATIONS) for glob in runtimes[name].get("pod_annotations") or []):
             found = f"runtime {name} does not pass on the annotations of pods"
             return Check("containerd", WARNING, found, 'add: pod_annotations = ["rewarm.dev/*"]')
+    differs = _differing(runtimes, copied)
+    if differs:  # such as the cgroup driver, of which the kubelet has one
+        found = f"runtime {_RUNTIME} has another {differs} than runtime {copied}, which was changed since"
+        return Check("containerd", WARNING, found, _REGISTER)
     return Check("containerd", OK, f"runtime {', '.join(ours)} of {node.containerd_config} is {node.launcher}")

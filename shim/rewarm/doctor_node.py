@@ -24,7 +24,10 @@ _AGAIN = "run install/install.sh again"
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine: its program and configuration file, and what install.sh has recorded of it (None: nothing)."""
+    """One engine: its program and configuration file, and what install.sh has recorded of it (None: nothing).
+
+    `copied` is the runtime whose options it has given to rewarm's.
+    """
 
     name: str
     label: str
@@ -33,6 +36,7 @@ class Engine:
     check: Callable[..., Check]
     files: tuple[str, ...] = field(default=())
     recorded: bool | None = None
+    copied: str = ""
 
     @property
     def where(self) -> str:
@@ -76,6 +80,7 @@ def _placed(engine: Engine, entry: dict[str, Any]) -> Engine:
         config=str(entry.get("config") or engine.config),
         files=tuple(map(str, files)) if isinstance(files, list) else (),
         recorded=True,
+        copied=str(entry.get("copied") or ""),
     )
 
 
@@ -163,7 +168,7 @@ def _sees(pid: str, path: str) -> bool:
 def containerd(node: Node, placed: Engine) -> Check:
     """By `containerd config dump`, which reads the files as a start would."""
     there = replace(node, containerd_config=placed.config)
-    check = doctor_containerd.registered(there, placed.program)
+    check = doctor_containerd.registered(there, placed.program, placed.copied)
     if "CRI plugin is disabled" in check.found:
         return check
     if check.status == WARNING:  # for a node that has other engines it is one, not for this engine

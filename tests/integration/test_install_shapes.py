@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rewarm import doctor_node
+from rewarm.checks import FAILED, WARNING, Check, Node
 from support import rootfs
+from support.nodes import says, well
 from support.proc import command
 from support.registering import Registering, write
 
@@ -58,7 +62,8 @@ def test_nvidia_beside_a_runc_that_no_file_names(tmp_path: Path, place: str, new
     nvidia = write(tmp_path / "nvidia-container-runtime", "#!/bin/sh\necho runc version 1.2.4\n")
     nvidia.chmod(0o755)
     text = default("nvidia", 2) + runtime("nvidia", 2, BinaryName=str(nvidia), SystemdCgroup=True)
-    shape = Shape(tmp_path / "c", 2, *((text, None) if place == "main" else ("", text)), place == "pattern")
+    main, imported = (text, None) if place == "main" else ("", text)
+    shape = Shape(tmp_path / "c", 2, main, imported, place == "pattern")
     one = Registering("containerd", shape.main, tmp_path / "state")
     settings, program = tmp_path / "config.yaml", new() if newer else OLD
     words = ("--binary", "/opt/rewarm/bin/rewarm-runc", "--settings", str(settings), "--python", sys.executable)
@@ -69,3 +74,73 @@ def test_nvidia_beside_a_runc_that_no_file_names(tmp_path: Path, place: str, new
     assert runtimes["rewarm"]["options"]["SystemdCgroup"] is True, "as the node's default runtime has it"
     assert settings.exists() is not newer
     assert ("nvidia-container-runtime" in done.stderr) is not newer
+
+
+# What doctor makes of it, before and after a change
+
+
+MAIN, NAMED, PATTERN = "main", "named", "pattern"
+SYSTEMD, CGROUPFS = {"SystemdCgroup": True}, {"SystemdCgroup": False}
+Part = tuple[str, dict[str, Any]] | None
+SHAPES: dict[str, tuple[Part, Part, str]] = {
+    "nothing": (None, None, MAIN),
+    "runc": (("runc", SYSTEMD), None, MAIN),
+    "runc without options, nvidia": (("runc", {}), ("nvidia", SYSTEMD), PATTERN),
+    "runc, nvidia by name": (("runc", CGROUPFS), ("nvidia", SYSTEMD), NAMED),
+    "nvidia": (None, ("nvidia", SYSTEMD), PATTERN),
+    "nvidia by name": (None, ("nvidia", SYSTEMD), NAMED),
+    "runc in two files": (("runc", SYSTEMD), ("runc", {"ShimCgroup": "/y"}), PATTERN),
+    "runc in two files, by name": (("runc", SYSTEMD), ("runc", {"ShimCgroup": "/y"}), NAMED),
+    "runc, overridden": (("runc", {**SYSTEMD, "Root": "/x"}), ("runc", {**CGROUPFS, "Root": ""}), PATTERN),
+    "runc, overridden by name": (("runc", {**SYSTEMD, "Root": "/x"}), ("runc", {**CGROUPFS, "Root": ""}), NAMED),
+}
+
+
+def text_of(part: Part, version: int) -> str:
+    if part is None:
+        return ""
+    name, options = part
+    return ("" if name == "runc" else default(name, version)) + runtime(name, version, **options)
+
+
+def judged(node: Node) -> Check:
+    return next(engine.check(node, engine) for engine in doctor_node.found(node) if engine.name == "containerd")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("newer", [False, True], ids=["1.6", "2.x"])
+def test_options_that_are_changed(tmp_path: Path, shape: str, newer: bool) -> None:
+    """As when an administrator gives every runtime the other cgroup driver: rewarm's is not in the files for them.
+
+    Whatever the shape, after a registration nothing differs, or the DaemonSet would register for ever.
+    """
+    program, version = (new(), 3) if newer else (OLD, 2)
+    main, imported, place = SHAPES[shape]
+    text = None if place == MAIN else text_of(imported, version)
+    files = Shape(tmp_path / "c", version, text_of(main, version), text, place == PATTERN)
+    node = replace(well(tmp_path), containerd_config=str(files.main))
+    one = Registering("containerd", files.main, Path(node.install_state))
+
+    def register() -> str:
+        done = one.try_register(node.launcher, program)
+        assert done.returncode == 0, done.stderr
+        says(judged(node), WARNING, "containerd does not run with")
+        return done.stdout
+
+    def systemd(name: str) -> bool:
+        return bool(files.effective(program)[name]["options"].get("SystemdCgroup"))
+
+    assert register() == "containerd changed\n"
+    copied = json.loads((one.state / "engines.json").read_text())["containerd"]["copied"]
+    before = systemd(copied)
+    assert systemd("rewarm") == before
+    for path in filter(Path.exists, (files.main, files.imported)):
+        theirs, mark, ours = path.read_text().partition("# BEGIN rewarm")
+        swapped = theirs.replace("= true", "= TRUE").replace("= false", "= true").replace("= TRUE", "= false")
+        path.write_text(swapped + mark + ours)
+    if systemd(copied) == before:  # another runtime's, or what this containerd takes from another file
+        says(judged(node), WARNING, "containerd does not run with")
+        return
+    says(judged(node), FAILED, f"another SystemdCgroup than runtime {copied}", "run install/install.sh again")
+    assert register() == "containerd changed\n"
+    assert systemd("rewarm") == systemd(copied) != before

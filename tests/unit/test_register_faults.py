@@ -273,7 +273,7 @@ def test_one_engines_refusal_is_no_other_ones(tmp_path: Path) -> None:
     done = docker.run("register", "--binary", BINARY, f"docker={docker.config}", f"podman={podman.config}")
     assert (done.returncode, done.stdout) == (1, "docker refused\npodman changed\n")
     record = json.loads((docker.state / "engines.json").read_text())
-    place = {"config": str(podman.config), "program": "", "files": [str(podman.config)], "runc": ""}
+    place = {"config": str(podman.config), "program": "", "files": [str(podman.config)], "runc": "", "copied": ""}
     assert record == {"podman": place}
 
 
