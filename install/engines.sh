@@ -47,13 +47,34 @@ restart_engine() {
     fi
 }
 
-# note_restart ENGINE: before its file is changed, so that after a kill in between another run restarts it. Adds the engine to
-# $pending if one was killed then.
-note_restart() {
-    [[ ! -e $state/restart.$1 ]] || pending+="$1 "
-    mkdir -p "$state"
-    : >"$state/restart.$1"
+# started_since FILE ENGINE: whether the engine's daemon runs, and each of its processes was started after FILE was changed.
+# By whole seconds: one that was started within the same is told once more.
+started_since() {
+    local changed boot ticks file comm fields found=no name=$2
+    [[ $name != docker ]] || name=dockerd
+    changed=$(stat -c %Y "$1")
+    boot=$(sed -n 's/^btime //p' /proc/stat)
+    ticks=$(getconf CLK_TCK)
+    for file in /proc/[0-9]*/comm; do
+        { read -r comm <"$file"; } 2>/dev/null || continue # it ended meanwhile
+        [[ $comm == "$name" ]] || continue
+        { read -r fields <"${file%comm}stat"; } 2>/dev/null || continue
+        read -ra fields <<<"${fields##*) }"
+        [[ $((boot + fields[19] / ticks)) -gt $changed ]] || return 1
+        found=yes
+    done
+    [[ $found == yes ]]
 }
+
+# note_restart ENGINE: before its file is changed, so that after a kill in between another run restarts it. Adds the engine to
+# $pending if one was killed then, or was not to restart it, and nobody else has since.
+note_restart() {
+    [[ ! -e $state/restart.$1 ]] || started_since "$state/restart.$1" "$1" || pending+="$1 "
+    mkdir -p "$state"
+    mark_restart "$1"
+}
+
+mark_restart() { : >"$state/restart.$1"; }
 
 forget_restart() { rm -f "$state/restart.$1"; }
 
@@ -136,8 +157,8 @@ register_runtime() {
             forget_restart "$name"
             die "$name did not start with the runtime; its configuration was put back; see: journalctl -u $name"
         fi
-        # Else the next run finds it untold.
-        if [[ $restarted == yes ]]; then forget_restart "$name"; fi
+        # Else the next run finds it untold, unless it was started after this.
+        if [[ $restarted == yes ]]; then forget_restart "$name"; else mark_restart "$name"; fi
     done
     [[ $status -eq 0 ]] || die "not every engine has the runtime; the rest is installed, so mend this and run again"
     verify
