@@ -169,10 +169,11 @@ def check_attached(checkpoint: Path, bundle_spec: Spec, init: int) -> None:
     Raises RestoreError, images.ImageError and OSError.
     """
     path = oci_ipc.namespace(bundle_spec)
-    if not path:
+    if path == "":
         return
-    own = {one.id for one in _objects(checkpoint) if one.kind == sysv.SHM}
-    with sysv.namespace(path) as there:
+    # CRIU makes none in the node's.
+    own = set() if path is None else {one.id for one in _objects(checkpoint) if one.kind == sysv.SHM}
+    with sysv.namespace(path or "/proc/self/ns/ipc") as there:
         # One that is attached is there.
         if {one.id for one in there.objects() if one.kind == sysv.SHM} <= own:
             return
