@@ -6,7 +6,6 @@ pod's, and of a semaphore or a message queue the kernel says only who has used i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +15,8 @@ from rewarm import processes, sysv
 from rewarm.criu import images
 from rewarm.criu import ipc as criu_ipc
 from rewarm.errors import CaptureError, RestoreError, Unfit
+from rewarm.oci import cgroups, pod
 from rewarm.oci import ipc as oci_ipc
-from rewarm.oci import pod
 from rewarm.oci.runc import Container
 from rewarm.oci.spec import Spec
 from rewarm.sysv import Namespace, Object
@@ -86,16 +85,13 @@ def _own(container: Container) -> set[int]:
 
 def _strangers(there: Namespace, bundle_spec: Spec, own: Iterable[int]) -> list[int]:
     """Processes in a namespace that are neither `own` nor the pod's sandbox, which uses nothing in it."""
-    sandbox = pod.sandbox(bundle_spec)
-    # containerd names the sandbox's namespaces by its process.
-    holder = re.fullmatch(r"/proc/(\d+)/ns/ipc", oci_ipc.namespace(bundle_spec) or "") if sandbox else None
-    known = {*own, int(holder[1]) if holder else 0}
+    sandbox, known = pod.sandbox(bundle_spec), set(own)
     return [pid for pid in there.processes() if pid not in known and not _is_in(pid, sandbox)]
 
 
 def _is_in(pid: int, sandbox: str) -> bool:
-    with suppress(OSError), open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="replace") as file:
-        return bool(sandbox) and sandbox in file.read()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return sandbox in cgroups.containers(pid)
     return True  # it has ended
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +108,73 @@ def test_no_snapshot_and_no_cold_start(podman: Podman) -> None:
     with pytest.raises(proc.CommandFailed, match="absent"):
         podman.container(PROGRAM, name="refused", annotations=wanted)
     assert not list(podman.runc_root.glob("*"))
+
+
+# IPC_CREAT is 0o1000, SETVAL 16, GETVAL 12.
+SEMAPHORES = """
+import ctypes, time
+libc = ctypes.CDLL(None)
+others = [libc.semget(0, 1, 0o1600) for _ in range({skipped})]
+semaphores = libc.semget(555, 1, 0o1600)
+libc.semctl(semaphores, 0, 16, 5)
+n = 0
+while True:
+    n += 1
+    print(n, libc.semget(555, 0, 0) == semaphores, libc.semctl(semaphores, 0, 12), flush=True)
+    time.sleep(0.1)
+"""
+
+
+def semaphores(podman: Podman, name: str, skipped: int = 0, **more: Any) -> str:
+    made = podman.container(["python3", "-c", SEMAPHORES.format(skipped=skipped)], name=name, **more)
+    wait_kept(podman, name)
+    return made
+
+
+def wait_kept(podman: Podman, name: str) -> None:
+    """Waits for what a program says next of its semaphores: that they are as it has made them."""
+    said = podman.logs(name).count("\n")
+    proc.wait_for("more in the log", lambda: podman.logs(name).count("\n") > said + 1)
+    assert podman.logs(name).splitlines()[-1].endswith(" True 5"), podman.logs(name)
+
+
+@pytest.fixture
+def ipc(podman: Podman) -> dict[str, str]:
+    """The annotation for a snapshot of a container that was alone in its pod, with semaphores."""
+    found = {"rewarm.dev/snapshot": "semaphores"}
+    if not list(podman.node.store.glob("v1/snapshots/default/semaphores/*")):
+        podman.pod("source")
+        made = semaphores(podman, "semaphores", annotations=found, pod="source")
+        podman.node.rewarm("capture", made, "--name", "semaphores")
+        podman.remove_all()
+    return found
+
+
+def test_objects_of_a_container_that_crashed_in_its_pod(podman: Podman, ipc: dict[str, str]) -> None:
+    podman.pod("alone")
+    made = semaphores(podman, "server", annotations=ipc, pod="alone")
+    assert podman.outcome(made)["outcome"] == "warm", podman.outcome(made)
+    podman.run("kill", "--signal", "KILL", "server")
+    podman.run("wait", "server")
+    podman.run("start", "server")
+    assert podman.outcome(made)["outcome"] == "warm", podman.outcome(made)
+    wait_kept(podman, "server")
+
+
+@pytest.mark.parametrize("named", ["pod", "its own", "container"])
+def test_objects_of_another_container(podman: Podman, ipc: dict[str, str], named: str) -> None:
+    """What Podman has for the sandbox is older ones' pod, whose id is in the cgroup of all its containers; and the
+    namespace may be a container's."""
+    pod = podman.pod("both")
+    semaphores(podman, "side", 1, pod="both", ipc="shareable" if named == "container" else "")
+    server = podman.container(
+        ["python3", "-c", SEMAPHORES.format(skipped=0)],
+        name="server",
+        annotations={**ipc, **({"io.kubernetes.cri-o.SandboxID": pod} if named == "pod" else {})},
+        pod="both",
+        ipc="container:side" if named == "container" else "",
+    )
+    found = podman.outcome(server)
+    wait_kept(podman, "side")
+    assert found["outcome"] == "cold", found
+    assert "it is in the IPC namespace already" in found["reason"] and "of another container" in found["reason"], found

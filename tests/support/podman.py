@@ -137,14 +137,24 @@ class Podman:
         name: str,
         env: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
+        pod: str = "",
+        ipc: str = "",
     ) -> str:
         """`podman run --detach`: the new container's id. Raises CommandFailed with the runtime's words."""
-        words = ["run", "--detach", "--name", name, "--network", "none", "--cgroup-parent", self.cgroup]
+        words = ["run", "--detach", "--name", name]
+        words += ["--pod", pod] if pod else ["--network", "none", "--cgroup-parent", self.cgroup]
+        words += ["--ipc", ipc] if ipc else []
         for key, value in (env or {}).items():
             words += ["--env", f"{key}={value}"]
         for key, value in (annotations or {}).items():
             words += ["--annotation", f"{key}={value}"]
         return self.run(*words, IMAGE, *args).stdout.strip()
+
+    def pod(self, name: str) -> str:
+        """`podman pod create`: the id of a pod whose containers share an IPC namespace."""
+        words = ["pod", "create", "--name", name, "--network", "none", "--share", "ipc", "--cgroup-parent", self.cgroup]
+        words += ["--infra-image", IMAGE, "--infra-command", "sleep 1000"]
+        return self.run(*words).stdout.strip()
 
     def inspect(self, name: str) -> dict[str, Any]:
         """`podman container inspect` of one container."""
@@ -160,12 +170,14 @@ class Podman:
         return self.node.outcome(container_id, self.runc_root)
 
     def remove_all(self) -> None:
-        """`podman rm --force` of every container. Raises CommandFailed."""
+        """`podman rm --force` of every container and pod. Raises CommandFailed."""
+        self.run("pod", "rm", "--force", "--all", "--time", "0")
         self.run("rm", "--force", "--all", "--time", "0")
 
     def stop(self) -> None:
         """Removes containers, ends what is left of them, unmounts, removes directories. A second call does nothing."""
         if self._run.exists():
+            self.run("pod", "rm", "--force", "--all", "--time", "0", check=False)
             self.run("rm", "--force", "--all", "--time", "0", check=False)  # what is left ends by cgroup
         cgroups.remove(self.cgroup)
         cgroups.remove_empty(cgroup_parent())

@@ -26,6 +26,46 @@ def expected(wanted: str | None, systemd: bool = False) -> list[str]:
     return cgroups.expected({"linux": {} if wanted is None else {"cgroupsPath": wanted}}, "id", systemd)
 
 
+ID, POD = "0d9862f778f89b5b11856ea7161e514499757c64876bb59539749d184037731e", "46bc83af" * 8
+SLICE = "/kubepods.slice/kubepods-pod0b13_7f.slice"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"/kubepods/besteffort/pod0b13-7f/{ID}",
+        f"{SLICE}/cri-containerd-{ID}.scope",
+        f"/../../../{SLICE}/cri-containerd-{ID}.scope",
+        f"/system.slice/containerd.service/kubepods-pod0b13_7f.slice:cri-containerd:{ID}",
+        f"{SLICE}/crio-{ID}.scope",
+        f"{SLICE}/crio-{ID}.scope/container",
+        f"/kubepods/pod0b13-7f/crio-{ID}",
+        f"/machine.slice/machine-libpod_pod_{POD}.slice/libpod-{ID}.scope",
+        f"/machine.slice/machine-libpod_pod_{POD}.slice/libpod-{ID}.scope/container/init.scope",
+        f"/libpod_parent/{POD}/libpod-{ID}",
+        f"/libpod_parent/{POD}/libpod-{ID}/system.slice/dbus.service",
+        f"/docker/{POD}/kubelet/kubepods/pod0b13-7f/{ID}",
+        f"/system.slice/docker-{ID}.scope",
+    ],
+)
+def test_the_container_that_a_cgroup_is_of(path: str) -> None:
+    assert cgroups.container(path) == ID
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", f"{SLICE}", "/user.slice/session-1.scope", f"/machine.slice/machine-libpod_pod_{POD}.slice", f"/{ID}a"],
+)
+def test_a_cgroup_of_no_container(path: str) -> None:
+    assert cgroups.container(path) == ""
+
+
+def test_the_containers_that_a_process_is_in() -> None:
+    assert all(len(one) == len(ID) for one in cgroups.containers(os.getpid()))
+    with pytest.raises(FileNotFoundError):
+        cgroups.containers(4194305)
+
+
 @pytest.mark.parametrize("wanted", ["/kubepods/pod1/id", "/kubepods//pod1/./id/", "/kubepods/x/../pod1/id"])
 def test_absolute(mounted: list[str], wanted: str) -> None:
     assert expected(wanted) == [f"{mount}/kubepods/pod1/id" for mount in mounted]

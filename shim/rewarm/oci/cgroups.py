@@ -7,6 +7,7 @@ but the spec says in which cgroup CRIU and the processes that it makes are. runc
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -17,6 +18,7 @@ from rewarm.errors import OciError
 
 _TIMEOUT = 10.0
 _UNLIMITED = 1 << 62  # v1 says so by the largest number that it can
+_CONTAINER = re.compile(r"(?:.*[-:])?([0-9a-f]{64})(?:\.scope)?")
 
 
 def expected(spec: dict[str, Any], container_id: str, systemd: bool) -> list[str]:
@@ -48,6 +50,23 @@ def _places(spec: dict[str, Any], container_id: str, systemd: bool) -> Iterator[
             base = os.path.dirname(own) if version == 2 else own
         # The path is normalised as an absolute one, so `..` cannot lead above the hierarchy.
         yield mount, version, os.path.normpath(os.path.join("/", base, path))
+
+
+def container(path: str) -> str:
+    """The id of the container whose cgroup this is or is in, "" for none.
+
+    By what containerd, CRI-O, Podman and Docker call it: `ID`, `PREFIX-ID`, `PREFIX-ID.scope`. A container may have
+    made cgroups of its own below, and be below others that are called so: with the cgroupfs driver Podman has the
+    containers of a pod in one with the pod's id.
+    """
+    found = [match[1] for name in path.split("/") if (match := _CONTAINER.fullmatch(name))]
+    return found[-1] if found else ""
+
+
+def containers(pid: int) -> set[str]:
+    """The ids of the containers in whose cgroups a process is, on any hierarchy. Raises OSError when it is gone."""
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return {container(line.rstrip("\n").split(":", 2)[2]) for line in file} - {""}
 
 
 def take(directories: Iterable[str], pids: Collection[int]) -> None:
