@@ -45,11 +45,13 @@ def carry(container: Container, checkpoint: Path, bundle_spec: Spec) -> None:
         if not others:
             return
         with sysv.namespace(f"/proc/{container.pid}/ns/ipc") as there:
-            used = {one.id: one.attached for one in there.objects() if one.kind == sysv.SHM}
+            present = {(one.kind, one.id): one for one in there.objects()}
+            used = {number: one.attached for (kind, number), one in present.items() if kind == sysv.SHM}
             # What is gone by now was not this one's, which stands still.
             theirs = {one.id for one in others if one.kind == sysv.SHM and used.get(one.id, 1)}
             unknown = [one for one in others if one.kind != sysv.SHM or one.id not in theirs]
-            _refuse(container, bundle_spec, there, [Object(one.kind, one.key, one.id) for one in unknown])
+            listed = [present.get((one.kind, one.id), Object(one.kind, one.key, one.id)) for one in unknown]
+            _refuse(container, bundle_spec, there, listed)
             if _strangers(there, bundle_spec, _own(container)):
                 criu_ipc.drop(checkpoint, theirs)
     except (OSError, images.ImageError) as error:

@@ -26,18 +26,20 @@ _SLOT = (1 << 15) - 1
 where the kernel was told `ipcmni_extend`)."""
 _FIRST_LIST, _LARGEST_LIST = 1 << 13, 8 << 20
 _LARGEST_SYSCTL = 256
-_CREATOR, _LAST, _ATTACHED = 4, 5, 6
-_SENDER, _RECEIVER = 5, 6
-"""Columns of /proc/sysvipc/shm and /proc/sysvipc/msg."""
+_ATTACHED = 6
+_USERS = {SHM: (4, 5), MSG: (5, 6), SEM: ()}
+"""Columns of /proc/sysvipc/KIND: how often it is attached, and who has made or used it last."""
 
 
 class Object(NamedTuple):
-    """One object: `attached` is how often shared memory is in address spaces."""
+    """One object: `attached` is how often shared memory is in address spaces, `users` are who the kernel's table says
+    has made or used it last."""
 
     kind: str
     key: int
     id: int
     attached: int = 0
+    users: frozenset[int] = frozenset()
 
     def __str__(self) -> str:
         words = {SHM: "shared memory", MSG: "message queue", SEM: "semaphores"}
@@ -62,11 +64,12 @@ class Namespace:
 
     def objects(self) -> list[Object]:
         """Raises OSError."""
-        return [Object(*found) for kind in (SHM, MSG, SEM) for found in self._listed(kind)]
+        return [one for kind in (SHM, MSG, SEM) for one in self._listed(kind)]
 
-    def _listed(self, kind: str) -> Iterator[tuple[str, int, int, int]]:
+    def _listed(self, kind: str) -> Iterator[Object]:
         for words in self._table(kind):
-            yield kind, words[0] & 0xFFFFFFFF, words[1], words[_ATTACHED] if kind == SHM else 0
+            users = frozenset(words[at] for at in _USERS[kind]) - {0}
+            yield Object(kind, words[0] & 0xFFFFFFFF, words[1], words[_ATTACHED] if kind == SHM else 0, users)
 
     def _table(self, kind: str) -> list[list[int]]:
         """The first columns of /proc/sysvipc/KIND: others may add to it while it is read."""
@@ -82,28 +85,23 @@ class Namespace:
                     raise
                 size *= 8
 
-    def users(self, one: Object) -> set[int]:
-        """Those who have used a message queue or semaphores last, as far as the kernel tells. Raises OSError."""
+    def users(self, one: Object) -> frozenset[int]:
+        """Those who have used a listed message queue or semaphores last, as far as the kernel tells. Raises OSError."""
         from rewarm_native import ipc
 
+        if one.kind != SEM:
+            return one.users if one.kind == MSG else frozenset()
         try:
-            if one.kind == SEM:
-                return set(ipc.semaphore_users(self._fd, one.id)) - {0}
+            return frozenset(ipc.semaphore_users(self._fd, one.id)) - {0}
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EIDRM):
                 raise
-            return set()
-        queues = [words for words in self._table(MSG) if words[1] == one.id] if one.kind == MSG else []
-        return {words[at] for words in queues for at in (_SENDER, _RECEIVER)} - {0}
+            return frozenset()
 
     def is_others(self, one: Object) -> bool:
-        """Whether something that stands where a restore, whose processes are dead, makes its own is not of that: a
-        living process has made or used it last. CRIU uses all semaphores that it makes. Raises OSError."""
-        if one.kind == SHM:
-            rows = [words for words in self._table(SHM) if words[1] == one.id]
-            users = {words[at] for words in rows for at in (_CREATOR, _LAST)} - {0}
-        else:
-            users = self.users(one)
+        """Whether what is listed where a restore, whose processes are dead, makes its own is not of that: a living
+        process has made or used it last. CRIU uses all semaphores that it makes. Raises OSError."""
+        users = one.users if one.kind == SHM else self.users(one)
         return any(os.path.exists(f"/proc/{pid}") for pid in users) or (one.kind == SEM and not users)
 
     def sysctls(self) -> dict[str, list[int]]:

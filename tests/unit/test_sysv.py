@@ -49,9 +49,9 @@ def test_what_is_there(other: tuple[int, list[int]]) -> None:
     with sysv.namespace(f"/proc/{pid}/ns/ipc") as there:
         found = there.objects()
         assert found == [
-            Object(SHM, 41, held, 1),
-            Object(SHM, 0, free),
-            Object(MSG, 2**32 - 42, queue),
+            Object(SHM, 41, held, 1, frozenset({pid})),
+            Object(SHM, 0, free, 0, frozenset({pid})),
+            Object(MSG, 2**32 - 42, queue, 0, frozenset({pid})),
             Object(SEM, 43, used),
             Object(SEM, 44, unused),
         ]
@@ -102,10 +102,11 @@ def test_it_is_removed_unless_it_is_attached(other: tuple[int, list[int]]) -> No
         assert len(there.objects()) == 5
     assert sysv.clear(plan) is None
     with sysv.namespace(path) as there:
-        assert there.objects() == [Object(SHM, 41, held, 1), Object(SEM, 44, unused)]
+        attached = Object(SHM, 41, held, 1, frozenset({pid}))
+        assert there.objects() == [attached, Object(SEM, 44, unused)]
         assert there.remove(Object(SEM, 45, unused)), "with another key it is another's"
         assert len(there.objects()) == 2
-    assert sysv.clear(sysv.planned(path, [Object(SHM, 41, 5)])) == Object(SHM, 41, held, 1)
+    assert sysv.clear(sysv.planned(path, [Object(SHM, 41, 5)])) == attached
     assert sysv.clear({**plan, "path": "/proc/4194305/ns/ipc"}) is None
     assert queue >= 0
 
@@ -139,6 +140,44 @@ def test_after_a_restore_what_it_has_made_is_removed(program: str) -> None:
             assert len(found) == (3 if program == MADE else 4)
             assert sysv.clear(sysv.planned(path, wanted), made=True) is None
             assert there.objects() == ([] if program == MADE else found)
+        process.communicate("")
+
+
+QUEUES = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+if os.fork() == 0:
+    for _ in range(300):
+        libc.msgsnd(libc.msgget(0, 0o1600), struct.pack('l5s', 1, b'hello'), 5, 0)
+    os._exit(0)
+os.wait()
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_table_is_read_once_for_all_that_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel prints all of it each time, so that thousands would take minutes."""
+    files: list[str] = []
+    read = ipc.read
+
+    def noted(namespace: int, path: str, most: int) -> bytes:
+        files.append(path)
+        return read(namespace, path, most)
+
+    monkeypatch.setattr(ipc, "read", noted)
+    args = ["unshare", "--ipc", sys.executable, "-c", QUEUES]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        path = f"/proc/{process.pid}/ns/ipc"
+        with sysv.namespace(path) as there:
+            found = there.objects()
+            assert len(found) == 300
+            files.clear()
+            assert sysv.clear(sysv.planned(path, found), made=True) is None
+            assert files.count("/proc/sysvipc/msg") <= 3, "more than with a larger buffer each"
+            assert there.objects() == []
         process.communicate("")
 
 
