@@ -53,6 +53,12 @@ def in_the_way(found: Iterable[Object], wanted: Iterable[Object]) -> list[Object
     return [one for one in found if (one.kind, one.id & _SLOT) in taken or (one.kind, one.key) in keys]
 
 
+def _same(found: Iterable[Object], wanted: Iterable[Object]) -> list[Object]:
+    """Those of `found` that may be the wanted ones: CRIU gives each its key and the whole of its id, or it fails."""
+    exact = {one[:3] for one in wanted}
+    return [one for one in found if one[:3] in exact]
+
+
 class Namespace:
     """An IPC namespace, for as long as the descriptor is open."""
 
@@ -177,7 +183,8 @@ def clear(plan: dict[str, Any], *, made: bool = False) -> Object | None:
     try:
         with namespace(str(plan["path"])) as there:
             # /proc/PID/ns/ipc may be another's by now.
-            found = in_the_way(there.objects(), wanted) if there.name == plan["namespace"] else []
+            there_now = there.objects() if there.name == plan["namespace"] else []
+            found = _same(there_now, wanted) if made else in_the_way(there_now, wanted)
             stay = [one for one in found if not (made and there.is_others(one)) and not there.remove(one)]
     except FileNotFoundError:
         return None

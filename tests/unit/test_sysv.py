@@ -143,6 +143,23 @@ def test_after_a_restore_what_it_has_made_is_removed(program: str) -> None:
         process.communicate("")
 
 
+def test_after_a_restore_what_others_have_in_its_place_stays() -> None:
+    """A new queue, which nobody has used: the kernel does not say whose it is."""
+    program = (
+        "import ctypes; made = [ctypes.CDLL(None).msgget(key, 0o1600) for key in (5, 6, 7)]; print(*made, flush=True)"
+    )
+    args = ["unshare", "--ipc", sys.executable, "-c", f"{program}; input()"]
+    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first, second, third = (int(word) for word in process.stdout.readline().split())
+        wanted = [Object(MSG, 5, third + 9), Object(MSG, 0, second + (1 << 15)), Object(MSG, 7, third)]
+        path = f"/proc/{process.pid}/ns/ipc"
+        assert sysv.clear(sysv.planned(path, wanted), made=True) is None
+        with sysv.namespace(path) as there:
+            assert there.objects() == [Object(MSG, 5, first), Object(MSG, 6, second)]
+        process.communicate("\n")
+
+
 QUEUES = """
 import ctypes, os, struct, sys
 libc = ctypes.CDLL(None)
