@@ -12,7 +12,7 @@ import os
 import stat
 
 from . import member as kinds
-from . import names, place, plan, tarread, undo
+from . import names, place, plan, regular, tarread, undo
 from .errors import LayerError, failed
 from .member import LayerStats
 from .names import joined
@@ -125,7 +125,7 @@ def _is_to_be_made(step: Step, needed: Container[Parts], walker: Walker) -> bool
     if step.parts not in needed:
         return False  # a directory as well: its mode is not the snapshot's to say
     try:
-        left = stat.S_ISREG(step.found.st_mode) and not _is_open(step.parts, walker)
+        left = stat.S_ISREG(step.found.st_mode) and not _is_open(step.parts, walker, step.found)
     except OSError as error:
         raise failed(joined(step.parts), "looking whether it is in use", error) from error
     if not left:
@@ -144,13 +144,12 @@ def _check_foreign(step: Step, may_own: Callable[[int, int], bool]) -> None:
         raise LayerError(joined(step.parts), "it has an owner, mode or xattr that the container could not give it")
 
 
-def _is_open(parts: Parts, walker: Walker) -> bool:
-    """Whether another process has a regular file open or mapped: such a one gets no lease (fcntl(2), F_SETLEASE).
+def _is_open(parts: Parts, walker: Walker, found: os.stat_result) -> bool:
+    """Whether another process has the file `found` open or mapped: such a one gets no lease (fcntl(2), F_SETLEASE).
 
     Kernels without IMA do not count who only reads.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    fd = os.open(parts[-1], flags, dir_fd=walker.directory(parts[:-1]))
+    fd = regular.open_regular(parts[-1], os.O_RDWR, walker.directory(parts[:-1]), known=found)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except BlockingIOError:

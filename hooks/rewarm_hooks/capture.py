@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 
-from . import dump, names, xattrs
+from . import dump, names, regular, xattrs
 from .errors import LayerError, failed, shown
 from .member import LayerStats
 from .names import Parts, joined
@@ -108,12 +108,10 @@ def _whiteout(tar: TarWriter, stats: LayerStats, parts: Parts) -> None:
 
 def _extra(tar: TarWriter, name: bytes, source: str) -> None:
     try:
-        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = regular.open_regular(source, os.O_RDONLY, follow=True)
     except OSError as error:
         raise failed(name, f"opening {shown(source)} for it", error) from error
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise LayerError(name, f"{shown(source)}, which is to be its content, is not a regular file")
         tar.file(name, fd, xattrs.carried(dump.attributes_at(fd, name)))
     finally:
         os.close(fd)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import stat
 
-from . import names, xattrs
-from .errors import LayerError, failed
+from . import names, regular, xattrs
+from .errors import failed
 from .names import Parts, joined
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .member import LayerStats
     from .tarwrite import TarWriter
-
-# O_NONBLOCK: a FIFO put there meanwhile cannot block
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def directory(tar: TarWriter, parts: Parts, fd: int, attributes: dict[bytes, bytes]) -> None:
@@ -44,10 +41,8 @@ def other(
         if stat.S_ISSOCK(mode):
             stats.sockets.append(os.fsdecode(path))
         elif stat.S_ISREG(mode):
-            fd = os.open(parts[-1], _READ, dir_fd=directory_fd)
+            fd = regular.open_regular(parts[-1], os.O_RDONLY, directory_fd, known=status)
             try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise LayerError(path, "it became another kind of file while it was read")
                 tar.file(path, fd, attributes)
             finally:
                 os.close(fd)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from rewarm import briefly
 from rewarm.oci import spec
 from rewarm.oci.record import Undo
+from rewarm_hooks.regular import open_regular
 
 PLAN = ".volume"
 """How the names of such files end."""
@@ -134,11 +135,12 @@ def _take_away(source: str, one: Blank) -> None:
             if one.inode in (0, os.lstat(last, dir_fd=directory).st_ino):
                 os.rmdir(last, dir_fd=directory)
             return
-        fd = os.open(last, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        status = os.lstat(last, dir_fd=directory)
+        if one.inode not in (0, status.st_ino) or status.st_size:  # 0: whoever made it was killed then
+            return
+        fd = open_regular(last, os.O_RDWR, directory, known=status)
         try:
-            status = os.fstat(fd)
-            ours = one.inode in (0, status.st_ino)  # 0: whoever made it was killed then
-            if ours and stat.S_ISREG(status.st_mode) and not status.st_size and not _is_open(fd):
+            if not _is_open(fd) and not os.fstat(fd).st_size:
                 os.unlink(last, dir_fd=directory)
         finally:
             os.close(fd)

@@ -6,17 +6,16 @@ bytes are read, and what is wrong is a note, for a program that cannot be told i
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import re
-import stat
 
 from rewarm import processes
 from rewarm.notify import ENTRIES
 from rewarm.oci.spec import CONTROL_DESTINATION
 from rewarm.store.manifest import Wanted
 from rewarm.store.signals import ALLOWED, MOST, NAMES
+from rewarm_hooks.regular import open_regular
 
 _FILE = re.compile(r"([1-9][0-9]{0,6})\.signal")
 _LONGEST = 32
@@ -63,15 +62,7 @@ def _wanted(directory: int, name: str, number: int, here: dict[int, int]) -> Wan
 
 
 def _read(directory: int, name: str) -> bytes:
-    """Looked at before it is opened: opening a device does things, opening a FIFO waits."""
-    path = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        if not stat.S_ISREG(os.fstat(path).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        # Without waiting: its owner may have a lease on it.
-        fd = os.open(f"/proc/self/fd/{path}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    finally:
-        os.close(path)
+    fd = open_regular(name, os.O_RDONLY, directory)
     try:
         return os.read(fd, _LONGEST + 1)
     finally:

@@ -201,7 +201,7 @@ def test_names_for_files_from_elsewhere(upper: Path, name: str) -> None:
 
 def test_files_from_elsewhere_that_are_none(upper: Path, tmp_path: Path) -> None:
     assert "No such file" in refused(upper, [("x", tmp_path / "nothing")]).cause
-    assert "not a regular file" in refused(upper, [("x", tmp_path)]).cause
+    assert "no regular file" in refused(upper, [("x", tmp_path)]).cause
     os.mkfifo(tmp_path / "fifo")
-    assert "not a regular file" in refused(upper, [("x", tmp_path / "fifo")]).cause
+    assert "no regular file" in refused(upper, [("x", tmp_path / "fifo")]).cause
     assert "place of a directory" in refused(upper, [("dir", upper / "dir/file")]).cause

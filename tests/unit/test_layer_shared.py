@@ -8,10 +8,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rewarm_hooks import apply as applying
+from rewarm_hooks import dump
 from rewarm_hooks.layer import LayerError, apply_layer, undo_layer, write_layer
+from support.opens import Planted
 
 SEMAPHORE, REMAP = (b"sem.x",), (b"link_remap.5",)
 
@@ -109,6 +113,58 @@ def test_a_fifo_is_not_waited_for(root: Path, layer: bytes) -> None:
     os.mkfifo(root / "sem.x")
     with pytest.raises(LayerError, match="in use by others"):
         apply(layer, root, {SEMAPHORE})
+
+
+def test_a_device_that_takes_a_files_place_is_not_opened(
+    root: Path, layer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another container of the pod, after the file was looked at: a pod's /dev/shm may be one with devices."""
+    (root / "sem.x").write_text("stale")
+    planted: list[Planted] = []
+    is_open = applying._is_open
+
+    def plant(*asked: Any) -> bool:
+        planted.append(Planted(root / "sem.x"))
+        return is_open(*asked)
+
+    monkeypatch.setattr(applying, "_is_open", plant)
+    with pytest.raises(LayerError, match=r"sem\.x: looking whether it is in use"):
+        apply(layer, root, {SEMAPHORE})
+    with planted[0] as device:
+        assert device.opens() == 0 and device.path.is_char_device()
+
+
+@pytest.mark.parametrize("other", ["device", "file"])
+def test_what_takes_a_files_place_is_not_carried(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    (root / "file").write_text("own")
+    (tmp_path / "theirs").write_text("theirs")
+    planted: list[Planted] = []
+    attributes = dump.attributes_in
+
+    def plant(directory: int, name: bytes, path: bytes) -> dict[bytes, bytes]:
+        if other == "device":
+            planted.append(Planted(root / "file"))
+        else:
+            (tmp_path / "theirs").rename(root / "file")
+        return attributes(directory, name, path)
+
+    monkeypatch.setattr(dump, "attributes_in", plant)
+    with pytest.raises(LayerError, match="file: "):
+        write_layer(root, io.BytesIO())
+    for device in planted:
+        with device:
+            assert device.opens() == 0
+
+
+def test_a_device_in_the_place_of_an_added_file_is_not_opened(root: Path, tmp_path: Path) -> None:
+    """What a process has open is read by its link in /proc, and may be anything."""
+    (tmp_path / "link").symlink_to(tmp_path / "device")
+    with Planted(tmp_path / "device") as device:
+        with pytest.raises(LayerError, match="regular file"):
+            write_layer(root, io.BytesIO(), extra=[("file", tmp_path / "link")])
+        assert device.opens() == 0
 
 
 FOREIGN = ["sem.x", "link_remap.5"]

@@ -19,6 +19,7 @@ from rewarm.errors import SnapshotDamaged
 from rewarm.oci.record import Undo
 from rewarm.store.manifest import MAX_BLANK
 from support import criu_images
+from support.opens import Planted
 
 READ, WRITE, BOTH, APPEND = os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
 FILE, DIRECTORY = stat.S_IFREG | 0o640, stat.S_IFDIR | 0o750
@@ -359,3 +360,19 @@ def test_a_directory_in_the_place_of_the_one_that_was_made_stays(pod: Pod) -> No
     (pod.volume / "work").mkdir()
     pod.undo()
     assert (pod.volume / "work").is_dir()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_device_in_the_place_of_what_was_made_is_not_opened(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """A container makes it by mknod: with root's rights the watchdog would be opened, and the node reboot."""
+    pod.open("/cache/app.log", APPEND, size=None)
+    with monkeypatch.context() as patched:
+        save = blanks.save
+        if killed:  # before it wrote down what it has made
+            patched.setattr(blanks, "save", lambda *plan, begun=False: plan[2][0].inode or save(*plan, begun=begun))
+        pod.make("/cache/app.log")
+    with Planted(pod.volume / "app.log") as device:
+        pod.undo()
+        assert device.opens() == 0 and device.path.exists()
