@@ -34,6 +34,28 @@ _NAMED = 4
 _LISTED = 4096
 """Names of a directory with a log that are looked at."""
 _NOT_BELOW = frozenset((b"", b".", b".."))
+_DEEPEST, _LONGEST, _MOST = 32, 4096, 1024
+"""Components and bytes of a name that is made, and how many are made of a snapshot's, directories on the way included:
+names come from containers and images, and each directory on the way takes as much memory as its whole name."""
+_SHOWN = 200
+"""Bytes of a name in a note."""
+
+
+class _Room:
+    """For names that are made: what they need together is known before any of it is built."""
+
+    def __init__(self) -> None:
+        self._taken: set[tuple[bytes, _Name]] = set()
+
+    def take(self, volume: Volume, name: _Name, depth: int = 0) -> bool:
+        """Whether there is room for `name` and all directories on the way, but for the `depth` outer ones."""
+        if len(name) > _DEEPEST or len(b"/".join(name)) > _LONGEST:
+            return False
+        new = {(volume.place, name[:end]) for end in range(depth + 1, len(name) + 1)} - self._taken
+        if len(self._taken) + len(new) > _MOST:
+            return False
+        self._taken |= new
+        return True
 
 
 class Volume(NamedTuple):
@@ -50,6 +72,7 @@ def look(checkpoint: Path, root: str, bundle_spec: Spec) -> tuple[tuple[str, ...
     (one that may only be read is brought with its content: weights, a driver). `root` is the container's root
     filesystem. Nothing where that cannot be told."""
     blank: list[str] = []
+    room = _Room()
     notes: dict[str, list[str]] = {}
     with suppress(images.ImageError, OSError):
         for volume, files in _by_volume(checkpoint, root, bundle_spec).items():
@@ -58,10 +81,11 @@ def look(checkpoint: Path, root: str, bundle_spec: Spec) -> tuple[tuple[str, ...
             for name, them in sorted(files.items()):
                 text = os.fsdecode(them[0].name)
                 may = len(blank) < MAX_BLANK and _is_utf8(text) and _can_make(volume, them, bundle_spec)
-                if may and (all(file.is_directory or file.is_empty for file in them) or only_logs(name[:-1])):
+                may = may and (all(file.is_directory or file.is_empty for file in them) or only_logs(name[:-1]))
+                if may and room.take(volume, name):
                     blank.append(text)
                 elif not volume.read_only:
-                    notes.setdefault(volume.destination, []).append(os.fsdecode(b"/".join(name)))
+                    notes.setdefault(volume.destination, []).append(_shown(b"/".join(name)))
     return tuple(blank), [f"volume {where}: {_listed(names)}" for where, names in notes.items()]
 
 
@@ -69,12 +93,17 @@ def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def _shown(name: bytes) -> str:
+    return os.fsdecode(name if len(name) <= _SHOWN else name[:_SHOWN] + b"...")
+
+
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     named = ", ".join(name if name.isprintable() else repr(name) for name in names[:_NAMED])
     return (
         f"{named}{more} must be on a new container's as now, else it starts cold: the program has it open, and only "
-        "logs, empty files and directories are made anew, on volumes that it may write to"
+        "logs, empty files and directories are made anew, on volumes that it may write to, "
+        f"{_DEEPEST} levels deep and {_MOST} in all at most"
     )
 
 
@@ -85,6 +114,7 @@ def lay_out(blank: Collection[str], checkpoint: Path, directory: str, root: str,
     Raises SnapshotDamaged and OSError.
     """
     found: list[Undo] = []
+    room = _Room()
     user = _user(bundle_spec)
     try:
         for volume, files in _by_volume(checkpoint, root, bundle_spec).items() if blank else ():
@@ -94,7 +124,7 @@ def lay_out(blank: Collection[str], checkpoint: Path, directory: str, root: str,
                 for name, them in files.items()
                 if os.fsdecode(them[0].name) in blank and _can_make(volume, them, bundle_spec)
             }
-            if lacking := _lacking(source, wanted):
+            if lacking := _lacking(volume, source, wanted, room):
                 path = os.path.join(directory, f"{len(found)}{PLAN}")
                 blanks.save(path, user, lacking)
                 found.append(Undo(source, path, os.path.ismount(source)))
@@ -112,10 +142,12 @@ def make_blank(undo: Iterable[Undo], checkpoint: Path) -> None:
         opened.empty(checkpoint, ids)
 
 
-def _lacking(source: str, wanted: dict[_Name, list[Opened]]) -> list[Blank]:
-    """Those that are not there, with the directories on their way, outer ones first."""
+def _lacking(volume: Volume, source: str, wanted: dict[_Name, list[Opened]], room: _Room) -> list[Blank]:
+    """Those that are not there, with the directories on their way, outer ones first, as far as there is room."""
     found: dict[_Name, Blank] = {}
     for name, files in wanted.items():
+        if len(name) > _DEEPEST:
+            continue
         with descended(source, name) as (fd, depth):
             try:
                 os.lstat(name[depth], dir_fd=fd)
@@ -124,6 +156,8 @@ def _lacking(source: str, wanted: dict[_Name, list[Opened]]) -> list[Blank]:
                 pass
             except OSError:
                 continue  # it can have no such name
+        if not room.take(volume, name, depth):
+            continue
         for end in range(depth + 1, len(name)):
             found.setdefault(name[:end], Blank(list(map(os.fsdecode, name[:end])), True, None, []))
         mode, ids = stat.S_IMODE(files[0].mode), [file.id for file in files]
@@ -144,7 +178,7 @@ def _by_volume(checkpoint: Path, root: str, bundle_spec: Spec) -> dict[Volume, d
     found: dict[Volume, dict[_Name, list[Opened]]] = {}
     for file in opened.files(checkpoint):
         place = max((place for place in places if file.name.startswith(place)), key=len, default=b"")
-        name = tuple(file.name.removeprefix(place).split(b"/"))
+        name = tuple(file.name.removeprefix(place).split(b"/", _DEEPEST))
         for volume in volumes:
             if volume.place + b"/" == place and not _NOT_BELOW.intersection(name):
                 found.setdefault(volume, {}).setdefault(name, []).append(file)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -376,3 +378,34 @@ def test_a_device_in_the_place_of_what_was_made_is_not_opened(
     with Planted(pod.volume / "app.log") as device:
         pod.undo()
         assert device.opens() == 0 and device.path.exists()
+
+
+def test_names_that_are_too_deep(pod: Pod) -> None:
+    """Of each directory on the way the whole name is kept: a thousand levels of one name took 70 MB."""
+    names = [f"/cache/{number}" + "/ab" * 1360 for number in range(3)]
+    for name in [*names, "/cache/app.lock", "/cache/" + "/".join(["n" * 250] * 17)]:
+        pod.open(name, BOTH)
+    tracemalloc.start()
+    try:
+        (change,) = volumes.lay_out(["/cache/app.lock", *names], pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert [one["name"] for one in json.loads(Path(change.layer).read_bytes())["files"]] == [["app.lock"]]
+    blank, (note,) = pod.look()
+    assert blank == ("/cache/app.lock",) and "32 levels deep" in note and len(note) < 1500
+
+
+@pytest.mark.parametrize("volumes_", [1, 2])
+def test_many_directories_on_the_way(pod: Pod, volumes_: int) -> None:
+    if volumes_ == 2:
+        (pod.directory / "other").mkdir(mode=0o777)
+        pod.spec["mounts"].append(mount("/other", pod.directory / "other"))
+    names = ["/{}/{}/{}x".format(("cache", "other")[n % volumes_], n, "d/" * 30) for n in range(40)]
+    for name in names:
+        pod.open(name, BOTH)
+    blank, notes = pod.look()
+    assert set(blank) < set(names) and len(blank) == 32 and len(notes) == 1
+    changes = volumes.lay_out(names, pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
+    plans = [json.loads(Path(change.layer).read_bytes())["files"] for change in changes]
+    assert len(plans) == volumes_ and sum(map(len, plans)) == 1024
