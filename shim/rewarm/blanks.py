@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -63,13 +64,21 @@ class Blank:
     inode: int = 0
 
 
-def make(source: str, path: str) -> set[int]:
+def make(source: str, path: str, over: threading.Event) -> set[int]:
     """Make what is written down in `path` on the volume `source`; the numbers in the images of what was made. What is
-    there by now stays, and what its user may not make is not made. Raises OSError."""
+    there by now stays, and what its user may not make is not made. Nothing is made when `over` is set: whoever does
+    that calls `take_away`, which may have been before a volume answered. Raises OSError."""
+    if over.is_set():
+        return set()
     user, lacking, _ = _load(path)
     save(path, user, lacking, begun=True)
     for one in lacking:
         one.inode = _make(source, one, user)
+        if over.is_set():
+            with suppress(OSError):
+                if one.inode:
+                    _take_away(source, one)
+            return set()
     # What others have made meanwhile is not to be taken away.
     made = [one for one in lacking if one.inode]
     save(path, user, made, begun=True)

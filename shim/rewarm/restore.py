@@ -95,7 +95,7 @@ def restore(plan: Plan) -> None:
         with plan.trace.phase("restore.prepare"):
             kept, changed = _prepare(plan, kept, devices)
         with plan.trace.phase("restore.runc"):
-            _change(plan, kept, changed)
+            _change(plan, kept, changed, over)
             guard.go()
             if memory is not None:
                 memory.hurry()
@@ -280,11 +280,11 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     return kept, changed
 
 
-def _change(plan: Plan, kept: Record, changed: Spec) -> None:
+def _change(plan: Plan, kept: Record, changed: Spec, over: threading.Event) -> None:
     """Change what is not rewarm's own. The record knows how it was, and the guard is there to put it back."""
     if _has(plan, devshm.FILE):
         devshm.apply(_file(plan, devshm.FILE), _file(plan, CHECKPOINT), kept.undo[1], plan.spec)
-    aside.run(lambda: make_blank(kept.undo, Path(_file(plan, CHECKPOINT))))
+    aside.run(lambda: make_blank(kept.undo, Path(_file(plan, CHECKPOINT)), over))
     spec.save(plan.invocation.bundle, changed)
     ipc.clear(kept.ipc, plan.spec)
 

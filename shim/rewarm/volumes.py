@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
@@ -133,12 +134,11 @@ def lay_out(blank: Collection[str], checkpoint: Path, directory: str, root: str,
     return found
 
 
-def make_blank(undo: Iterable[Undo], checkpoint: Path) -> None:
-    """Make what `lay_out` has found, and have CRIU take it as it is. What is there by now stays, as does what the
-    container's user may not make: CRIU says so then. Raises OSError."""
-    if ids := {
-        made for change in undo if change.layer.endswith(PLAN) for made in blanks.make(change.root, change.layer)
-    }:
+def make_blank(undo: Iterable[Undo], checkpoint: Path, over: threading.Event) -> None:
+    """Make what `lay_out` has found, until `over` is set, and have CRIU take it as it is. What is there by now stays,
+    as does what the container's user may not make: CRIU says so then. Raises OSError."""
+    plans = [change for change in undo if change.layer.endswith(PLAN)]
+    if ids := {made for change in plans for made in blanks.make(change.root, change.layer, over)}:
         opened.empty(checkpoint, ids)
 
 

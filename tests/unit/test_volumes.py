@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import subprocess
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Pod:
 
     directory: Path
     spec: dict[str, Any] = field(default_factory=dict)
+    over: threading.Event = field(default_factory=threading.Event)
     _ids: int = 0
     _entries: list[bytes] = field(default_factory=list)
     _changes: list[Undo] = field(default_factory=list)
@@ -77,7 +79,7 @@ class Pod:
 
     def make(self, *blank: str) -> None:
         self._changes = volumes.lay_out(blank, self.checkpoint, str(self.kept), str(self.root), self.spec)
-        volumes.make_blank(self._changes, self.checkpoint)
+        volumes.make_blank(self._changes, self.checkpoint, self.over)
 
     def undo(self) -> None:
         for change in self._changes:
@@ -316,7 +318,7 @@ def test_others_are_faster(pod: Pod) -> None:
     changes = volumes.lay_out(["/cache/logs/app.log"], pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
     (pod.volume / "logs").mkdir()
     (pod.volume / "logs/app.log").touch()
-    volumes.make_blank(changes, pod.checkpoint)
+    volumes.make_blank(changes, pod.checkpoint, threading.Event())
     assert pod.entry(number) == before
     blanks.take_away(changes[0].root, changes[0].layer)
     assert (pod.volume / "logs/app.log").exists()
@@ -329,7 +331,7 @@ def test_a_killed_restore_is_undone(pod: Pod, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patched:
         save = blanks.save
         patched.setattr(blanks, "save", lambda *plan, begun: None if plan[-1][0].inode else save(*plan, begun=begun))
-        volumes.make_blank(changes, pod.checkpoint)
+        volumes.make_blank(changes, pod.checkpoint, threading.Event())
     assert (pod.volume / "logs/app.log").exists()
     blanks.take_away(changes[0].root, changes[0].layer)
     assert os.listdir(pod.volume) == []
@@ -409,3 +411,28 @@ def test_many_directories_on_the_way(pod: Pod, volumes_: int) -> None:
     changes = volumes.lay_out(names, pod.checkpoint, str(pod.kept), str(pod.root), pod.spec)
     plans = [json.loads(Path(change.layer).read_bytes())["files"] for change in changes]
     assert len(plans) == volumes_ and sum(map(len, plans)) == 1024
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_nothing_is_made_after_the_end(pod: Pod, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """A volume that answers after the deadline, when the restore was undone: what is there then stays for ever."""
+    if at == 0:
+        pod.over.set()
+    making = blanks._make
+    asked: list[str] = []
+
+    def make(source: str, one: blanks.Blank, user: blanks.User) -> int:
+        asked.append(one.name[-1])
+        if len(asked) == at:
+            pod.over.set()
+            pod.undo()
+        return making(source, one, user)
+
+    monkeypatch.setattr(blanks, "_make", make)
+    number = pod.open("/cache/app.log", WRITE, size=70, at=70)
+    pod.open("/cache/more", BOTH)
+    pod.open("/cache/work", READ, size=None, mode=DIRECTORY)
+    before = pod.entry(number)
+    pod.make("/cache/app.log", "/cache/more", "/cache/work")
+    assert len(asked) == at and os.listdir(pod.volume) == [] and pod.entry(number) == before
+    assert os.listdir(pod.kept) == ([] if at else ["0.volume"])
