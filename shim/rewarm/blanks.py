@@ -20,6 +20,7 @@ from typing import NamedTuple
 from rewarm import briefly
 from rewarm.oci import spec
 from rewarm.oci.record import Undo
+from rewarm.store.probe import file_system, is_network
 from rewarm_hooks.regular import open_regular
 
 PLAN = ".volume"
@@ -97,8 +98,9 @@ def _undo(change: Undo) -> None:
 
 
 def take_away(source: str, path: str) -> None:
-    """Undo `make`, also half done: of what it has made, what is still empty and that nobody else has open. It is
-    others' volume, and the same log may be theirs by now; all of it is where `make` was not even begun."""
+    """Undo `make`, also half done: of what it has made, what is still empty and that nobody else has open, as far as
+    that can be told. It is others' volume, and the same log may be theirs by now; all of it is where `make` was not
+    even begun."""
     with suppress(FileNotFoundError):
         _, lacking, begun = _load(path)
         for one in reversed(lacking if begun else []):
@@ -147,6 +149,8 @@ def _take_away(source: str, one: Blank) -> None:
         status = os.lstat(last, dir_fd=directory)
         if one.inode not in (0, status.st_ino) or status.st_size:  # 0: whoever made it was killed then
             return
+        if is_network(file_system(status.st_dev)):
+            return  # another node may have it open, which cannot be seen from here
         fd = open_regular(last, os.O_RDWR, directory, known=status)
         try:
             if not _is_open(fd) and not os.fstat(fd).st_size:
@@ -156,13 +160,12 @@ def _take_away(source: str, one: Blank) -> None:
 
 
 def _is_open(fd: int) -> bool:
-    """Whether another process of this node has the file open: such a one gets no lease (fcntl(2), F_SETLEASE)."""
+    """Whether another process of this node may have the file open: such a one gets no lease (fcntl(2), F_SETLEASE), nor
+    does any where there are none, and nothing can be told."""
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    except BlockingIOError:
-        return True
     except OSError:
-        return False  # a file system without leases
+        return True
     return False
 
 

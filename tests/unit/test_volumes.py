@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import stat
@@ -23,6 +25,7 @@ from rewarm.oci.record import Undo
 from rewarm.store.manifest import MAX_BLANK
 from support import criu_images
 from support.opens import Planted
+from support.share import Share
 
 READ, WRITE, BOTH, APPEND = os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND
 FILE, DIRECTORY = stat.S_IFREG | 0o640, stat.S_IFDIR | 0o750
@@ -436,3 +439,25 @@ def test_nothing_is_made_after_the_end(pod: Pod, monkeypatch: pytest.MonkeyPatch
     pod.make("/cache/app.log", "/cache/more", "/cache/work")
     assert len(asked) == at and os.listdir(pod.volume) == [] and pod.entry(number) == before
     assert os.listdir(pod.kept) == ([] if at else ["0.volume"])
+
+
+def test_on_a_share_a_file_may_be_open_on_another_node(pod: Pod) -> None:
+    share = pod.directory / "share"
+    with Share(pod.volume, share):
+        pod.spec["mounts"][0] = mount("/cache", share)
+        pod.open("/cache/app.lock", BOTH)
+        pod.open("/cache/work", READ, size=None, mode=DIRECTORY)
+        pod.make("/cache/app.lock", "/cache/work")
+        assert sorted(os.listdir(share)) == ["app.lock", "work"]
+        with (pod.volume / "app.lock").open():
+            pod.undo()
+    assert os.listdir(pod.volume) == ["app.lock"] and os.listdir(pod.kept) == []
+
+
+@pytest.mark.parametrize("refused", [errno.EAGAIN, errno.EINVAL, errno.EACCES, errno.ENOLCK])
+def test_what_has_no_lease_stays(pod: Pod, monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    pod.open("/cache/app.lock", BOTH)
+    pod.make("/cache/app.lock")
+    monkeypatch.setattr(fcntl, "fcntl", Mock(side_effect=OSError(refused, os.strerror(refused))))
+    pod.undo()
+    assert os.listdir(pod.volume) == ["app.lock"]
