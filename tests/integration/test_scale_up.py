@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from support import rootfs, samples, scale_up
+from support.proc import wait_for
 from support.scale_up import ANNOTATIONS, PAGE, of_rewarm
 
 
 @pytest.mark.timeout(280)
 def test_scale_up(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> None:
     with scale_up.cluster(tmp_path, prefix, rootfs.containerd2() / "containerd") as made:
-        first = made.replica(0, "first", ANNOTATIONS)
+        with ThreadPoolExecutor(1) as pool:
+            begun = pool.submit(made.replica, 0, "first", ANNOTATIONS)
+            wait_for("its watcher", lambda: "rewarm.watcher" in " ".join(of_rewarm(prefix).values()), timeout=100)
+            first = begun.result()
         assert first.outcome["outcome"] == "cold"
         assert [line["text"] for line in first.answer["lines"]] == samples.TEXTS[PAGE]
         first.node.wait_captured(first.container)
@@ -24,7 +29,7 @@ def test_scale_up(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> No
         assert [one.outcome["outcome"] for one in replicas] == ["warm"] * 5, [one.outcome for one in replicas]
         assert {one.node.number for one in replicas} == {1, 2}
         assert all(one.answer == first.answer for one in replicas)
-        assert not of_rewarm(prefix), "something stays behind a restore"
+        wait_for("nothing to stay behind a restore", lambda: not of_rewarm(prefix), timeout=5)
 
         crashed = replicas[1]
         os.kill(crashed.node.pid(crashed.container), signal.SIGKILL)

@@ -134,12 +134,18 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def command_line(pid: int) -> str:
-    """Arguments of a process joined by spaces; empty for zombies and processes that are gone."""
+def arguments(pid: int) -> list[str]:
+    """Arguments of a process; empty for zombies and processes that are gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        data = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return []
+    return data.removesuffix(b"\0").decode(errors="replace").split("\0") if data else []
+
+
+def command_line(pid: int) -> str:
+    """The same, joined by spaces."""
+    return " ".join(arguments(pid)).strip()
 
 
 def reap_orphans() -> list[int]:

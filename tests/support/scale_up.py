@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from typing import Any
 
 from support import image, rootfs, samples
 from support.pods import HANDLER, KubeNode, Pod
-from support.proc import command_line
+from support.proc import arguments, command_line, descendants
 
 PORT = 8000
 PAGE = "invoice"
@@ -21,14 +23,18 @@ _READY = 180.0
 
 
 def of_rewarm(prefix: Path) -> dict[int, str]:
-    """Processes of rewarm's on this machine: pids, with their command lines."""
-    lines = {
-        int(entry.name): command_line(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()
-    }
-    others = ("containerd-shim", "pytest", "bench/run.py")
-    return {
-        pid: line for pid, line in lines.items() if f"{prefix}/" in line and not any(word in line for word in others)
-    }
+    """Processes of rewarm's below this one, which must be a subreaper: pids, with their command lines."""
+    return {pid: command_line(pid) for pid in descendants(os.getpid()) if _is_of_rewarm(pid, prefix)}
+
+
+def _is_of_rewarm(pid: int, prefix: Path) -> bool:
+    """By its program. Paths of the test's own are among the arguments of many others."""
+    argv = arguments(pid)
+    programs = argv[:1]
+    with contextlib.suppress(OSError):  # it has ended, or is a zombie
+        programs.append(os.readlink(f"/proc/{pid}/exe"))
+    module = argv[3:4] if argv[1:3] == ["-I", "-m"] else []
+    return any(one.startswith(f"{prefix}/") for one in programs) or any(one.startswith("rewarm.") for one in module)
 
 
 @dataclass
