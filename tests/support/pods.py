@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from support import cgroups, image, rootfs
 from support.containerd import Containerd
 from support.cri import Cri, CriError, pb
 from support.node import Node
-from support.proc import command, wait_for
+from support.proc import Timeout, command, command_line, wait_for
 
 HANDLER = "rewarm"
 _PAUSE = "rewarm.test/pause:1"
@@ -31,6 +31,7 @@ SYSTEMD = "REWARM_TEST_SYSTEMD"
 """The variable that is set where systemd makes the cgroups (test_pods_systemd.py)."""
 _SLICE = "rewarmtest"
 _READY = 60.0
+_GONE = 5.0
 _MASKED = ["/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list"]
 _READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 """The kubelet's defaults."""
@@ -327,32 +328,62 @@ class KubeNode:
         return time.monotonic() - began
 
     def remove(self, pod: Pod) -> None:
-        """What the kubelet does when a pod is deleted. A second call does nothing. Raises CriError."""
+        """What the kubelet does when a pod is deleted. A second call does nothing.
+
+        Raises CriError, and AssertionError for what then was there still; that is gone, too.
+        """
         if pod not in self._pods:
             return
+        left: list[str] = []
         if pod.sandbox:
             self.cri.call("StopPodSandbox", pod_sandbox_id=pod.sandbox)
             self.cri.call("RemovePodSandbox", pod_sandbox_id=pod.sandbox)
+            left = _staying(lambda: [f"{pid} {command_line(pid)}" for pid in cgroups.processes(self.cgroup(pod))])
         if self.systemd_cgroup:
             command("systemctl", "stop", pod.config.linux.cgroup_parent)
+        if pod.sandbox:
+            left += _staying(lambda: self._traces(pod))
         cgroups.remove(self.cgroup(pod))
         self._pods.remove(pod)
+        assert not left, f"left by pod {pod.name}: {left}"
+
+    def _traces(self, pod: Pod) -> list[str]:
+        """Cgroups below the pod's own, and what runc knows of its containers."""
+        below = [path for path in cgroups.directories(self.cgroup(pod)) if path.name != Path(self.cgroup(pod)).name]
+        known = [path for name in (pod.sandbox, *pod.containers) for path in self.engine.runc_root.glob(f"*/{name}")]
+        return [str(path) for path in (*below, *known)]
 
     def remove_all(self) -> None:
-        """Every pod. Raises CriError."""
-        for pod in list(self._pods):
-            self.remove(pod)
+        """Every pod, though one of them fails. Raises CriError and AssertionError."""
+        with contextlib.ExitStack() as stack:
+            for pod in self._pods:
+                stack.callback(self.remove, pod)
 
     def close(self) -> None:
-        """Removes every pod, then the engine. A second call does nothing."""
-        cri: Cri | None = getattr(self, "cri", None)
-        if cri is not None:
-            for pod in list(self._pods):
-                with contextlib.suppress(CriError):  # what is left ends with the engine
-                    self.remove(pod)
-            cri.close()
+        """Removes every pod, then the engine. A second call does nothing. Raises AssertionError."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._stop)
+            cri: Cri | None = getattr(self, "cri", None)
+            if cri is not None:
+                stack.callback(cri.close)
+                for pod in self._pods:
+                    stack.callback(self._remove_if_possible, pod)
+
+    def _remove_if_possible(self, pod: Pod) -> None:
+        with contextlib.suppress(CriError):  # what is left ends with the engine
+            self.remove(pod)
+
+    def _stop(self) -> None:
         if self.systemd_cgroup:
             command("systemctl", "stop", f"{_SLICE}.slice")
         self.engine.stop()
         self.node.runtime.cleanup()
         shutil.rmtree(self.directory / "pods", ignore_errors=True)
+
+
+def _staying(probe: Callable[[], list[str]]) -> list[str]:
+    """What is there still when it had its time to go."""
+    with contextlib.suppress(Timeout):
+        wait_for("it to go", lambda: not probe(), timeout=_GONE)
+        return []
+    return probe()
