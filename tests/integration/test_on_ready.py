@@ -99,9 +99,10 @@ def test_two_replicas_at_once_make_one_snapshot(node: Node) -> None:
         "os.symlink('/etc/passwd', '/run/rewarm/ready')",
         "os.symlink('/nowhere', '/run/rewarm/ready')",
         "__import__('socket').socket(__import__('socket').AF_UNIX).bind('/run/rewarm/ready')",
+        "os.mknod('/run/rewarm/ready', 0o020600, os.makedev(1, 3))",
         "[open(f'/run/rewarm/{n}', 'w').close() for n in range(1000)]",
     ],
-    ids=["fifo", "link", "dangling", "socket", "thousand"],
+    ids=["fifo", "link", "dangling", "socket", "device", "thousand"],
 )
 def test_what_is_no_readiness_file(node: Node, plant: str) -> None:
     node.configure(ready_timeout=1.5)
@@ -110,6 +111,7 @@ def test_what_is_no_readiness_file(node: Node, plant: str) -> None:
     counter.run(node.runtime, "source", counter.bundle(node.directory / "source", ANNOTATIONS, args=args))
     said = watched(node, "source")
     assert not said["captured"] and "not ready within 1.5 s" in said["text"]
+    assert node.runtime.state("source")["status"] == "running", "it could not plant it"
     node.runtime.stop("source")
     assert not node.container_directory("source").exists()
 

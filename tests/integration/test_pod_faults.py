@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -241,18 +242,24 @@ def test_a_control_directory_that_its_user_has_filled(clean: KubeNode, script: s
     """Nothing on the node is followed, opened or waited for, and everything of it goes with the container."""
     name = f"filled-{abs(hash(script))}"
     program = ["sh", "-c", f"{script}; exec sleep 600"]
-    pod = clean.pod("filled", annotations={**ANNOTATIONS, "rewarm.dev/snapshot": name})
-    container = clean.container(pod, "server", image.workload("pod_server")[1], program)
-    time.sleep(0.5)
-    state = clean.node.container_directory(container, clean.engine.runc_root / "k8s.io")
-    control = state / "control"
-    wait_for("the script", lambda: os.path.lexists(control / "ready"))
-    if "touch ready" in script:
-        clean.wait_captured(container)
-    else:
-        assert not (state / "capture.json").exists(), "it was taken for ready"
+    is_ready = "touch ready" in script
+    if not is_ready:
+        clean.configure(ready_timeout=1.5)
+    try:
+        pod = clean.pod("filled", annotations={**ANNOTATIONS, "rewarm.dev/snapshot": name})
+        container = clean.container(pod, "server", image.workload("pod_server")[1], program)
+        state = clean.node.container_directory(container, clean.engine.runc_root / "k8s.io")
+        control = state / "control"
+        if is_ready:
+            clean.wait_captured(container)
+        else:
+            said = clean.watched(container)
+            assert not stat.S_ISREG(os.lstat(control / "ready").st_mode)
+            assert not said["captured"] and "not ready within 1.5 s" in said["text"], said
+    finally:
+        clean.configure()
     nothing_of(clean, pod)
-    assert Path("/etc/passwd").stat().st_size > 0 and not control.exists()
+    assert not control.exists()
 
 
 GREEDY = """

@@ -300,11 +300,16 @@ class KubeNode:
         """What rewarm says about a container: warm or cold, and why."""
         return self.node.outcome(container, self.engine.runc_root / "k8s.io")
 
-    def wait_captured(self, container: str, *, timeout: float = _READY) -> dict[str, Any]:
-        """Waits for the watcher of a container with `capture: on-ready`. Raises AssertionError if it says no."""
+    def watched(self, container: str, *, timeout: float = _READY) -> dict[str, Any]:
+        """What the watcher of a container with `capture: on-ready` says at its end."""
         path = self.node.container_directory(container, self.engine.runc_root / "k8s.io") / "capture.json"
         wait_for(f"the capture of {container[:12]}", path.exists, timeout=timeout)
         found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def wait_captured(self, container: str, *, timeout: float = _READY) -> dict[str, Any]:
+        """The same. Raises AssertionError if it says no."""
+        found = self.watched(container, timeout=timeout)
         assert found["captured"], found
         return found
 
