@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 import threading
@@ -26,10 +27,10 @@ MIB = 128
 
 
 @contextlib.contextmanager
-def node(directory: Path, prefix: Path, binary: Path) -> Iterator[KubeNode]:
+def node(directory: Path, prefix: Path, binary: Path, **more: Any) -> Iterator[KubeNode]:
     """With a snapshot of a server whose restore takes a moment."""
     before = Leftovers.now()
-    with KubeNode(directory, prefix, binary=binary) as made:
+    with KubeNode(directory, prefix, binary=binary, **more) as made:
         made.import_image(image.workload("pod_server")[0])
         pod = made.pod("source", annotations=ANNOTATIONS)
         made.wait_captured(server(made, pod))
@@ -219,13 +220,23 @@ def test_hostile_annotations(clean: KubeNode, key: str, value: str) -> None:
     nothing_of(clean, pod)
 
 
-def test_criu_options_are_not_a_pods_to_say(clean: KubeNode, tmp_path: Path) -> None:
+def test_criu_options_are_not_a_pods_to_say(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> None:
     """Annotations that an engine lets through only where it is told to, and rewarm does not even then."""
-    pod = clean.pod("options", annotations={**ANNOTATIONS, "org.criu.config": "/cache/criu.conf"})
-    (pod.directory / "empty" / "criu.conf").write_text("action-script /cache/script\n")
-    container = server(clean, pod, annotations={"org.criu.config": "/cache/criu.conf"})
-    assert clean.outcome(container)["outcome"] == "warm"
-    assert "org.criu.config" not in clean.node.rewarm("inspect", "--container", container, "--json").stdout
+    unsafe = {"org.criu.config": "/cache/criu.conf"}
+    passed = ["rewarm.dev/*", "org.*"]
+    with node(tmp_path, prefix, Path("/usr/bin/containerd"), annotations=passed) as kube:
+        for annotations in ({}, ANNOTATIONS):
+            pod = kube.pod("options", annotations={**annotations, **unsafe})
+            (pod.directory / "empty" / "criu.conf").write_text("action-script /cache/script\n")
+            container = server(kube, pod, annotations=unsafe)
+            state = kube.state(container)
+            told = json.loads((Path(state["bundle"]) / "config.json").read_text())["annotations"]
+            if annotations:
+                assert kube.outcome(container)["outcome"] == "warm"
+                assert not unsafe.keys() & (told.keys() | state["annotations"].keys())
+            else:
+                assert unsafe.items() <= told.items(), "the engine does not pass it on"
+            nothing_of(kube, pod)
 
 
 SCRIPTS = {

@@ -67,8 +67,8 @@ class KubeNode:
     """A node: containerd with the runtime `rewarm`, pod networks `10.100+NUMBER.0.0/24` and `fd00:100+NUMBER::/64`.
 
     Nodes that are given one `store` share it. `binary` is containerd's, whose own directory has its shim and ctr.
-    `older`: seconds for which it has been up longer. `systemd_cgroup`: pods are slices of systemd's, as with the
-    kubelet's cgroup driver of that name.
+    `annotations` are passed on to the runtime. `older`: seconds for which it has been up longer. `systemd_cgroup`: pods
+    are slices of systemd's, as with the kubelet's cgroup driver of that name.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class KubeNode:
         binary: Path = Path("/usr/bin/containerd"),
         systemd_cgroup: bool = False,
         older: int = 0,
+        annotations: Sequence[str] = ("rewarm.dev/*",),
         **settings: object,
     ) -> None:
         self.directory = directory
@@ -108,6 +109,7 @@ class KubeNode:
                 f'conf_dir = "{networks}"',
             ],
             cri_runtimes={"runc": None, HANDLER: runtime},
+            cri_annotations=annotations,
             systemd_cgroup=systemd_cgroup,
             older=older,
         )
@@ -289,6 +291,12 @@ class KubeNode:
         path = pod.directory / "logs" / name / f"{attempt}.log"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         return "".join(line.split(" ", 3)[3] + "\n" for line in lines if line.count(" ") >= 3)
+
+    def state(self, container: str) -> dict[str, Any]:
+        """What runc says of a container."""
+        said = command("runc", "--root", self.engine.runc_root / "k8s.io", "state", container).stdout
+        found: dict[str, Any] = json.loads(said)
+        return found
 
     def exec(self, container: str, *args: str) -> str:
         """ExecSync, as an exec probe does; standard output. Raises AssertionError for a status other than 0."""
