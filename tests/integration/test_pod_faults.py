@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from rewarm.oci import record
 from support import cgroups, image, rootfs
 from support.cri import CriError, pb
 from support.leftovers import Leftovers
@@ -65,8 +66,9 @@ def server(kube: KubeNode, pod: Pod, **more: Any) -> str:
 
 
 @contextlib.contextmanager
-def being_created(kube: KubeNode, pod: Pod, after: float) -> Iterator[None]:
-    """A container's creation has gone on for `after` seconds, and may fail; it is over at the end."""
+def being_created(kube: KubeNode, pod: Pod, after: float | None) -> Iterator[None]:
+    """A container's creation has gone on for `after` seconds (or until CRIU makes its processes), and may fail; it is
+    over at the end."""
 
     def create() -> None:
         with contextlib.suppress(CriError):
@@ -74,9 +76,22 @@ def being_created(kube: KubeNode, pod: Pod, after: float) -> Iterator[None]:
 
     thread = threading.Thread(target=create)
     thread.start()
-    time.sleep(after)
+    if after is None:
+        wait_for("a half-made container", partial(half_made, kube, pod), interval=0.001)
+    else:
+        time.sleep(after)
     yield
     thread.join()
+
+
+def half_made(kube: KubeNode, pod: Pod) -> bool:
+    """There are processes, and the restore goes on."""
+    return any(cgroups.processes(kube.cgroup(pod, one)) and is_restoring(kube, one) for one in pod.containers)
+
+
+def is_restoring(kube: KubeNode, container: str) -> bool:
+    kept = record.load(str(kube.node.container_directory(container, kube.engine.runc_root / "k8s.io")))
+    return kept is not None and kept.phase == record.RESTORING
 
 
 def nothing_of(kube: KubeNode, pod: Pod) -> None:
@@ -110,22 +125,28 @@ def test_two_pods_of_one_name(clean: KubeNode) -> None:
     assert all(pod.uid in text for (pod, _), text in zip(made, told, strict=True))
 
 
-@pytest.mark.parametrize("after", [0.02, 0.06, 0.1, 0.15, 0.2, 0.3])
-def test_a_pod_that_is_deleted_while_it_is_restored(clean: KubeNode, after: float) -> None:
+@pytest.mark.parametrize("after", [None, 0.02, 0.06, 0.1, 0.15, 0.2, 0.3])
+def test_a_pod_that_is_deleted_while_it_is_restored(clean: KubeNode, after: float | None) -> None:
     pod = clean.pod("short", annotations=ANNOTATIONS)
     with being_created(clean, pod, after):
         clean.cri.call("StopPodSandbox", pod_sandbox_id=pod.sandbox)
     nothing_of(clean, pod)
 
 
-@pytest.mark.parametrize("after", [0.05, 0.2, 0.3, 0.4, 0.6])
-def test_a_pod_that_is_deleted_while_it_is_captured(clean: KubeNode, after: float) -> None:
+@pytest.mark.parametrize("after", [None, 0.05, 0.2, 0.3, 0.4, 0.6])
+def test_a_pod_that_is_deleted_while_it_is_captured(clean: KubeNode, after: float | None) -> None:
     """The server has several threads: CRIU waits for such a process for ever, and with it the pod would stay."""
-    pod = clean.pod("brief", annotations={**ANNOTATIONS, "rewarm.dev/snapshot": f"brief-{int(after * 1000)}"})
-    server(clean, pod)
-    clean.wait_ready(pod)
-    time.sleep(after)
+    name = f"brief-{int((after or 0) * 1000)}"
+    pod = clean.pod("brief", annotations={**ANNOTATIONS, "rewarm.dev/snapshot": name})
+    container = server(clean, pod)
+    if after is None:
+        wait_for("the pause", lambda: clean.state(container)["status"] == "paused", interval=0.001)
+    else:
+        clean.wait_ready(pod)
+        time.sleep(after)
     nothing_of(clean, pod)
+    if after is None:
+        assert name not in [one["name"] for one in clean.node.json("ls")], "the capture was over"
 
 
 @pytest.mark.parametrize("patience", [0.05, 0.15, 0.25])
