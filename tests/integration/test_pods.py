@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -246,13 +247,24 @@ def test_a_restricted_container(clean: KubeNode) -> None:
         assert clean.outcome(container)["outcome"] == turn, clean.outcome(container)
         state = clean.json(pod, "/state")
         assert (state["uid"], state["groups"]) == (USER, [USER, 2000])
-        assert (int(state["capabilities"], 16), state["no_new_privileges"], state["seccomp"]) == (0, "1", "2")
+        assert (int(state["bounding"], 16), int(state["capabilities"], 16)) == (0, 0)
+        assert (state["no_new_privileges"], state["seccomp"]) == ("1", "2")
+        assert clean.json(pod, "/keyctl") == errno.EPERM, "it is not under RuntimeDefault"
         assert not state["writable"]
         if turn == "cold":
             clean.wait_captured(container)
         else:
             assert "restored from" in state["restored"], "its user cannot read what it is told"
         clean.remove(pod)
+    # The denial of io_uring is a filter, too: that there is one says nothing of the profile.
+    pod = clean.pod("unconfined", annotations={"rewarm.dev/snapshot": "restricted"})
+    unconfined = pb.SecurityProfile(profile_type=pb.SecurityProfile.Unconfined)
+    container = server(clean, pod, security={**RESTRICTED, "seccomp": unconfined})
+    clean.wait_ready(pod)
+    found = clean.outcome(container)
+    assert found["outcome"] == "cold" and "seccomp" in found["reason"], found
+    assert clean.json(pod, "/state")["seccomp"] == "2"
+    assert clean.json(pod, "/keyctl") != errno.EPERM, "what the others were denied says nothing of RuntimeDefault"
 
 
 def test_it_is_the_new_pod(clean: KubeNode, captured: dict[str, Any]) -> None:

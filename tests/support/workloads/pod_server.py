@@ -7,14 +7,16 @@ it connects before it is ready.
 GET /ready · /state -> what it is, JSON · /exit?CODE · /oom: takes memory until it is killed · /log?TEXT · /shm: what it
 keeps in /dev/shm · /own: each address that it listens on for its host name, as the kernel has it · /loopback: a word
 through a connection inside of the container that was made before it was ready. /clock -> CLOCK_MONOTONIC · /random: its
-next number.
+next number · /keyctl: the errno of a system call that RuntimeDefault denies and a container without a profile may make.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import platform
 import random
 import secrets
 import signal
@@ -28,6 +30,7 @@ from typing import Any
 
 PORT, OWN_PORT = 8000, 8001
 _SHM = Path("/dev/shm/pod-server")
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
 
 
 def text(path: str) -> str:
@@ -131,6 +134,7 @@ class Program:
             "config": text("/etc/config/config"),
             "restored": text("/run/rewarm/restored.json"),
             "capabilities": status["CapEff"],
+            "bounding": status["CapBnd"],
             "no_new_privileges": status["NoNewPrivs"],
             "seccomp": status["Seccomp"],
             "cgroup": text("/proc/self/cgroup"),
@@ -139,6 +143,12 @@ class Program:
             "told": self.told,
             "writable": os.access("/", os.W_OK) and not os.statvfs("/").f_flag & os.ST_RDONLY,
         }
+
+    @staticmethod
+    def keyctl() -> int:
+        """Of KEYCTL_GET_KEYRING_ID for no keyring, which the kernel refuses with another errno than the filter."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        return ctypes.get_errno() if libc.syscall(_KEYCTL[platform.machine()], 0, 0, 0) < 0 else 0
 
     def oom(self) -> None:
         taken = []
@@ -157,6 +167,7 @@ class Program:
             "/loopback": self.loopback,
             "/clock": time.monotonic,
             "/random": random.random,
+            "/keyctl": self.keyctl,
         }
         return answers[path]()
 
