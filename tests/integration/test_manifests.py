@@ -228,6 +228,26 @@ def test_the_daemonsets_options(target: str) -> None:
     )
 
 
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "example"])
+def test_one_node_at_a_time(target: str) -> None:
+    """A version that breaks nodes breaks one; all of them at once is for what takes rewarm away."""
+    spec = manifests.pick(manifests.build(target), "DaemonSet", "rewarm-node")["spec"]
+    unavailable = "100%" if target == "overlays/uninstall" else 1
+    assert spec["updateStrategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": unavailable}}
+    (container,) = spec["template"]["spec"]["containers"]
+    # A node that loses its verdict at once is not gone past.
+    assert spec["minReadySeconds"] >= container["readinessProbe"]["periodSeconds"]
+
+
+def test_the_example_is_not_drained_empty() -> None:
+    objects = manifests.build("example")
+    deployment = manifests.pick(objects, "Deployment", "model-server")
+    budget = manifests.pick(objects, "PodDisruptionBudget", "model-server")
+    assert budget["metadata"]["namespace"] == deployment["metadata"]["namespace"]
+    assert budget["spec"]["minAvailable"] == 1 < deployment["spec"]["replicas"], "or no node can be drained"
+    assert budget["spec"]["selector"] == deployment["spec"]["selector"]
+
+
 def test_gpu_nodes() -> None:
     objects = manifests.build("overlays/gpu")
     pod = manifests.pick(objects, "DaemonSet", "rewarm-node")["spec"]["template"]["spec"]
