@@ -80,7 +80,10 @@ def _left(made: Cluster, prefix: Path) -> Measured:
     time.sleep(1)  # what ends by itself has ended
     found = [_cost(pid) for pid in of_rewarm(prefix).keys() - before]
     made.nodes[0].remove_all()
-    more = {"memory_bytes": sum(memory for memory, _ in found), "cpu_seconds": sum(seconds for _, seconds in found)}
+    more = {
+        "left_behind_memory_bytes": sum(memory for memory, _ in found),
+        "left_behind_cpu_seconds": sum(seconds for _, seconds in found),
+    }
     what = f"processes of rewarm beside {TURNS} restored containers"
     samples = {"restored": [float(TURNS)], "rewarm": [float(len(found))]}
     return Measured(what, "left_behind_processes", samples, float(len(found)), "0", not found, more, unit="")

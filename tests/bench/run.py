@@ -76,9 +76,9 @@ def main(prefix: Path, output: Path, names: list[str]) -> int:
 
 
 def as_figures(done: Measured) -> dict[str, object]:
-    unit = done.unit.lower().replace("/", "_per_")
+    named = "_".join(filter(None, (done.key, "samples", done.unit.lower().replace("/", "_per_"))))
     samples = {label: [round(sample, 5) for sample in found] for label, found in done.samples.items()}
-    return {done.key: round(done.ratio, 4), f"{done.key}_samples_{unit}": samples, **done.more}
+    return {done.key: round(done.ratio, 4), named: samples, **done.more}
 
 
 if __name__ == "__main__":
