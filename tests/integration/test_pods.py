@@ -201,6 +201,36 @@ def test_init_containers_and_sidecars(clean: KubeNode, captured: dict[str, Any])
     assert "beside" in clean.log(pod, "sidecar")
 
 
+INIT = """
+import os, time
+open('/run/rewarm/ready', 'w').close()
+print('waits', flush=True)
+while not os.path.exists('/cache/go'):
+    time.sleep(0.05)
+print('prepared', flush=True)
+"""
+
+
+def test_an_init_container_that_the_annotation_means(clean: KubeNode) -> None:
+    """It ends as it would have, and the pod's others start after it, cold."""
+    annotations = {**SNAPSHOT, "rewarm.dev/snapshot": "init", "rewarm.dev/container": "init"}
+    for turn, lines in (("cold", "waits\nprepared\n"), ("warm", "prepared\n")):
+        pod = clean.pod("prepared", annotations=annotations)
+        init = clean.container(pod, "init", image.workload("pod_server")[1], ["python3", "-c", INIT])
+        assert clean.outcome(init)["outcome"] == turn, clean.outcome(init)
+        if turn == "cold":
+            clean.wait_captured(init)
+        assert clean.status(init).state == pb.CONTAINER_RUNNING
+        (pod.directory / "empty" / "go").touch()
+        assert clean.wait_exited(init).exit_code == 0
+        container = server(clean, pod)
+        clean.wait_ready(pod)
+        with pytest.raises(FileNotFoundError):
+            clean.outcome(container)
+        assert clean.log(pod, "init") == lines
+        clean.remove(pod)
+
+
 def test_containers_with_snapshots_of_their_own(clean: KubeNode) -> None:
     reference = image.workload("pod_server")[1]
     other = [
@@ -534,7 +564,7 @@ SHOWN_BY: dict[str, Any] = {
     "exit code": test_a_restart_after_a_crash_is_warm,
     "OOM kill": test_the_end_of_memory_is_reported,
     "termination grace period": test_the_grace_period,
-    "init containers, sidecars": test_init_containers_and_sidecars,
+    "init containers, sidecars": [test_init_containers_and_sidecars, test_an_init_container_that_the_annotation_means],
     "several containers with snapshots of their own": test_containers_with_snapshots_of_their_own,
     "another user than root, dropped capabilities, no new privileges": test_a_restricted_container,
     "read-only root filesystem": test_a_restricted_container,
