@@ -147,15 +147,24 @@ def test_exec(clean: KubeNode, captured: dict[str, Any]) -> None:
 
 def test_logs(clean: KubeNode, captured: dict[str, Any]) -> None:
     pod, container = restored(clean)
-    clean.json(pod, "/log?first")
     path = pod.directory / "logs" / "server" / "0.log"
-    wait_for("a line in the log", lambda: "first" in clean.log(pod, "server"))
-    assert "serving" not in clean.log(pod, "server"), "the source's lines are in the replica's log"
+
+    def lines() -> set[tuple[str, ...]]:
+        """With the stream that each has come by, in the CRI's format: time, stream, tag, text."""
+        found = path.read_text().splitlines() if path.exists() else []
+        return {tuple(line.split(" ", 3)[1::2]) for line in found}
+
+    clean.json(pod, "/log?first")
+    clean.json(pod, "/err?wrong")
+    # No line of the source's is among them.
+    wait_for("lines in the log", lambda: lines() == {("stdout", "first"), ("stderr", "wrong")})
     path.rename(path.with_suffix(".rotated"))
     clean.cri.call("ReopenContainerLog", container_id=container)
     clean.json(pod, "/log?second")
-    wait_for("a line in the new log", lambda: clean.log(pod, "server") == "second\n")
-    assert "second" not in path.with_suffix(".rotated").read_text()
+    clean.json(pod, "/err?again")
+    wait_for("lines in the new log", lambda: lines() == {("stdout", "second"), ("stderr", "again")})
+    rotated = path.with_suffix(".rotated").read_text()
+    assert "second" not in rotated and "again" not in rotated
 
 
 def test_the_end_of_memory_is_reported(clean: KubeNode, captured: dict[str, Any]) -> None:

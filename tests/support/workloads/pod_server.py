@@ -4,10 +4,11 @@ Environment: START, seconds until it is ready; MIB of memory; GRACE, seconds fro
 listens on port 8001 of the addresses that /etc/hosts has for its host name, as Gloo does; OUTSIDE, HOST:PORT to which
 it connects before it is ready.
 
-GET /ready · /state -> what it is, JSON · /exit?CODE · /oom: takes memory until it is killed · /log?TEXT · /shm: what it
-keeps in /dev/shm · /own: each address that it listens on for its host name, as the kernel has it · /loopback: a word
-through a connection inside of the container that was made before it was ready. /clock -> CLOCK_MONOTONIC · /random: its
-next number · /keyctl: the errno of a system call that RuntimeDefault denies and a container without a profile may make.
+GET /ready · /state -> what it is, JSON · /exit?CODE · /oom: takes memory until it is killed · /log?TEXT · /err?TEXT, to
+standard error · /shm: what it keeps in /dev/shm · /own: each address that it listens on for its host name, as the
+kernel has it · /loopback: a word through a connection inside of the container that was made before it was ready. /clock
+-> CLOCK_MONOTONIC · /random: its next number · /keyctl: the errno of a system call that RuntimeDefault denies and a
+container without a profile may make.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import random
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -162,6 +164,7 @@ class Program:
             "/oom": self.oom,
             "/exit": lambda: os._exit(int(query)),
             "/log": lambda: print(query, flush=True),
+            "/err": lambda: print(query, file=sys.stderr, flush=True),
             "/shm": _SHM.read_text,
             "/own": lambda: [one.getsockname()[0] for one in self.own],
             "/loopback": self.loopback,
