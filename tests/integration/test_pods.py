@@ -19,7 +19,7 @@ from rewarm_native import process
 from support import cgroups, image, rootfs
 from support.cri import CriError, pb
 from support.leftovers import Leftovers
-from support.pods import SYSTEMD, KubeNode, Pod
+from support.pods import DNS, SYSTEMD, KubeNode, Pod
 from support.proc import wait_for
 
 SNAPSHOT = {"rewarm.dev/snapshot": "web", "rewarm.dev/capture": "on-ready"}
@@ -101,8 +101,8 @@ def server(kube: KubeNode, pod: Pod, name: str = "server", **more: Any) -> str:
     return kube.container(pod, name, image.workload("pod_server")[1], SERVER, env=env, **more)
 
 
-def restored(kube: KubeNode, name: str = "replica", **more: Any) -> tuple[Pod, str]:
-    pod = kube.pod(name, annotations=SNAPSHOT)
+def restored(kube: KubeNode, name: str = "replica", *, dns: str = DNS, **more: Any) -> tuple[Pod, str]:
+    pod = kube.pod(name, annotations=SNAPSHOT, dns=dns)
     container = server(kube, pod, **more)
     assert kube.outcome(container)["outcome"] == "warm", kube.outcome(container)
     kube.wait_ready(pod)
@@ -307,11 +307,12 @@ def test_a_restricted_container(clean: KubeNode) -> None:
 
 
 def test_it_is_the_new_pod(clean: KubeNode, captured: dict[str, Any]) -> None:
-    pod, container = restored(clean, "other-name")
+    pod, container = restored(clean, "other-name", dns="10.96.0.20")
     state = clean.json(pod, "/state")
     assert state["hostname"] == "other-name" == clean.exec(container, "hostname").strip()
     assert f"{pod.ips[0]}\tother-name" in state["hosts"] and f"{pod.ips[1]}\tother-name" in state["hosts"]
-    assert "10.96.0.10" in state["resolv"]
+    assert f"nameserver {DNS}\n" in captured["resolv"]
+    assert "nameserver 10.96.0.20\n" in state["resolv"] and DNS not in state["resolv"]
     for volume in ("token", "config"):
         assert state[volume] == f"{volume} of other-name {pod.uid}\n" != captured[volume]
     # As the kubelet does: a new directory, and one rename.

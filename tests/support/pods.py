@@ -26,6 +26,7 @@ from support.proc import Timeout, command, command_line, wait_for
 
 HANDLER = "rewarm"
 _PAUSE = "rewarm.test/pause:1"
+DNS = "10.96.0.10"
 _PLUGINS = Path("/usr/lib/cni")
 SYSTEMD = "REWARM_TEST_SYSTEMD"
 """The variable that is set where systemd makes the cgroups (test_pods_systemd.py)."""
@@ -162,6 +163,7 @@ class KubeNode:
         host_network: bool = False,
         host_ipc: bool = False,
         sysctls: Mapping[str, str] | None = None,
+        dns: str = DNS,
     ) -> Pod:
         """RunPodSandbox: a pod of this name, with a new uid. Raises CriError."""
         uid = secrets.token_hex(8)
@@ -171,7 +173,7 @@ class KubeNode:
             metadata=pb.PodSandboxMetadata(name=name, uid=uid, namespace=namespace),
             hostname="" if host_network else name[:63],
             log_directory=str(directory / "logs"),
-            dns_config=pb.DNSConfig(servers=["10.96.0.10"], searches=[f"{namespace}.svc.cluster.local"]),
+            dns_config=pb.DNSConfig(servers=[dns], searches=[f"{namespace}.svc.cluster.local"]),
             annotations=dict(annotations or {}),
             linux=pb.LinuxPodSandboxConfig(
                 cgroup_parent=f"{_SLICE}-pod{uid}.slice" if self.systemd_cgroup else f"{self.engine.cgroup}/pod{uid}",
