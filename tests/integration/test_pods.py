@@ -313,7 +313,7 @@ def test_it_is_the_new_pod(clean: KubeNode, captured: dict[str, Any]) -> None:
     assert f"{pod.ips[0]}\tother-name" in state["hosts"] and f"{pod.ips[1]}\tother-name" in state["hosts"]
     assert f"nameserver {DNS}\n" in captured["resolv"]
     assert "nameserver 10.96.0.20\n" in state["resolv"] and DNS not in state["resolv"]
-    for volume in ("token", "config"):
+    for volume in ("token", "config", "secret"):
         assert state[volume] == f"{volume} of other-name {pod.uid}\n" != captured[volume]
     # As the kubelet does: a new directory, and one rename.
     (pod.directory / "config" / "..2026_02").mkdir()

@@ -1,7 +1,8 @@
 """A kubelet's part of a pod's life, on a node with a containerd of its own: sandbox, mounts, containers, restarts.
 
 What the kubelet gives to a container is made as it makes it: /etc/hosts, the termination log, a service account's
-token, ConfigMaps by way of `..data`, log files below the pod's log directory.
+token, ConfigMaps by way of `..data`, Secrets in a file system of their own in memory, log files below the pod's log
+directory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from support import cgroups, image, rootfs
+from support.bundle import unmount_below
 from support.containerd import Containerd
 from support.cri import Cri, CriError, pb
 from support.node import Node
@@ -200,7 +202,9 @@ class KubeNode:
         directory = pod.directory
         names = "\n".join(f"{ip}\t{pod.name}" for ip in pod.ips)
         (directory / "etc-hosts").write_text(f"# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n{names}\n")
-        for volume in ("token", "config"):
+        (directory / "secret").mkdir()
+        command("mount", "-t", "tmpfs", "tmpfs", directory / "secret")
+        for volume in ("token", "config", "secret"):
             version = directory / volume / "..2026_01"
             version.mkdir(parents=True)
             (version / volume).write_text(f"{volume} of {pod.name} {pod.uid}\n")
@@ -237,6 +241,7 @@ class KubeNode:
             ("/dev/termination-log", termination, False),
             ("/var/run/secrets/kubernetes.io/serviceaccount", pod.directory / "token", True),
             ("/etc/config", pod.directory / "config", True),
+            ("/etc/secret", pod.directory / "secret", True),
             ("/cache", pod.directory / "empty", False),
         ]
         wanted: dict[str, Any] = {
@@ -359,6 +364,7 @@ class KubeNode:
         if pod.sandbox:
             left += _staying(lambda: self._traces(pod))
         cgroups.remove(self.cgroup(pod))
+        unmount_below(pod.directory)
         self._pods.remove(pod)
         assert not left, f"left by pod {pod.name}: {left}"
 
@@ -393,6 +399,7 @@ class KubeNode:
             command("systemctl", "stop", f"{_SLICE}.slice")
         self.engine.stop()
         self.node.runtime.cleanup()
+        unmount_below(self.directory / "pods")
         shutil.rmtree(self.directory / "pods", ignore_errors=True)
 
 

@@ -134,6 +134,7 @@ class Program:
             "resolv": text("/etc/resolv.conf"),
             "token": text("/var/run/secrets/kubernetes.io/serviceaccount/token"),
             "config": text("/etc/config/config"),
+            "secret": text("/etc/secret/secret"),
             "restored": text("/run/rewarm/restored.json"),
             "capabilities": status["CapEff"],
             "bounding": status["CapBnd"],
