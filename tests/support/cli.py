@@ -8,6 +8,7 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
+import rewarm_hooks
 from rewarm import cli
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from support.snapshots import FILES, write_snapshot
@@ -29,7 +30,8 @@ def as_process(*words: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """This process's, in which a child imports the tree's sources as well, not those once installed beside pytest."""
-    return {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    sources = (Path(cli.__file__).parents[2], Path(rewarm_hooks.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sources))}
 
 
 def call(*words: str) -> Result:

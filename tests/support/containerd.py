@@ -38,8 +38,9 @@ class Containerd:
     `env` is added to the daemon's environment, which its shims and their runtime inherit. Two of them share nothing
     but the content of paths that are given to both: they stand for two nodes. `extra_config` is appended to
     config.toml (version 2, CRI disabled unless `cri`), `cri_config` to CRI's table; `cri_runtimes` are CRI's runtimes
-    by name: the runc-compatible binary, or None for runc; `cri_annotations` are passed on to them; with
-    `systemd_cgroup` systemd makes their cgroups. Started by the constructor; `stop` removes everything.
+    by name: the runc-compatible binary, or None for runc; `cri_annotations` are passed on to them, of
+    pods and containers, beside the usual ones; with `systemd_cgroup` systemd makes their cgroups. Started by the
+    constructor; `stop` removes everything.
 
     `older`: seconds for which its node has been up longer than this machine, in a time namespace.
 
@@ -56,7 +57,7 @@ class Containerd:
         cri: bool = False,
         cri_config: Sequence[str] = (),
         cri_runtimes: Mapping[str, Path | None] | None = None,
-        cri_annotations: Sequence[str] = ("rewarm.dev/*",),
+        cri_annotations: Sequence[str] = (),
         systemd_cgroup: bool = False,
         older: int = 0,
         extra_config: str = "",
@@ -141,7 +142,9 @@ class Containerd:
         for name, runtime in runtimes.items():
             table = f'plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}'
             lines += [f"[{table}]", 'runtime_type = "io.containerd.runc.v2"']
-            lines += [f"{whose}_annotations = {json.dumps(list(self._annotations))}" for whose in ("pod", "container")]
+            more = list(self._annotations)
+            lines += [f"pod_annotations = {json.dumps(['rewarm.dev/*', *more])}"]
+            lines += [f"container_annotations = {json.dumps(more)}"]
             lines += [f"[{table}.options]", f'Root = "{self.runc_root}"']
             lines += ["SystemdCgroup = true"] if self._systemd_cgroup else []
             lines += [f'BinaryName = "{runtime}"'] if runtime is not None else []

@@ -70,8 +70,8 @@ class KubeNode:
     """A node: containerd with the runtime `rewarm`, pod networks `10.100+NUMBER.0.0/24` and `fd00:100+NUMBER::/64`.
 
     Nodes that are given one `store` share it. `binary` is containerd's, whose own directory has its shim and ctr.
-    `annotations` are passed on to the runtime. `older`: seconds for which it has been up longer. `systemd_cgroup`: pods
-    are slices of systemd's, as with the kubelet's cgroup driver of that name.
+    `annotations` are passed on to the runtime, too. `older`: seconds for which it has been up longer. `systemd_cgroup`:
+    pods are slices of systemd's, as with the kubelet's cgroup driver of that name.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class KubeNode:
         binary: Path = Path("/usr/bin/containerd"),
         systemd_cgroup: bool = False,
         older: int = 0,
-        annotations: Sequence[str] = ("rewarm.dev/*",),
+        annotations: Sequence[str] = (),
         **settings: object,
     ) -> None:
         self.directory = directory
