@@ -19,7 +19,12 @@ def test_scale_up(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> No
     with scale_up.cluster(tmp_path, prefix, rootfs.containerd2() / "containerd") as made:
         with ThreadPoolExecutor(1) as pool:
             begun = pool.submit(made.replica, 0, "first", ANNOTATIONS)
-            wait_for("its watcher", lambda: "rewarm.watcher" in " ".join(of_rewarm(prefix).values()), timeout=100)
+            wait_for(
+                "its watcher",
+                lambda: "rewarm.watcher" in " ".join(of_rewarm(prefix).values()),
+                timeout=60,
+                interval=0.2,
+            )
             first = begun.result()
         assert first.outcome["outcome"] == "cold"
         assert [line["text"] for line in first.answer["lines"]] == samples.TEXTS[PAGE]
@@ -29,7 +34,7 @@ def test_scale_up(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> No
         assert [one.outcome["outcome"] for one in replicas] == ["warm"] * 5, [one.outcome for one in replicas]
         assert {one.node.number for one in replicas} == {1, 2}
         assert all(one.answer == first.answer for one in replicas)
-        wait_for("nothing to stay behind a restore", lambda: not of_rewarm(prefix), timeout=5)
+        wait_for("nothing to stay behind a restore", lambda: not of_rewarm(prefix), timeout=5, interval=0.2)
 
         crashed = replicas[1]
         os.kill(crashed.node.pid(crashed.container), signal.SIGKILL)
