@@ -47,7 +47,7 @@ class Row(NamedTuple):
 @options.as_json
 @options.config
 def command(everything: bool, as_json: bool, config: Path | None) -> None:
-    """List the containers of this node whose annotations count.
+    """List the containers with an annotation of this node.
 
     Each was restored from a snapshot (warm), or started as without rewarm (cold), for a reason. All others are runc's
     alone: --all lists them, too, of all runc roots that the settings name (`runtime_roots`), and says why.
