@@ -42,7 +42,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, prefix: Path) -> Path:
     image.workload("pod_server")
     directory = tmp_path_factory.mktemp("guest") / "shared"
     names = [f"tests/integration/test_pods.py::{name}[1.6]" for name in TESTS]
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=/guest/results.xml", *names]
+    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--timeout={_TIMEOUT // 2}"]
+    words += ["--junitxml=/guest/results.xml", *names]
     variables = {
         "HOME": "/root",
         "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",

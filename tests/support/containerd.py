@@ -174,7 +174,7 @@ class Containerd:
 
         Raises CommandFailed.
         """
-        self.ctr("images", "import", archive, namespace=namespace)
+        self.ctr("images", "import", archive, namespace=namespace, timeout=600)
         os.sync()
 
     def run(
