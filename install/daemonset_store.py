@@ -38,7 +38,7 @@ class SharedStore:
         if wanted is None:
             raise Problem(f"mount the store: the pod has no volume at {self.volume}; give it one")
         found = _at(self.target, self.host.mounts())
-        if found is not None and not _same(found, wanted):
+        while found is not None and not _same(found, wanted):
             if not self._noted(found):
                 raise Problem(
                     f"mount the store: {self.target} of the node has another mount; run there: umount {self.target}"

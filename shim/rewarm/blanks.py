@@ -20,8 +20,6 @@ from typing import NamedTuple
 from rewarm import briefly
 from rewarm.oci import spec
 from rewarm.oci.record import Undo
-from rewarm.store.probe import file_system, is_network
-from rewarm_hooks.regular import open_regular
 
 PLAN = ".volume"
 """How the names of such files end."""
@@ -138,6 +136,9 @@ def _make(source: str, one: Blank, user: User) -> int:
 
 def _take_away(source: str, one: Blank) -> None:
     """Raises OSError for a directory in which something is."""
+    from rewarm.store.probe import file_system, is_network  # a restore that succeeds does without
+    from rewarm_hooks.regular import open_regular
+
     *_, last = name = tuple(map(os.fsencode, one.name))
     with descended(source, name) as (directory, depth):
         if depth + 1 != len(name):

@@ -46,14 +46,17 @@ def left_overs(state_dir: str, binary: str, *, in_passing: bool = False) -> list
 
 def _tried(path: str) -> bool:
     """Whether another one has begun to undo it a moment ago, and it is still there; else this one does."""
-    with suppress(OciError):  # one that cannot be read is named each time
+    try:
         if left_over(path) is None:
             return False
+    except OciError:
+        return False  # one that cannot be read takes no time, and is named each time
     mark = os.path.join(path, _TRIED)
     with suppress(FileNotFoundError):
         if abs(time.time() - os.stat(mark).st_mtime) < _AGAIN:
             return True
-    with open(mark, "wb"):
+    # It is undone by now, or the state directory is full, which undoing it may mend.
+    with suppress(OSError), open(mark, "wb"):
         os.utime(mark)
     return False
 

@@ -214,6 +214,16 @@ def test_a_volume_in_place_of_another(volume: Path, host: Host, tmp_path: Path) 
     bound("two").provide()  # as a pod that was killed before it could note it
     bound("one").provide()
     assert [one.root for one in host.mounts() if one.point == target] == ["/claims/one"]
+    # One below it is somebody's, whatever was on top.
+    volume.joinpath("claims/three").mkdir()
+    assert host.run("mount", "--bind", f"{volume}/claims/two", target, timeout=10)[0] == 0
+    bound("two").provide()
+    (tmp_path / "note").rename(tmp_path / "noted")
+    assert host.run("mount", "--bind", f"{volume}/claims/one", target, timeout=10)[0] == 0
+    bound("one").provide()
+    with pytest.raises(Problem, match="has another mount; run there: umount"):
+        bound("three").provide()
+    assert [one.root for one in host.mounts() if one.point == target] == ["/claims/one", "/claims/two"]
 
 
 def test_pauses(monkeypatch: pytest.MonkeyPatch) -> None:

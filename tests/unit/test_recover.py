@@ -325,6 +325,12 @@ def test_what_cannot_be_undone_is_kept_and_said(path: Path, bundle: Path, tmp_pa
     assert sweep.left_overs(state, "/no/runc", in_passing=True) == problems
     assert sweep.left_overs(state, "/no/runc", in_passing=True) == []
     assert sweep.left_overs(state, "/no/runc") == problems
+    (path / "record.json").rename(path / "kept")
+    (path / "record.json").write_text("{")
+    for _ in range(2):
+        [line] = sweep.left_overs(state, "/no/runc", in_passing=True)
+        assert "record.json" in line
+    (path / "kept").rename(path / "record.json")
     os.utime(path / "tried", (1, 1))
     assert sweep.left_overs(state, "/no/runc", in_passing=True) == problems
 
