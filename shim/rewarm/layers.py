@@ -1,5 +1,5 @@
-"""Rootfs diffs outside of the hook: a capture writes them, the content of /dev/shm goes in, a failed restore's changes
-come out."""
+"""Rootfs diffs: a capture writes them, a hook of the restore applies them, the content of /dev/shm goes in, a failed
+restore's changes come out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from rewarm import overlay
 from rewarm.errors import RestoreError
 
 
@@ -19,6 +20,13 @@ def write(path: Path, tree: str | Path, extra: Mapping[str, str]) -> None:
         stats = write_layer(tree, out, extra=sorted(extra.items()))
     if not stats.entries:
         path.unlink()
+
+
+def hook(layer: str, root: str, undo: str) -> list[str]:
+    """The hook that applies `layer` to the root filesystem `root`: its name and arguments. Raises RestoreError."""
+    words = ["rootfs-diff", "apply", "--layer", layer, "--root", root, "--undo", undo]
+    upper = overlay.upper_of_mount(root)
+    return words if upper is None else [*words, "--upper", upper]
 
 
 def apply(

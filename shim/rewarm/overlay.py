@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from rewarm.errors import CaptureError
+from rewarm.errors import CaptureError, RestoreError
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 _LOWER = re.compile(r"(?:[^:\\]|\\.)+", re.DOTALL)
@@ -57,6 +57,17 @@ def upper_directory(pid: int, rootfs: str, read_only: bool) -> Path | None:
     )
 
 
+def upper_of_mount(rootfs: str) -> str | None:
+    """The upper directory of the overlay that is mounted on `rootfs`, as this process sees it; None where it is no
+    overlay, or one that cannot be written to. Raises RestoreError and OSError."""
+    kind, _, options = _mount("self", rootfs)
+    upper = dict(option.partition("=")[::2] for option in options).get("upperdir", "") if kind == "overlay" else ""
+    # Docker and Podman name it relative to a directory of theirs when it has very many layers.
+    if upper and not (upper.startswith("/") and os.path.isdir(upper)):
+        raise RestoreError("find the container's own changes", rootfs, f"no upper directory {upper!r} is here")
+    return upper or None
+
+
 def lower_directories(pid: int, target: str) -> list[str]:
     """The lower directories of the overlay that is at `target` for process `pid`, topmost first; none for other mounts.
 
@@ -76,7 +87,7 @@ def lower_directories(pid: int, target: str) -> list[str]:
     return [os.path.join(snapshots, layer) for layer in layers]
 
 
-def _mount(pid: int, target: str) -> tuple[str, int, list[str]]:
+def _mount(pid: int | str, target: str) -> tuple[str, int, list[str]]:
     """File system type, device number and superblock options of the topmost mount at `target`, of
     proc_pid_mountinfo(5). All of them are of one line: the process may change its mounts meanwhile."""
     found: tuple[str, int, list[str]] = ("", 0, [])

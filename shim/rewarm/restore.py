@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rewarm import aside, carved, causes, deadline, devshm, hook, ipc, losses, node, preload, processes, recover, resume
+from rewarm import aside, carved, causes, deadline, devshm, hook, ipc, layers, losses, node, preload, processes, recover
 from rewarm.additions import restored as with_additions
 from rewarm.criu import images, options, vet
 from rewarm.criu.connections import kept as connections_kept
@@ -33,6 +33,7 @@ from rewarm.oci.argv import Invocation
 from rewarm.oci.record import Record, Undo
 from rewarm.oci.spec import Spec
 from rewarm.replica import rename, tell
+from rewarm.resume import write_down
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNKS
 from rewarm.store.directory import DirectoryStore, SnapshotRef
@@ -261,7 +262,9 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     changes += aside.run(lambda: lay_out(plan.manifest.blank, checkpoint, directory, rootfs, plan.spec))
     tell(record.bound_control(directory), plan.invocation.container_id, _name(plan), plan.spec)
     changed = prepared = _prepared(plan)
-    hooks = [_rootfs_hook(plan, changes[0])] if _has(plan, ROOTFS_DIFF) else []
+    hooks = []
+    if _has(plan, ROOTFS_DIFF):
+        hooks.append(layers.hook(_file(plan, ROOTFS_DIFF), rootfs, changes[0].layer))
     if devices is not None:
         hooks.append(devices.hook())
     if hooks:
@@ -305,11 +308,6 @@ def _has(plan: Plan, name: str) -> bool:
 
 def _file(plan: Plan, name: str) -> str:
     return os.path.join(plan.directory, SNAPSHOT, name)
-
-
-def _rootfs_hook(plan: Plan, change: Undo) -> list[str]:
-    layer = _file(plan, ROOTFS_DIFF)
-    return ["rootfs-diff", "apply", "--layer", layer, "--root", change.root, "--undo", change.layer]
 
 
 def _guard(plan: Plan, low_level: runc.Runc, guard: Guard) -> None:
@@ -379,7 +377,7 @@ def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
         stopped=sorted(losses.stopped_pids(plan.manifest.processes)),
     )
     if not (plan.spec.get("hooks") or {}).get("poststart"):
-        resume.write_down(plan.directory, done)
+        write_down(plan.directory, done)
     record.save(plan.directory, done)
 
 

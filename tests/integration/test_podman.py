@@ -100,6 +100,13 @@ def test_a_warm_one_is_started_again(podman: Podman) -> None:
     outcome = podman.outcome(made)["outcome"]
     proc.wait_for("it counting", lambda: podman.logs("twice").count("\n") > said + 2)
     assert outcome == "warm"
+    # From the beginning the program needs the file that it deletes then.
+    podman.run("exec", "twice", "sh", "-c", "echo written since >>/etc/issue; touch /etc/debian_version")
+    podman.run("kill", "--signal", "KILL", "twice")
+    assert podman.run("wait", "twice").stdout.strip() == "137"
+    podman.run("start", "twice")
+    assert "etc/issue: the container has written it itself" in podman.outcome(made)["reason"]
+    assert "written since\n" in podman.run("exec", "twice", "cat", "/etc/issue").stdout
 
 
 def test_no_snapshot_and_no_cold_start(podman: Podman) -> None:
