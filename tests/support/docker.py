@@ -45,11 +45,13 @@ class Docker:
     runs. No bridge, no firewall rules: containers have the network "none", or "host", which is the daemon's
     namespace. Runtime `rewarm` is this node's rewarm-runc, found by name in daemon.json; its REWARM_CONFIG comes
     by the environment that containerd hands to shim and runtime. `node` is configured to find the containers. Unless
-    `registered`, daemon.json (`config`) says nothing of rewarm, for a test to register it there.
+    `registered`, daemon.json (`config`) says nothing of rewarm, for a test to register it there. `program` is the
+    daemon: the machine's, or another version (`rootfs.dockerd`).
     """
 
-    def __init__(self, node: Node, *, registered: bool = True) -> None:
+    def __init__(self, node: Node, *, registered: bool = True, program: Path | str = "dockerd") -> None:
         self.node = node
+        self._program = program
         self.directory = node.directory / "docker"
         self.directory.mkdir(parents=True)
         # Short: a unix socket's path has 107 bytes at most, and test directories have long names.
@@ -102,7 +104,7 @@ class Docker:
         self.config.write_text(json.dumps(settings, indent=1))
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                containerd.network.argv("dockerd", "--config-file", self.config),
+                containerd.network.argv(self._program, "--config-file", self.config),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -177,12 +179,24 @@ class Docker:
 
     @contextmanager
     def annotated(
-        self, args: Sequence[str], annotations: Mapping[str, str], *, env: Mapping[str, str] | None = None
+        self,
+        args: Sequence[str],
+        annotations: Mapping[str, str],
+        *,
+        env: Mapping[str, str] | None = None,
+        image: str = IMAGE,
+        host: Mapping[str, Any] | None = None,
+        **config: Any,
     ) -> Iterator[str]:
-        """The id of a started container with annotations, which testcontainers has no word for; removed afterwards."""
-        host = self.api.create_host_config(network_mode="none", runtime=RUNTIME)
-        host["Annotations"] = dict(annotations)
-        config = self.api.create_container_config(IMAGE, list(args), environment=dict(env or {}), host_config=host)
+        """The id of a started container with annotations, which testcontainers has no word for; removed afterwards.
+
+        `host` are parameters of docker-py's create_host_config, `config` of its create_container_config.
+        """
+        wanted = {"network_mode": "none", "runtime": RUNTIME, **(host or {})}
+        host_config = {**self.api.create_host_config(**wanted), "Annotations": dict(annotations)}
+        config = self.api.create_container_config(
+            image, list(args), environment=dict(env or {}), host_config=host_config, **config
+        )
         made: str = self.api.create_container_from_config(config)["Id"]
         try:
             self.api.start(made)

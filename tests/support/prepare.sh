@@ -6,6 +6,7 @@
 #   ocr/   a layer with opt/ocr: RapidOCR with its weights, on ONNX Runtime
 #   loop/  a layer with opt/loop: uvloop
 #   containerd2/  containerd 2.1 or newer: bin/containerd, bin/ctr, bin/containerd-shim-runc-v2
+#   docker/       bin/dockerd, version 24 or newer, which hands annotations to the runtime
 #   kustomize/    bin/kustomize, version 5
 #   kernel/       vmlinuz and initrd of the suite's own kernel, for virtual machines (guest.py)
 # A second run finds the stamps of the first and does nothing. No service is started, nothing outside the cache
@@ -170,35 +171,25 @@ build_layer() {
     chmod -R u=rwX,go=rX "$scratch/$name"
 }
 
-# The programs of containerd, from the first of Debian's suites that has them new enough, to be run beside the machine's
-# own. They are Go's and need no library but a libc of Debian 12.
-build_containerd2() {
-    local python=/usr/bin/python3 codename=$suite origin=Debian components=main conf newer work=$scratch/apt
-    mkdir -p "$work" "$scratch/containerd2/bin"
+# unpack NAME PACKAGE MINIMUM PROGRAM...: those programs of a package of Debian's, from the first of its suites that has
+# it new enough, to be run beside the machine's own. They are Go's and need no library that Debian 12 has not.
+unpack() {
+    local name=$1 package=$2 minimum=$3 program python=/usr/bin/python3 codename=$suite origin=Debian components=main
+    local conf newer work=$scratch/apt unpacked=$scratch/unpacked/$name
+    shift 3
+    mkdir -p "$work" "$unpacked" "$scratch/$name/bin"
     chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
-    for newer in "$suite" testing unstable ""; do
-        [ -n "$newer" ] || die "none of Debian's suites offers containerd >= 2.1 at this machine's mirrors" "see: apt-get update"
-        if private_apt containerd "$newer" 2.1; then break; fi
+    for newer in "$suite" trixie testing unstable ""; do
+        [ -n "$newer" ] || die "none of Debian's suites offers $package >= $minimum at this machine's mirrors" "see: apt-get update"
+        if private_apt "$package" "$newer" "$minimum"; then break; fi
     done
-    (cd "$work" && apt-get -q -c "$conf" download containerd >&2) || die "downloading containerd failed"
-    dpkg-deb -x "$work"/containerd_*.deb "$work/root"
-    cp "$work"/root/usr/bin/{containerd,ctr,containerd-shim-runc-v2} "$scratch/containerd2/bin"
-    "$scratch/containerd2/bin/containerd" --version >&2
-}
-
-# Debian 13's, a program of Go's that needs no library; Debian 12 has none.
-build_kustomize() {
-    local python=/usr/bin/python3 codename=$suite origin=Debian components=main conf newer work=$scratch/apt-kustomize
-    mkdir -p "$work" "$scratch/kustomize/bin"
-    chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
-    for newer in "$suite" stable trixie testing ""; do
-        [ -n "$newer" ] || die "none of Debian's suites offers kustomize 5 at this machine's mirrors" "see: apt-get update"
-        if private_apt kustomize "$newer" 5; then break; fi
+    (cd "$work" && apt-get -q -c "$conf" download "$package" >&2) || die "downloading $package failed"
+    dpkg-deb -x "$work/$package"_*.deb "$unpacked"
+    for program; do
+        cp "$unpacked/$program" "$scratch/$name/bin"
+        "$scratch/$name/bin/${program##*/}" --help >/dev/null 2>&1 || die "$program of Debian's $newer does not run here"
     done
-    (cd "$work" && apt-get -q -c "$conf" download kustomize >&2) || die "downloading kustomize failed"
-    dpkg-deb -x "$work"/kustomize_*.deb "$work/root"
-    cp "$work/root/usr/bin/kustomize" "$scratch/kustomize/bin"
-    "$scratch/kustomize/bin/kustomize" version >&2
+    say "$package $(dpkg-deb -f "$work/$package"_*.deb Version) of Debian's $newer"
 }
 
 # The suite's kernel and an initramfs with the modules that a guest needs; nothing of it is installed on this machine.
@@ -269,6 +260,7 @@ provide base "$suite $(dpkg --print-architecture)" build_base
 provide slim "$suite $(dpkg --print-architecture)" build_slim
 provide ocr "$abi $pins" build_layer ocr rapidocr onnxruntime
 provide loop "$abi $pins" build_layer loop uvloop
-provide containerd2 "2.1 $(dpkg --print-architecture)" build_containerd2
-provide kustomize "5 $(dpkg --print-architecture)" build_kustomize
+provide containerd2 "2.1 $(dpkg --print-architecture)" unpack containerd2 containerd 2.1 usr/bin/{containerd,ctr,containerd-shim-runc-v2}
+provide docker "24 $(dpkg --print-architecture)" unpack docker docker.io 24 usr/sbin/dockerd
+provide kustomize "5 $(dpkg --print-architecture)" unpack kustomize kustomize 5 usr/bin/kustomize
 provide kernel "$suite $(sha256sum <"$here/guest/init.sh")" build_kernel

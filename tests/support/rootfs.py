@@ -35,6 +35,11 @@ def containerd2() -> Path:
     return layer("containerd2") / "bin"
 
 
+def dockerd() -> Path:
+    """Docker's daemon, version 24 or newer, which hands annotations to the runtime. Raises NotPrepared."""
+    return layer("docker") / "bin/dockerd"
+
+
 def kustomize() -> Path:
     """The program. Raises NotPrepared."""
     return layer("kustomize") / "bin/kustomize"
