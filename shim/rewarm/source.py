@@ -58,19 +58,25 @@ def check_mounts(container: Container) -> None:
     Raises CaptureError.
     """
     found = processes.stat(container.pid)
-    parent = found.parent if found is not None else 0
+    if found is None:
+        raise _ended(container)
+    parent = found.parent
     try:
         if os.path.samestat(os.stat(f"/proc/{parent}/ns/mnt"), os.stat("/proc/self/ns/mnt")):
             return
     except OSError as error:
-        cause = f"its init, process {container.pid}, or the parent of that has ended"
-        raise CaptureError("capture container", container.id, cause, "capture it while it runs") from error
+        raise _ended(container, "the parent of ") from error
     raise CaptureError(
         "capture container",
         container.id,
         f"its engine (process {parent}, {processes.command(parent)}) has a mount namespace of its own",
         f"capture it from there: nsenter --target {parent} --mount rewarm capture",
     )
+
+
+def _ended(container: Container, whose: str = "") -> CaptureError:
+    cause = f"{whose}its init, process {container.pid}, has ended"
+    return CaptureError("capture container", container.id, cause, "capture it while it runs")
 
 
 def check_pid_namespaces(container: Container) -> None:
@@ -81,8 +87,7 @@ def check_pid_namespaces(container: Container) -> None:
     try:
         own = os.readlink(f"/proc/{container.pid}/ns/pid")
     except OSError as error:
-        cause = f"its init, process {container.pid}, has ended"
-        raise CaptureError("capture container", container.id, cause, "capture it while it runs") from error
+        raise _ended(container) from error
     for pid in processes.tree(container.pid):
         try:
             found = os.readlink(f"/proc/{pid}/ns/pid")
@@ -108,8 +113,7 @@ def check_users(container: Container, bundle_spec: spec.Spec) -> None:
         if _depth(container.pid) == (1 if spec.has_users(bundle_spec) else 0):
             return
     except OSError as error:
-        cause = f"its init, process {container.pid}, has ended"
-        raise CaptureError("capture container", container.id, cause, "capture it while it runs") from error
+        raise _ended(container) from error
     raise CaptureError(
         "capture container",
         container.id,
