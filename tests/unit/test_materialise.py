@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -225,14 +224,22 @@ def test_a_full_target_names_the_file_and_the_setting(
 
 
 def test_many_packs_do_not_use_up_descriptors(store: DirectoryStore, tmp_path: Path, target: Path) -> None:
-    contents = {f"f{number}": pattern(MIB, number) for number in range(40)}
-    _, written = write_snapshot(store, tmp_path / "work", contents)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, hard))
-    try:
-        materialise(store, written, target)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    """In a process of its own: the threads of this one open files, too."""
+    write_snapshot(store, tmp_path / "work", {f"f{number}": pattern(MIB, number) for number in range(40)})
+    program = """
+import resource, sys
+from pathlib import Path
+from rewarm.store.directory import DirectoryStore
+from rewarm.store.materialise import materialise
+store = DirectoryStore(sys.argv[1])
+manifest = store.load(store.resolve("model"))
+resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))
+materialise(store, manifest, Path(sys.argv[2]))
+"""
+    words = [sys.executable, "-c", program, str(store.root), str(target)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
     assert len(list(target.iterdir())) == 40
 
 
