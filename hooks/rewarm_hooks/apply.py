@@ -12,7 +12,7 @@ import os
 import stat
 
 from . import member as kinds
-from . import names, own, place, plan, regular, tarread, undo
+from . import names, place, plan, regular, tarread, undo
 from .errors import LayerError, failed
 from .member import LayerStats
 from .names import joined
@@ -36,7 +36,6 @@ def apply_layer(
     *,
     shared: Container[Parts] | None = None,
     may_own: Callable[[int, int], bool] | None = None,
-    upper_fd: int | None = None,
 ) -> LayerStats:
     """Apply a seekable layer to the directory open as `root_fd`, for instance the merged view of an overlay mount.
 
@@ -45,7 +44,6 @@ def apply_layer(
     and is passed over, but the files of `shared`, which are replaced; if others have one open, that is an error.
     `may_own`, if given as well: it is a directory of others, to whom any name may belong. Of the layer only the files
     of `shared` are made, at its top, plain ones of a user and group of which this is true; that one exists is an error.
-    `upper_fd`, if given: the root is an overlay with this upper directory, and what is in there is not lost (own.py).
 
     Raises LayerError naming the entry. For a bad archive nothing was changed and there is no undo file. If a change
     itself fails (no space, a mount in the way), what was changed is put back and the undo file removed; should that
@@ -61,8 +59,6 @@ def apply_layer(
                 for step in steps:
                     _check_foreign(step, may_own)
             steps = [step for step in steps if _is_to_be_made(step, needed, walker)]
-        if upper_fd is not None:
-            own.check(steps, upper_fd, walker, layer)
         if undo_path is not None:
             undo.write_undo(steps, root_fd, undo_path)
         try:

@@ -1,12 +1,11 @@
 """The hook that applies a rootfs diff to a container's root filesystem, and the command that takes it back.
 
-    python3 -I -m rewarm_hooks.rootfs_diff apply --layer FILE --root DIR --undo FILE [--upper DIR]
+    python3 -I -m rewarm_hooks.rootfs_diff apply --layer FILE --root DIR --undo FILE
     python3 -I -m rewarm_hooks.rootfs_diff undo --root DIR --undo FILE
 
 As an OCI createRuntime hook it gets the container's state on stdin and does not need it (runc does not mind that
 nobody reads it). Exit status 0, or 1 with one line "rootfs-diff: <entry>: <cause>" on stderr. `undo` without an undo
-file is a success: `apply` writes that file before its first change, so nothing was changed. With `--upper`, the upper
-directory of the overlay that the root filesystem is, nothing is applied over what the container has written itself.
+file is a success: `apply` writes that file before its first change, so nothing was changed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from .apply import apply_layer, undo_layer
 from .errors import LayerError, failed, shown
 
 _OPTIONS = {"apply": ("--layer", "--root", "--undo"), "undo": ("--root", "--undo")}
-_MAY = {"apply": ("--upper",), "undo": ()}
 
 
 def main(arguments: list[str]) -> int:
@@ -39,27 +37,18 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> None:
     command, options = _parse(arguments)
-    root = _open_directory(options["--root"], "opening the root filesystem")
-    upper = None
+    try:
+        root = os.open(options["--root"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise failed(options["--root"], "opening the root filesystem", error) from error
     try:
         if command == "undo":
             undo_layer(options["--undo"], root)
             return
-        if "--upper" in options:
-            upper = _open_directory(options["--upper"], "opening the upper directory")
         with os.fdopen(_open_layer(options["--layer"]), "rb", 1 << 16) as layer:
-            apply_layer(layer, root, options["--undo"], upper_fd=upper)
+            apply_layer(layer, root, options["--undo"])
     finally:
         os.close(root)
-        if upper is not None:
-            os.close(upper)
-
-
-def _open_directory(path: str, doing: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise failed(path, doing, error) from error
 
 
 def _open_layer(path: str) -> int:
@@ -78,8 +67,7 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
     if command not in _OPTIONS:
         raise LayerError("arguments", f"no command {shown(command)}; apply and undo are known")
     names = arguments[1::2]
-    needed = sorted(set(names) - set(_MAY[command]))
-    if needed != list(_OPTIONS[command]) or len(names) != len(set(names)) or len(arguments) != 1 + 2 * len(names):
+    if sorted(names) != list(_OPTIONS[command]) or len(arguments) != 1 + 2 * len(names):
         raise LayerError("arguments", f"{command} needs {', '.join(_OPTIONS[command])}, each once and with a value")
     return command, dict(zip(names, arguments[2::2], strict=True))
 

@@ -1,10 +1,11 @@
-"""Rootfs diffs: a capture writes them, a hook of the restore applies them, the content of /dev/shm goes in, a failed
-restore's changes come out."""
+"""Rootfs diffs outside of the hook: a capture writes them, a container's own changes are looked for before one is
+applied, the content of /dev/shm goes in, a failed restore's changes come out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from rewarm import overlay
@@ -22,11 +23,25 @@ def write(path: Path, tree: str | Path, extra: Mapping[str, str]) -> None:
         path.unlink()
 
 
-def hook(layer: str, root: str, undo: str) -> list[str]:
-    """The hook that applies `layer` to the root filesystem `root`: its name and arguments. Raises RestoreError."""
-    words = ["rootfs-diff", "apply", "--layer", layer, "--root", root, "--undo", undo]
+def check_own(root: str, layer: str | None) -> None:
+    """The container has run before, and has files in its root filesystem that the snapshot, of which `layer` is the
+    layer, would replace, or whose content its program would not know of. Raises RestoreError."""
     upper = overlay.upper_of_mount(root)
-    return words if upper is None else [*words, "--upper", upper]
+    if upper is None or not os.listdir(upper):
+        return
+    from rewarm_hooks import own  # a new container's is empty, as a rule
+    from rewarm_hooks.layer import LayerError
+
+    with ExitStack() as stack:
+        upper_fd, root_fd = _open(upper), _open(root)
+        stack.callback(os.close, upper_fd)
+        stack.callback(os.close, root_fd)
+        file = None if layer is None else stack.enter_context(open(layer, "rb"))
+        try:
+            own.check(upper_fd, root_fd, file)
+        except LayerError as error:
+            cause, advice = str(error), "make a new container, which starts warm"
+            raise RestoreError("put the snapshot's files into", root, cause, advice) from error
 
 
 def apply(

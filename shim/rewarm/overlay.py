@@ -20,7 +20,7 @@ def upper_directory(pid: int, rootfs: str, read_only: bool) -> Path | None:
     so name any path: only the one that the engine has mounted on `rootfs` counts. `read_only` is the spec's
     `root.readonly`. Raises CaptureError for any other kind of root, whose changes cannot be told from its image.
     """
-    kind, device, options = _mount(pid, "/")
+    kind, device, _, options = _mount(pid, "/")
     if kind == "overlay":
         try:
             engines = os.stat(rootfs).st_dev
@@ -34,8 +34,7 @@ def upper_directory(pid: int, rootfs: str, read_only: bool) -> Path | None:
                 f"its root is not the overlay that its engine has mounted on {rootfs}",
                 "run it without mounts that become its root",
             )
-        found = dict(option.partition("=")[::2] for option in options)
-        upper = found.get("upperdir", "")
+        upper = _upper(options)
         if not upper:
             return None  # only lower directories: nothing can be written
         path = Path(upper)
@@ -58,10 +57,11 @@ def upper_directory(pid: int, rootfs: str, read_only: bool) -> Path | None:
 
 
 def upper_of_mount(rootfs: str) -> str | None:
-    """The upper directory of the overlay that is mounted on `rootfs`, as this process sees it; None where it is no
-    overlay, or one that cannot be written to. Raises RestoreError and OSError."""
-    kind, _, options = _mount("self", rootfs)
-    upper = dict(option.partition("=")[::2] for option in options).get("upperdir", "") if kind == "overlay" else ""
+    """The upper directory of the overlay that is mounted on `rootfs`, as this process sees it; None where that is no
+    overlay, a part of one (another's root, for an engine in a container), or one that cannot be written to. Raises
+    RestoreError and OSError."""
+    kind, _, part, options = _mount("self", rootfs)
+    upper = _upper(options) if kind == "overlay" and part == "/" else ""
     # Docker and Podman name it relative to a directory of theirs when it has very many layers.
     if upper and not (upper.startswith("/") and os.path.isdir(upper)):
         raise RestoreError("find the container's own changes", rootfs, f"no upper directory {upper!r} is here")
@@ -73,7 +73,7 @@ def lower_directories(pid: int, target: str) -> list[str]:
 
     Without those that hold data only: they are of no image. Raises OSError.
     """
-    kind, _, options = _mount(pid, target)
+    kind, _, _, options = _mount(pid, target)
     found = [option.partition("=")[::2] for option in options] if kind == "overlay" else []
     layers = [value for key, value in found if key == "lowerdir+"]
     for key, value in found:
@@ -87,18 +87,26 @@ def lower_directories(pid: int, target: str) -> list[str]:
     return [os.path.join(snapshots, layer) for layer in layers]
 
 
-def _mount(pid: int | str, target: str) -> tuple[str, int, list[str]]:
-    """File system type, device number and superblock options of the topmost mount at `target`, of
+def _upper(options: list[str]) -> str:
+    """The option `upperdir`; "" if there is none. A comma or backslash in it may be shown as the mount(2) option was,
+    with a backslash before it (Linux 6.18)."""
+    upper = dict(option.partition("=")[::2] for option in options).get("upperdir", "")
+    return upper if os.path.isdir(upper) else re.sub(r"\\(.)", r"\1", upper)
+
+
+def _mount(pid: int | str, target: str) -> tuple[str, int, str, list[str]]:
+    """File system type, device number, root and superblock options of the topmost mount at `target`, of
     proc_pid_mountinfo(5). All of them are of one line: the process may change its mounts meanwhile."""
-    found: tuple[str, int, list[str]] = ("", 0, [])
+    found: tuple[str, int, str, list[str]] = ("", 0, "", [])
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             fields, _, rest = line.rstrip("\n").partition(" - ")
-            _, _, device, _, place, *_ = fields.split(" ")
+            _, _, device, part, place, *_ = fields.split(" ")
             if _unescape(place) == target:
                 kind, _, options = rest.split(" ", 2)
                 major, _, minor = device.partition(":")
-                found = kind, os.makedev(int(major), int(minor)), [_unescape(option) for option in _split(options)]
+                device_number = os.makedev(int(major), int(minor))
+                found = kind, device_number, _unescape(part), [_unescape(option) for option in _split(options)]
     return found
 
 

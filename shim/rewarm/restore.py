@@ -256,6 +256,7 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     with open(os.path.join(plan.invocation.bundle, "config.json"), "rb") as file:
         spec.write_atomically(backup, file.read(), os.fstat(file.fileno()).st_mode & 0o7777)
     rootfs = os.path.realpath(spec.rootfs(plan.invocation.bundle, plan.spec))
+    aside.run(lambda: layers.check_own(rootfs, _file(plan, ROOTFS_DIFF) if _has(plan, ROOTFS_DIFF) else None))
     changes = [Undo(rootfs, os.path.join(directory, "rootfs.undo"), os.path.ismount(rootfs))]
     if _has(plan, devshm.FILE):
         changes.append(devshm.change(plan.spec, plan.ref.name, directory))
@@ -264,7 +265,8 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     changed = prepared = _prepared(plan)
     hooks = []
     if _has(plan, ROOTFS_DIFF):
-        hooks.append(layers.hook(_file(plan, ROOTFS_DIFF), rootfs, changes[0].layer))
+        layer = _file(plan, ROOTFS_DIFF)
+        hooks.append(["rootfs-diff", "apply", "--layer", layer, "--root", rootfs, "--undo", changes[0].layer])
     if devices is not None:
         hooks.append(devices.hook())
     if hooks:

@@ -105,7 +105,7 @@ def test_a_warm_one_is_started_again(podman: Podman) -> None:
     podman.run("kill", "--signal", "KILL", "twice")
     assert podman.run("wait", "twice").stdout.strip() == "137"
     podman.run("start", "twice")
-    assert "etc/issue: the container has written it itself" in podman.outcome(made)["reason"]
+    assert "etc/issue: the container has its own there" in podman.outcome(made)["reason"]
     assert "written since\n" in podman.run("exec", "twice", "cat", "/etc/issue").stdout
 
 

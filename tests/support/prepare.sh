@@ -179,14 +179,15 @@ unpack() {
     shift 3
     mkdir -p "$work" "$unpacked" "$scratch/$name/bin"
     chmod 0755 "$scratch" "$work" # apt downloads as the user _apt
-    for newer in "$suite" trixie testing unstable ""; do
+    for newer in bookworm trixie testing unstable ""; do
+        [[ $newer = bookworm && $suite != bookworm ]] && continue
         [ -n "$newer" ] || die "none of Debian's suites offers $package >= $minimum at this machine's mirrors" "see: apt-get update"
         if private_apt "$package" "$newer" "$minimum"; then break; fi
     done
     (cd "$work" && apt-get -q -c "$conf" download "$package" >&2) || die "downloading $package failed"
-    dpkg-deb -x "$work/$package"_*.deb "$unpacked"
+    dpkg-deb -x "$work/$package"_*.deb "$unpacked" || die "unpacking $package failed"
     for program; do
-        cp "$unpacked/$program" "$scratch/$name/bin"
+        cp "$unpacked/$program" "$scratch/$name/bin" || die "$package of Debian's $newer has no $program"
         "$scratch/$name/bin/${program##*/}" --help >/dev/null 2>&1 || die "$program of Debian's $newer does not run here"
     done
     say "$package $(dpkg-deb -f "$work/$package"_*.deb Version) of Debian's $newer"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from rewarm import layers, overlay
 from rewarm.errors import RestoreError
+from rewarm_hooks import own
 from rewarm_hooks.layer import LayerError, apply_layer, undo_layer, write_layer
 from support.changes import CHANGES, base_image, everything, sparse_files
 from support.layers import Overlay, Overlays, difference, mount, picture, unmount
@@ -34,13 +37,22 @@ def layer_of(overlay: Overlay) -> bytes:
     return out.getvalue()
 
 
-def applied(layer: bytes, overlay: Overlay, undo: Path) -> None:
+def check(layer: bytes, overlay: Overlay) -> None:
     root, upper = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (overlay.merged, overlay.upper))
     try:
-        apply_layer(io.BytesIO(layer), root, undo, upper_fd=upper)
+        own.check(upper, root, io.BytesIO(layer))
     finally:
         os.close(root)
         os.close(upper)
+
+
+def applied(layer: bytes, overlay: Overlay, undo: Path) -> None:
+    check(layer, overlay)
+    root = os.open(overlay.merged, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        apply_layer(io.BytesIO(layer), root, undo)
+    finally:
+        os.close(root)
 
 
 def undone(overlay: Overlay, undo: Path) -> None:
@@ -156,6 +168,28 @@ def given_away(root: Path) -> None:
     os.chown(root / "data/second", 1000, 1000)
 
 
+def marked(root: Path) -> None:
+    os.setxattr(root / "data/base", "user.mine", b"mine")
+
+
+def beside_what_the_snapshot_has(root: Path) -> None:
+    """The program of the snapshot would not read it, and perhaps write over it."""
+    (root / "data/dump").write_text("mine")
+
+
+def a_file_of_the_image(root: Path) -> None:
+    (root / "etc/other").write_text("mine")
+
+
+def a_new_link(root: Path) -> None:
+    (root / "etc/current").symlink_to("mine")
+
+
+def deleted_what_the_snapshot_makes(root: Path) -> None:
+    """One of the image, so that there is a trace of it."""
+    (root / "etc/motd").unlink()
+
+
 @pytest.mark.parametrize(
     ("writes", "entry"),
     [
@@ -170,7 +204,12 @@ def given_away(root: Path) -> None:
         (a_file_for_a_directory, "data/folder"),
         (a_link_for_an_empty_file, "data/empty"),
         (closed_to_others, "data/base"),
-        (given_away, "data/"),
+        (given_away, "data/base"),  # the same file
+        (marked, "data/base"),
+        (beside_what_the_snapshot_has, "data/dump"),
+        (a_file_of_the_image, "etc/other"),
+        (a_new_link, "etc/current"),
+        (deleted_what_the_snapshot_makes, "etc/motd"),
     ],
 )
 def test_what_it_has_written_itself_stays(
@@ -180,20 +219,18 @@ def test_what_it_has_written_itself_stays(
     applied(layer, target, tmp_path / "first")
     writes(target.merged)
     before = picture(target.merged)
-    with pytest.raises(LayerError, match="has written it itself, in an earlier run") as caught:
-        applied(layer, target, tmp_path / "second")
-    assert caught.value.entry.startswith(entry)
+    with pytest.raises(LayerError, match=r"the container has (its own there|deleted it)") as caught:
+        check(layer, target)
+    assert caught.value.entry == entry
     assert difference(before, picture(target.merged)) == {}
-    assert not (tmp_path / "second").exists()
 
 
-def test_of_a_cold_start_too(overlays: Overlays, layer: bytes, tmp_path: Path) -> None:
+def test_of_a_cold_start_too(overlays: Overlays, layer: bytes) -> None:
     """The container has never been restored: what it has changed of its image is its own."""
     target = overlays.new()
     (target.merged / "etc/motd").write_text("mine")
-    with pytest.raises(LayerError, match=r"etc/motd: .* only a new container starts warm"):
-        applied(layer, target, tmp_path / "undo")
-    assert (target.merged / "etc/motd").read_text() == "mine"
+    with pytest.raises(LayerError, match=r"etc/motd: the container has its own there"):
+        check(layer, target)
 
 
 @pytest.mark.parametrize("writes", [now_empty, lambda root: (root / "data/base").unlink()], ids=["emptied", "deleted"])
@@ -207,21 +244,13 @@ def test_what_is_not_there_is_not_lost(
     assert (target.merged / "data/base").read_bytes() == b"1" * 3000
 
 
-def test_what_the_snapshot_does_not_touch_stays(overlays: Overlays, layer: bytes, tmp_path: Path) -> None:
-    target = overlays.new()
-    applied(layer, target, tmp_path / "first")
-    (target.merged / "data/mine").write_text("mine")
-    (target.merged / "etc/mine").write_text("mine")
-    applied(layer, target, tmp_path / "second")
-    assert [(target.merged / name).read_text() for name in ("data/mine", "etc/mine")] == ["mine", "mine"]
-
-
 def test_what_runc_and_engines_make_to_mount_on(overlays: Overlays, layer: bytes, tmp_path: Path) -> None:
     """Before the hook runs, in an upper directory that is new: empty files and directories."""
     target = overlays.new()
     (target.merged / "etc/motd").write_text("")
     (target.merged / "data").mkdir(mode=0o700)
     (target.merged / "data/empty").mkdir()
+    (target.merged / "etc/mtab").symlink_to("/proc/mounts")
     applied(layer, target, tmp_path / "undo")
     assert (target.merged / "etc/motd").read_text() == "of the snapshot"
 
@@ -234,15 +263,15 @@ def test_holes(overlays: Overlays, tmp_path: Path) -> None:
     applied(made, target, tmp_path / "second")
     changed = [path for path in target.upper.rglob("*") if path.is_file() and path.stat().st_size > 1 << 16]
     assert changed
-    for number, path in enumerate(changed):
+    for path in changed:
         merged = target.merged / path.relative_to(target.upper)
         kept = merged.read_bytes()
         at = kept.index(bytes(4096))
         with merged.open("r+b") as file:
             file.seek(at + 4095)
             file.write(b"x")
-        with pytest.raises(LayerError, match="has written it itself"):
-            applied(made, target, tmp_path / f"again{number}")
+        with pytest.raises(LayerError, match="has its own there"):
+            check(made, target)
         merged.write_bytes(kept)
 
 
@@ -253,17 +282,119 @@ def test_a_failed_restore_leaves_what_was(overlays: Overlays, layer: bytes, tmp_
     applied(layer, target, tmp_path / "undo")
     undone(target, tmp_path / "undo")
     assert difference(before, picture(target.merged)) == {}
-    with pytest.raises(LayerError, match="has written it itself"):
-        applied(layer, target, tmp_path / "again")
-    assert difference(before, picture(target.merged)) == {}
+    with pytest.raises(LayerError, match="has its own there"):
+        check(layer, target)
 
 
-def test_the_hook_is_told_the_upper_directory(overlays: Overlays, tmp_path: Path) -> None:
-    made = overlays.new()
-    assert overlay.upper_of_mount(str(made.merged)) == str(made.upper)
-    assert layers.hook("l", str(made.merged), "u")[-2:] == ["--upper", str(made.upper)]
-    assert overlay.upper_of_mount(str(tmp_path)) is None
-    assert "--upper" not in layers.hook("l", str(tmp_path), "u")
+def test_large_holes_are_not_read(overlays: Overlays, tmp_path: Path) -> None:
+    source, target = overlays.new(), overlays.new()
+    with (source.merged / "map").open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 39)
+        file.write(b"data")
+    made = layer_of(source)
+    applied(made, target, tmp_path / "first")
+    check(made, target)
+    with (target.merged / "map").open("r+b") as file:
+        file.seek(1 << 35)
+        file.write(b"x")
+    with pytest.raises(LayerError, match="map: the container has its own there"):
+        check(made, target)
+
+
+@pytest.mark.parametrize("option", ["redirect_dir=on", "metacopy=on"])
+def test_a_directory_that_was_moved(overlays: Overlays, layer: bytes, tmp_path: Path, option: str) -> None:
+    """Its files are in a lower directory still."""
+    (overlays.lower / "releases/next").mkdir(parents=True)
+    (overlays.lower / "releases/next/file").write_text("of the image")
+    target = overlays.new(f",{option}")
+    applied(layer, target, tmp_path / "first")
+    check(layer, target)
+    (target.merged / "releases/next").rename(target.merged / "releases/current")
+    assert not (target.upper / "releases/current/file").exists()
+    with pytest.raises(LayerError, match="releases/current: the container has its own there"):
+        check(layer, target)
+
+
+def test_only_the_owner_was_changed(overlays: Overlays, tmp_path: Path) -> None:
+    """With metacopy the upper directory has none of the content."""
+    source, target = overlays.new(), overlays.new(",metacopy=on")
+    (overlays.lower / "large").write_bytes(b"1" * 100_000)
+    os.chown(source.merged / "large", 1000, 1000)
+    os.chown(target.merged / "large", 1000, 1000)
+    check(layer_of(source), target)
+    os.chown(target.merged / "large", 1001, 1000)
+    with pytest.raises(LayerError, match="large: the container has its own there"):
+        check(layer_of(source), target)
+
+
+def test_deep_directories(overlays: Overlays, layer: bytes) -> None:
+    target = overlays.new()
+    fd = os.open(target.merged, os.O_RDONLY)
+    for _ in range(1000):
+        os.mkdir("d", dir_fd=fd)
+        os.mkdir("e", dir_fd=fd)
+        below = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    with pytest.raises(LayerError, match="more than 128 directories deep"):
+        check(layer, target)
+    subprocess.run(["rm", "-r", target.merged / "d"], check=True)
+
+
+def test_things_that_are_not_opened(overlays: Overlays, layer: bytes, tmp_path: Path) -> None:
+    """FIFOs, sockets and devices say nothing; where the snapshot has a file, neither is lost with them."""
+    target = overlays.new()
+    applied(layer, target, tmp_path / "first")
+    for name in ("etc/motd", "data/base"):
+        (target.merged / name).unlink()
+    os.mkfifo(target.merged / "data/base")
+    os.mknod(target.merged / "etc/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.mknod(target.merged / "etc/motd", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    check(layer, target)
+
+
+def test_no_layer(overlays: Overlays) -> None:
+    """The source had changed nothing: what the container has is its own."""
+    target = overlays.new()
+    layers.check_own(str(target.merged), None)
+    (target.merged / "etc").mkdir(exist_ok=True)
+    layers.check_own(str(target.merged), None)
+    (target.merged / "etc/mine").write_text("mine")
+    with pytest.raises(RestoreError, match=r"etc/mine: the container has its own there.*make a new container"):
+        layers.check_own(str(target.merged), None)
+
+
+def test_other_kinds_of_root_filesystem(overlays: Overlays, tmp_path: Path) -> None:
+    """They do not tell what is the image's. Part of an overlay is the root of somebody else's container."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/file").write_text("of whoever")
+    assert overlay.upper_of_mount(str(tmp_path / "plain")) is None
+    layers.check_own(str(tmp_path / "plain"), None)
+    outer = overlays.new()
+    (outer.merged / "inner").mkdir()
+    (outer.merged / "inner/file").write_text("of whoever")
+    (tmp_path / "bound").mkdir()
+    subprocess.run(["mount", "--bind", outer.merged / "inner", tmp_path / "bound"], check=True)
+    try:
+        assert overlay.upper_of_mount(str(tmp_path / "bound")) is None
+    finally:
+        unmount(tmp_path / "bound")
+
+
+@pytest.mark.parametrize("name", ["a,b", "a b", "a=b", "a#b", "a\nb"])
+def test_names_of_upper_directories(tmp_path: Path, name: str) -> None:
+    made = tmp_path / name
+    for part in ("lower", "upper", "work", "merged"):
+        (made / part).mkdir(parents=True)
+    escaped = str(made).replace(",", "\\,")
+    options = f"lowerdir={escaped}/lower,upperdir={escaped}/upper,workdir={escaped}/work"
+    mount("overlay", made / "merged", "overlay", options)
+    try:
+        assert overlay.upper_of_mount(str(made / "merged")) == str(made / "upper")
+    finally:
+        unmount(made / "merged")
 
 
 def test_an_overlay_that_nothing_can_be_written_to(tmp_path: Path) -> None:
@@ -285,6 +416,6 @@ def test_an_upper_directory_that_cannot_be_found(tmp_path: Path, monkeypatch: py
     try:
         monkeypatch.chdir("/")
         with pytest.raises(RestoreError, match="no upper directory 'id/diff' is here"):
-            layers.hook("l", str(tmp_path / "merged"), "u")
+            layers.check_own(str(tmp_path / "merged"), None)
     finally:
         unmount(tmp_path / "merged")

@@ -77,13 +77,6 @@ def test_a_hostile_layer_is_one_line(root: Path, tmp_path: Path) -> None:
         (["apply", "--layer", "l", "--root", "r", "--root", "r"], None),
         (["undo", "--layer", "l", "--root", "r", "--undo", "u"], None),
         (["undo", "--root=r", "--undo=u"], None),
-        (["undo", "--root", "r", "--undo", "u", "--upper", "d"], None),
-        (["apply", "--layer", "l", "--root", "r", "--undo", "u", "--upper", "d", "--upper", "d"], None),
-        (["apply", "--layer", "l", "--root", "r", "--upper", "d"], None),
-        (
-            ["apply", "--layer", "/no", "--root", "/", "--undo", "u", "--upper", "/nowhere"],
-            "rootfs-diff: /nowhere: opening the upper directory: No such file or directory\n",
-        ),
         (
             ["undo", "--root", "/nowhere", "--undo", "u"],
             "rootfs-diff: /nowhere: opening the root filesystem: No such file or directory\n",
