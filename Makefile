@@ -9,8 +9,8 @@ ROOTFS := $(BUILD)/rootfs
 export REWARM_TEST_PREFIX := $(PREFIX)
 export REWARM_TEST_ROOTFS := $(ROOTFS)
 export PYTHONDONTWRITEBYTECODE := 1
-# Of one file the tests stay together, since they share what they build. Those on real engines have the machine to
-# themselves: they measure time limits, and look for whatever is left on it.
+# Of one file the tests stay together, since they share what they build. Those that are marked `alone` have the machine
+# to themselves. By PYTEST_ARGS a run may be left without a test (status 5): that is an error if all are.
 PARALLEL := -n 2 --dist loadfile
 
 .PHONY: help
@@ -23,10 +23,15 @@ demo: prefix rootfs ## install into build/, then capture a model server on one n
 
 .PHONY: test
 test: prefix rootfs testenv ## install into build/, then run the linters and every test
-	@status=0; trap 'exit 130' INT; \
-	run() { $(TESTENV)/bin/pytest "$$@" $(PYTEST_ARGS) || status=$$?; }; \
+	@status=0; runs=0; empty=0; trap 'exit 130' INT; \
+	run() { \
+		local ended=0; $(TESTENV)/bin/pytest "$$@" $(PYTEST_ARGS) || ended=$$?; runs=$$((runs + 1)); \
+		case $$ended in 0) ;; 5) empty=$$((empty + 1)) ;; *) status=$$ended ;; esac; \
+	}; \
 	run $(PARALLEL) tests/unit; \
-	run tests/integration tests/gpu; \
+	run $(PARALLEL) -m "not alone" tests/integration; \
+	run -m alone tests/integration tests/gpu; \
+	if [ $$empty = $$runs ]; then status=5; fi; \
 	exit $$status
 
 .PHONY: unit

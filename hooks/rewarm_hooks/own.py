@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import os
 import stat
+from contextlib import contextmanager
 
 from . import member as kinds
 from . import names, regular, sparse, tarread, xattrs
@@ -19,6 +20,7 @@ from .walk import Walker, tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
     from typing import BinaryIO
 
     from .member import Member
@@ -29,16 +31,19 @@ if TYPE_CHECKING:
 _PIECE = 1 << 20
 _DEEPEST = 128  # levels: a walk goes down from the root again and again
 _REDIRECT = (b"trusted.overlay.redirect", b"user.overlay.redirect")
+_OPAQUE = (b"trusted.overlay.opaque", b"user.overlay.opaque")
 _ENGINES = (b"etc", b"mtab")  # a link that CRI-O and Podman make
 
 
-def check(upper_fd: int, root_fd: int, layer: BinaryIO | None) -> None:
-    """Raises LayerError for the first thing in the upper directory that is not just so in the layer.
+def check(upper_fd: int, root_fd: int, lower: Sequence[str], layer: BinaryIO | None) -> None:
+    """Raises LayerError for the first thing in the upper directory that is not just so in the layer or in the image.
 
-    upper_fd, root_fd: the upper directory of an overlay, and its merged view, which nobody uses. Compared are owner,
-    mode, xattrs and content, not times. What says nothing is passed over: directories, which engines and runc make to
-    mount on (but not one that was moved: overlayfs leaves what is in it below), empty files for the same reason, FIFOs,
-    sockets and device nodes. So is what was deleted, if the layer does not make it: in general that leaves no trace.
+    upper_fd, root_fd, lower: the upper directory of an overlay, its merged view, which nobody uses, and the paths of
+    its lower directories, topmost first, as far as they are known. Compared are owner, mode, xattrs and content, not
+    times. What says nothing is passed over: directories, which engines and runc make to mount on (but not one that was
+    moved: overlayfs leaves what is in it below), empty files for the same reason, FIFOs, sockets and device nodes. So
+    is what was deleted, if the layer does not make it: in general that leaves no trace. As in the image is what a
+    restore that failed and was undone has left.
     """
     members: Members | None = None
     with Walker(upper_fd) as upper, Walker(root_fd) as merged:
@@ -57,10 +62,12 @@ def check(upper_fd: int, root_fd: int, layer: BinaryIO | None) -> None:
                 if stat.S_ISCHR(status.st_mode):
                     if member is not None:
                         raise LayerError(joined(parts), "the container has deleted it, and the snapshot would make it")
-                elif member is None:
-                    if parts != _ENGINES or not stat.S_ISLNK(status.st_mode):
-                        raise _own(parts)
-                elif layer is not None and not _is_the_same(parts, member, merged, layer):
+                    continue
+                if parts == _ENGINES and stat.S_ISLNK(status.st_mode):
+                    continue
+                if member is not None and layer is not None and _is_the_same(parts, member, merged, layer):
+                    continue
+                if not _is_the_images(parts, merged, lower):
                     raise _own(parts)
 
 
@@ -99,37 +106,99 @@ def _members(layer: BinaryIO) -> Members:
 
 def _is_the_same(parts: Parts, member: Member, merged: Walker, layer: BinaryIO) -> bool:
     """Whether the merged tree has just what the layer makes: right also where the upper directory has only metadata."""
-    name, directory = parts[-1], merged.directory(parts[:-1])
+    directory = merged.directory(parts[:-1])
     try:
-        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        if (found.st_uid, found.st_gid) != (member.uid, member.gid):
+        found = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
+        wanted = (member.kind, member.mode, member.uid, member.gid, member.size, member.xattrs, member.link)
+        if _kind_and_metadata(directory, parts[-1], found) != wanted:
             return False
-        if xattrs.carried(xattrs.read(xattrs.place(directory, name))) != member.xattrs:
-            return False
-        if member.kind == kinds.SYMLINK:
-            return stat.S_ISLNK(found.st_mode) and os.readlink(name, dir_fd=directory) == member.link
-        if member.kind != kinds.FILE or not stat.S_ISREG(found.st_mode):
-            return False
-        if (found.st_size, stat.S_IMODE(found.st_mode)) != (member.size, member.mode):
-            return False
-        fd = regular.open_regular(name, os.O_RDONLY, directory, known=found)
-        try:
-            return _same_content(fd, member, layer)
-        finally:
-            os.close(fd)
+        if member.kind != kinds.FILE:
+            return True
+        data = [(offset, length) for offset, length, _ in member.extents]
+        with _file(directory, parts[-1], found) as file:
+            return _same_content(file, data, lambda at, count: _content(member, layer, at, count))
     except OSError as error:
         raise failed(joined(parts), "comparing it with the snapshot's", error) from error
 
 
-def _same_content(fd: int, member: Member, layer: BinaryIO) -> bool:
-    """Looks at what is data in either of them, and never at what is a hole in both."""
-    data = sparse.data_of(fd, os.fstat(fd)) + [(offset, length) for offset, length, _ in member.extents]
+def _is_the_images(parts: Parts, merged: Walker, lower: Sequence[str]) -> bool:
+    """Whether the merged tree has just what the topmost lower directory with this name has."""
+    directory = merged.directory(parts[:-1])
+    try:
+        found = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
+        for path in lower:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with _closing(fd), Walker(fd) as walker:
+                status, goes_on = _in_lower(parts, walker)
+                if status is None and goes_on:
+                    continue
+                if status is None:
+                    return False
+                below = walker.directory(parts[:-1])
+                metadata = _kind_and_metadata(directory, parts[-1], found)
+                if metadata != _kind_and_metadata(below, parts[-1], status):
+                    return False
+                if metadata[0] != kinds.FILE:
+                    return True
+                with _file(directory, parts[-1], found) as file, _file(below, parts[-1], status) as other:
+                    data = sparse.data_of(other, status)
+                    return _same_content(file, data, lambda at, count: os.pread(other, count, at))
+    except OSError as error:
+        raise failed(joined(parts), "comparing it with the image's", error) from error
+    return False
+
+
+def _in_lower(parts: Parts, walker: Walker) -> tuple[os.stat_result | None, bool]:
+    """What one lower directory has of this name, and if nothing, whether those below it are seen through it."""
+    for depth in range(1, len(parts) + 1):
+        status = walker.find(parts[:depth])
+        if status is None:
+            return None, True
+        if depth == len(parts):
+            return (None, False) if _is_whiteout(status) else (status, False)
+        if not stat.S_ISDIR(status.st_mode):
+            return None, False
+        attributes = xattrs.read(walker.directory(parts[:depth]))
+        if any(name in attributes for name in (*_REDIRECT, *_OPAQUE)):
+            status = walker.find(parts)
+            return status, False
+    return None, True
+
+
+def _kind_and_metadata(directory: int, name: bytes, status: os.stat_result) -> tuple[object, ...]:
+    """As a layer has them: kind, mode, owner, size, xattrs, and the target of a link."""
+    attributes = xattrs.carried(xattrs.read(xattrs.place(directory, name)))
+    if stat.S_ISLNK(status.st_mode):
+        return kinds.SYMLINK, 0o777, status.st_uid, status.st_gid, 0, attributes, os.readlink(name, dir_fd=directory)
+    kind = kinds.FILE if stat.S_ISREG(status.st_mode) else None
+    mode = stat.S_IMODE(status.st_mode)
+    return kind, mode, status.st_uid, status.st_gid, status.st_size, attributes, b""
+
+
+@contextmanager
+def _file(directory: int, name: bytes, status: os.stat_result) -> Iterator[int]:
+    fd = regular.open_regular(name, os.O_RDONLY, directory, known=status)
+    with _closing(fd):
+        yield fd
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _same_content(fd: int, data: list[tuple[int, int]], other: Callable[[int, int], bytes]) -> bool:
+    """Whether a file is what `other` reads (offset, length), of which `data` is no hole. What is a hole in both is
+    never looked at."""
     at = 0
-    for offset, length in sorted(data):
+    for offset, length in sorted(data + sparse.data_of(fd, os.fstat(fd))):
         at = max(at, offset)
         while at < offset + length:
             count = min(offset + length - at, _PIECE)
-            if os.pread(fd, count, at) != _content(member, layer, at, count):
+            if os.pread(fd, count, at) != other(at, count):
                 return False
             at += count
     return True

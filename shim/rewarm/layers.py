@@ -38,7 +38,7 @@ def check_own(root: str, layer: str | None) -> None:
         stack.callback(os.close, root_fd)
         file = None if layer is None else stack.enter_context(open(layer, "rb"))
         try:
-            own.check(upper_fd, root_fd, file)
+            own.check(upper_fd, root_fd, overlay.lower_directories("self", root), file)
         except LayerError as error:
             cause, advice = str(error), "make a new container, which starts warm"
             raise RestoreError("put the snapshot's files into", root, cause, advice) from error

@@ -68,7 +68,7 @@ def upper_of_mount(rootfs: str) -> str | None:
     return upper or None
 
 
-def lower_directories(pid: int, target: str) -> list[str]:
+def lower_directories(pid: int | str, target: str) -> list[str]:
     """The lower directories of the overlay that is at `target` for process `pid`, topmost first; none for other mounts.
 
     Without those that hold data only: they are of no image. Raises OSError.

@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     own.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else 0)
     items[:] = [*others, *own]
     for item in own:
+        item.add_marker("alone")
         _results[item.nodeid] = {"outcome": "not run"}
     _save()
 

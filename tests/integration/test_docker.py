@@ -14,6 +14,8 @@ from support.docker import Docker
 from support.leftovers import Leftovers
 from support.node import Node
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = ("python3", "-c", counter.PROGRAM)
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 SNAPSHOT = {"rewarm.dev/snapshot": "counter"}

@@ -12,6 +12,8 @@ from support import counter, proc
 from support.bundle import Bundle, bind
 from support.node import Node
 
+pytestmark = pytest.mark.alone
+
 SHM = Path("/dev/shm")
 LOOP = "\nimport time\nn = 0\nwhile True: n += 1; print(n, 'x', flush=True); time.sleep(0.05)\n"
 

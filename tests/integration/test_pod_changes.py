@@ -16,6 +16,8 @@ from support.leftovers import Leftovers
 from support.pods import KubeNode
 from support.proc import wait_for
 
+pytestmark = pytest.mark.alone
+
 REFERENCE = "rewarm.test/pod_server:1"
 TAG = "rewarm.test/moving:latest"
 PROGRAM = """

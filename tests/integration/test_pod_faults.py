@@ -22,6 +22,8 @@ from support.leftovers import Leftovers
 from support.pods import KubeNode, Pod
 from support.proc import wait_for
 
+pytestmark = pytest.mark.alone
+
 ANNOTATIONS = {"rewarm.dev/snapshot": "web", "rewarm.dev/capture": "on-ready"}
 SERVER = ["python3", "-u", "-m", "support.workloads.pod_server"]
 MIB = 128

@@ -15,6 +15,8 @@ from support.leftovers import Leftovers
 from support.pods import KubeNode, Pod
 from support.proc import wait_for
 
+pytestmark = pytest.mark.alone
+
 CAPTURE = {"rewarm.dev/capture": "on-ready", "rewarm.dev/container": "server"}
 LIBRARY = """
 import ctypes, os, struct, time

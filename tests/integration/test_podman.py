@@ -13,6 +13,8 @@ from support.leftovers import Leftovers
 from support.node import Node
 from support.podman import Podman
 
+pytestmark = pytest.mark.alone
+
 PROGRAM = ("python3", "-c", counter.PROGRAM)
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 SNAPSHOT = {"rewarm.dev/snapshot": "counter"}

@@ -22,6 +22,8 @@ from support.leftovers import Leftovers
 from support.pods import DNS, SYSTEMD, KubeNode, Pod
 from support.proc import wait_for
 
+pytestmark = pytest.mark.alone
+
 SNAPSHOT = {"rewarm.dev/snapshot": "web", "rewarm.dev/capture": "on-ready"}
 AUTO = {"rewarm.dev/snapshot": "auto", "rewarm.dev/capture": "on-ready"}
 SERVER = ["python3", "-u", "-m", "support.workloads.pod_server"]

@@ -19,7 +19,7 @@ from support.pods import SYSTEMD, pause_image
 REPOSITORY = Path(__file__).parents[2]
 _TIMEOUT = 1500
 # Whichever test is the first (or the only one, by -k or --lf) waits for the guest.
-pytestmark = pytest.mark.timeout(_TIMEOUT + 60)
+pytestmark = [pytest.mark.timeout(_TIMEOUT + 60), pytest.mark.alone]
 TESTS = [
     "test_sandbox_and_container",
     "test_a_restart_after_a_crash_is_warm",

@@ -13,6 +13,8 @@ from support import rootfs, samples, scale_up
 from support.proc import wait_for
 from support.scale_up import ANNOTATIONS, PAGE, of_rewarm
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.timeout(280)
 def test_scale_up(nothing_left_behind: None, tmp_path: Path, prefix: Path) -> None:

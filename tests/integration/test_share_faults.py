@@ -22,6 +22,8 @@ from support.share import Share
 from support.silence import Silence
 from support.snapshots import MIB
 
+pytestmark = pytest.mark.alone
+
 DEADLINE = 2.0
 GRACE = 5.0
 """Seconds that clean-up and runc may take after the deadline, on a busy machine."""

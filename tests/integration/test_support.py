@@ -17,6 +17,8 @@ from support.leftovers import Leftovers
 from support.netns import NetworkNamespace, join
 from support.runtime import Runtime
 
+pytestmark = pytest.mark.alone
+
 DENY_IO_URING = {
     "defaultAction": "SCMP_ACT_ALLOW",
     "syscalls": [{"names": ["io_uring_setup"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM}],

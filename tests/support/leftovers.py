@@ -99,6 +99,9 @@ def _own(names: Iterable[str]) -> frozenset[str]:
 
 def _of_another_run(name: str) -> bool:
     """Whether a path or name belongs to a test run other than this one that is alive, or to another of its workers."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and "/libpod_parent" in name:
+        return True  # Podman's cgroup, in which it may run for any of the workers
     owner = re.search(r"\b(?:rewarm-test|rwt)-(\d+)", name)
     if owner is not None:
         pid = int(owner[1])
@@ -106,7 +109,6 @@ def _of_another_run(name: str) -> bool:
     base = re.match(r"(.*/pytest-of-[^/]+/pytest-\d+)(?:/popen-(gw\d+))?(/|$)", name)
     if base is None:
         return False
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
     try:
         pid = int(Path(base[1], ".lock").read_text())
     except (FileNotFoundError, ValueError):  # no lock, or one that is just being written: a run that has ended

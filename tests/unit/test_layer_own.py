@@ -37,10 +37,10 @@ def layer_of(overlay: Overlay) -> bytes:
     return out.getvalue()
 
 
-def check(layer: bytes, overlay: Overlay) -> None:
-    root, upper = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (overlay.merged, overlay.upper))
+def check(layer: bytes, made: Overlay) -> None:
+    root, upper = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (made.merged, made.upper))
     try:
-        own.check(upper, root, io.BytesIO(layer))
+        own.check(upper, root, overlay.lower_directories("self", str(made.merged)), io.BytesIO(layer))
     finally:
         os.close(root)
         os.close(upper)
@@ -275,15 +275,48 @@ def test_holes(overlays: Overlays, tmp_path: Path) -> None:
         merged.write_bytes(kept)
 
 
-def test_a_failed_restore_leaves_what_was(overlays: Overlays, layer: bytes, tmp_path: Path) -> None:
-    """Undone, the upper directory has copies of what the image has: with those the container stays cold, no more."""
+def test_after_a_failed_restore_that_was_undone(overlays: Overlays, layer: bytes, tmp_path: Path) -> None:
+    """The upper directory has copies of what the image has: nothing of its own."""
     target = overlays.new()
     before = picture(target.merged)
     applied(layer, target, tmp_path / "undo")
     undone(target, tmp_path / "undo")
     assert difference(before, picture(target.merged)) == {}
-    with pytest.raises(LayerError, match="has its own there"):
+    assert (target.upper / "etc/motd").read_text() == "of the image"
+    check(layer, target)
+    (target.merged / "etc/motd").write_text("not the same")
+    with pytest.raises(LayerError, match="etc/motd: the container has its own there"):
         check(layer, target)
+
+
+@pytest.mark.parametrize("hidden", ["", "opaque", "deleted", "a file"])
+def test_what_the_image_has_in_several_layers(tmp_path: Path, hidden: str) -> None:
+    for name in ("one/dir", "two/dir", "upper", "work", "merged"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "two/dir/file").write_text("of the image")
+    if hidden == "opaque":
+        os.setxattr(tmp_path / "one/dir", "trusted.overlay.opaque", b"y")
+    if hidden == "deleted":
+        os.mknod(tmp_path / "one/dir/file", stat.S_IFCHR, 0)
+    if hidden == "a file":
+        (tmp_path / "one/dir").rmdir()
+        (tmp_path / "one/dir").write_text("in its place")
+    options = f"lowerdir={tmp_path}/one:{tmp_path}/two,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mount("overlay", tmp_path / "merged", "overlay", options)
+    try:
+        assert (tmp_path / "merged/dir/file").exists() == (not hidden)
+        if hidden == "a file":
+            (tmp_path / "merged/dir").unlink()
+            (tmp_path / "merged/dir").mkdir()
+        (tmp_path / "merged/dir/file").write_text("of the image")
+        (tmp_path / "merged/dir/file").touch()
+        if hidden:
+            with pytest.raises(RestoreError, match="dir/file: the container has its own there"):
+                layers.check_own(str(tmp_path / "merged"), None)
+        else:
+            layers.check_own(str(tmp_path / "merged"), None)
+    finally:
+        unmount(tmp_path / "merged")
 
 
 def test_large_holes_are_not_read(overlays: Overlays, tmp_path: Path) -> None:
