@@ -8,7 +8,9 @@ would replace some of them: such a container has to start cold.
 from __future__ import annotations
 
 import bisect
+import errno
 import os
+import re
 import stat
 from contextlib import contextmanager
 
@@ -32,7 +34,12 @@ _PIECE = 1 << 20
 _DEEPEST = 128  # levels: a walk goes down from the root again and again
 _REDIRECT = (b"trusted.overlay.redirect", b"user.overlay.redirect")
 _OPAQUE = (b"trusted.overlay.opaque", b"user.overlay.opaque")
-_ENGINES = (b"etc", b"mtab")  # a link that CRI-O and Podman make
+_METACOPY = (b"trusted.overlay.metacopy", b"user.overlay.metacopy")
+# Made by engines before or while they make a container: a link by CRI-O and Podman; what ldconfig reads and makes, by
+# NVIDIA's hooks, with random names and inode numbers.
+_ENGINES = re.compile(
+    rb"etc/mtab|etc/ld\.so\.cache|var/cache/ldconfig/aux-cache|etc/ld\.so\.conf\.d/(?:00|zz)-nvcr-[^/]*\.conf"
+)
 
 
 def check(upper_fd: int, root_fd: int, lower: Sequence[str], layer: BinaryIO | None) -> None:
@@ -54,16 +61,15 @@ def check(upper_fd: int, root_fd: int, lower: Sequence[str], layer: BinaryIO | N
                 raise _own(directory)
             for name, status in found:
                 parts = (*directory, name)
-                if not _says_something(status):
+                if not _says_something(status) or _ENGINES.fullmatch(joined(parts)):
                     continue
                 if members is None:
                     members = {} if layer is None else _members(layer)
                 member = members.get(parts)
-                if stat.S_ISCHR(status.st_mode):
-                    if member is not None:
-                        raise LayerError(joined(parts), "the container has deleted it, and the snapshot would make it")
-                    continue
-                if parts == _ENGINES and stat.S_ISLNK(status.st_mode):
+                if _is_whiteout(status):
+                    # A time zone that Podman or CRI-O mounts: the image's link is deleted, and a file is to mount on.
+                    if member is not None and (member.size or member.kind == kinds.SYMLINK):
+                        raise Own(joined(parts), "the container has deleted it, and the snapshot would make it")
                     continue
                 if member is not None and layer is not None and _is_the_same(parts, member, merged, layer):
                     continue
@@ -71,15 +77,29 @@ def check(upper_fd: int, root_fd: int, lower: Sequence[str], layer: BinaryIO | N
                     raise _own(parts)
 
 
-def _own(parts: Parts) -> LayerError:
-    return LayerError(joined(parts), "the container has its own there, and the snapshot knows nothing of it")
+class Own(LayerError):
+    """Something is the container's own."""
+
+
+def _own(parts: Parts) -> Own:
+    return Own(joined(parts), "the container has its own there, and the snapshot knows nothing of it")
 
 
 def _is_moved(parts: Parts, fd: int) -> bool:
     try:
-        return any(name in xattrs.read(fd) for name in _REDIRECT)
+        return _has(fd, _REDIRECT)
     except OSError as error:
         raise failed(joined(parts), "reading its extended attributes", error) from error
+
+
+def _has(fd: int, attributes: tuple[bytes, ...]) -> bool:
+    try:
+        found = os.listxattr(fd)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return False
+        raise
+    return any(os.fsencode(name) in attributes for name in found)
 
 
 def _says_something(status: os.stat_result) -> bool:
@@ -130,9 +150,9 @@ def _is_the_images(parts: Parts, merged: Walker, lower: Sequence[str]) -> bool:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             with _closing(fd), Walker(fd) as walker:
                 status, goes_on = _in_lower(parts, walker)
-                if status is None and goes_on:
-                    continue
                 if status is None:
+                    if goes_on:
+                        continue
                     return False
                 below = walker.directory(parts[:-1])
                 metadata = _kind_and_metadata(directory, parts[-1], found)
@@ -141,6 +161,8 @@ def _is_the_images(parts: Parts, merged: Walker, lower: Sequence[str]) -> bool:
                 if metadata[0] != kinds.FILE:
                     return True
                 with _file(directory, parts[-1], found) as file, _file(below, parts[-1], status) as other:
+                    if _has(other, _METACOPY):
+                        return False
                     data = sparse.data_of(other, status)
                     return _same_content(file, data, lambda at, count: os.pread(other, count, at))
     except OSError as error:
@@ -150,19 +172,18 @@ def _is_the_images(parts: Parts, merged: Walker, lower: Sequence[str]) -> bool:
 
 def _in_lower(parts: Parts, walker: Walker) -> tuple[os.stat_result | None, bool]:
     """What one lower directory has of this name, and if nothing, whether those below it are seen through it."""
-    for depth in range(1, len(parts) + 1):
+    seen_through = True
+    for depth in range(1, len(parts)):
         status = walker.find(parts[:depth])
         if status is None:
-            return None, True
-        if depth == len(parts):
-            return (None, False) if _is_whiteout(status) else (status, False)
+            return None, seen_through
         if not stat.S_ISDIR(status.st_mode):
             return None, False
-        attributes = xattrs.read(walker.directory(parts[:depth]))
-        if any(name in attributes for name in (*_REDIRECT, *_OPAQUE)):
-            status = walker.find(parts)
-            return status, False
-    return None, True
+        seen_through = seen_through and not _has(walker.directory(parts[:depth]), (*_REDIRECT, *_OPAQUE))
+    status = walker.find(parts)
+    if status is None:
+        return None, seen_through
+    return None if _is_whiteout(status) else status, False
 
 
 def _kind_and_metadata(directory: int, name: bytes, status: os.stat_result) -> tuple[object, ...]:
@@ -208,7 +229,8 @@ def _content(member: Member, layer: BinaryIO, at: int, count: int) -> bytes:
     """`count` bytes of a member's file; zeros where no extent is."""
     made = bytearray(count)
     index = max(0, bisect.bisect_right(member.extents, at, key=lambda extent: extent[0]) - 1)
-    for offset, length, source in member.extents[index:]:
+    for number in range(index, len(member.extents)):
+        offset, length, source = member.extents[number]
         if offset >= at + count:
             break
         start, end = max(offset, at), min(offset + length, at + count)

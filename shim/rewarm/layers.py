@@ -27,9 +27,9 @@ def check_own(root: str, layer: str | None) -> None:
     """The container has run before, and has files in its root filesystem that the snapshot, of which `layer` is the
     layer, would replace, or whose content its program would not know of. Raises RestoreError."""
     upper = overlay.upper_of_mount(root)
-    if upper is None or not os.listdir(upper):
+    if upper is None or not _has_any(upper):
         return
-    from rewarm_hooks import own  # a new container's is empty, as a rule
+    from rewarm_hooks import own  # containerd's and Docker's new containers do not come here
     from rewarm_hooks.layer import LayerError
 
     with ExitStack() as stack:
@@ -40,8 +40,8 @@ def check_own(root: str, layer: str | None) -> None:
         try:
             own.check(upper_fd, root_fd, overlay.lower_directories("self", root), file)
         except LayerError as error:
-            cause, advice = str(error), "make a new container, which starts warm"
-            raise RestoreError("put the snapshot's files into", root, cause, advice) from error
+            advice = "make a new container, which starts warm" if isinstance(error, own.Own) else ""
+            raise RestoreError("put the snapshot's files into", root, str(error), advice) from error
 
 
 def apply(
@@ -80,6 +80,11 @@ def undo(root: str, layer: str) -> None:
         raise RestoreError("undo changes of", root, str(error), "delete the container and create it anew") from error
     finally:
         os.close(fd)
+
+
+def _has_any(directory: str) -> bool:
+    with os.scandir(directory) as found:
+        return next(found, None) is not None
 
 
 def _open(root: str) -> int:

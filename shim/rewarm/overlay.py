@@ -60,8 +60,10 @@ def upper_of_mount(rootfs: str) -> str | None:
     """The upper directory of the overlay that is mounted on `rootfs`, as this process sees it; None where that is no
     overlay, a part of one (another's root, for an engine in a container), or one that cannot be written to. Raises
     RestoreError and OSError."""
-    kind, _, part, options = _mount("self", rootfs)
+    kind, device, part, options = _mount("self", rootfs)
     upper = _upper(options) if kind == "overlay" and part == "/" else ""
+    if upper and os.stat(rootfs).st_dev != device:
+        raise RestoreError("find the container's own changes", rootfs, "the overlay there is hidden by another mount")
     # Docker and Podman name it relative to a directory of theirs when it has very many layers.
     if upper and not (upper.startswith("/") and os.path.isdir(upper)):
         raise RestoreError("find the container's own changes", rootfs, f"no upper directory {upper!r} is here")

@@ -291,9 +291,10 @@ def test_after_a_failed_restore_that_was_undone(overlays: Overlays, layer: bytes
 
 @pytest.mark.parametrize("hidden", ["", "opaque", "deleted", "a file"])
 def test_what_the_image_has_in_several_layers(tmp_path: Path, hidden: str) -> None:
-    for name in ("one/dir", "two/dir", "upper", "work", "merged"):
+    for name in ("one/dir", "two/dir/deep", "upper", "work", "merged"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "two/dir/file").write_text("of the image")
+    (tmp_path / "two/dir/deep/file").write_text("of the image")
     if hidden == "opaque":
         os.setxattr(tmp_path / "one/dir", "trusted.overlay.opaque", b"y")
     if hidden == "deleted":
@@ -308,15 +309,60 @@ def test_what_the_image_has_in_several_layers(tmp_path: Path, hidden: str) -> No
         if hidden == "a file":
             (tmp_path / "merged/dir").unlink()
             (tmp_path / "merged/dir").mkdir()
+        (tmp_path / "merged/dir/deep").mkdir(exist_ok=True)
+        (tmp_path / "merged/dir/deep/file").write_text("of the image")
+        if hidden != "deleted":
+            layers_own(tmp_path / "merged", "dir/deep/file" if hidden else "")
+        (tmp_path / "merged/dir/deep/file").unlink()
         (tmp_path / "merged/dir/file").write_text("of the image")
-        (tmp_path / "merged/dir/file").touch()
         if hidden:
-            with pytest.raises(RestoreError, match="dir/file: the container has its own there"):
-                layers.check_own(str(tmp_path / "merged"), None)
+            layers_own(tmp_path / "merged", "dir/file")
         else:
-            layers.check_own(str(tmp_path / "merged"), None)
+            layers_own(tmp_path / "merged", "")
     finally:
         unmount(tmp_path / "merged")
+
+
+def layers_own(root: Path, name: str) -> None:
+    """Checks that `name` is what is the container's own; "" for nothing."""
+    if not name:
+        layers.check_own(str(root), None)
+        return
+    with pytest.raises(RestoreError, match=f" {name}: the container has its own there"):
+        layers.check_own(str(root), None)
+
+
+def test_what_engines_make_by_themselves(overlays: Overlays, tmp_path: Path) -> None:
+    """NVIDIA's hooks, with other names and content each time; and a place for a time zone, where there was a link."""
+    (overlays.lower / "etc").mkdir(exist_ok=True)
+    (overlays.lower / "etc/localtime").symlink_to("/usr/share/zoneinfo/UTC")
+    source, target = overlays.new(), overlays.new()
+    for made, number in ((source, "1"), (target, "2")):
+        (made.merged / "etc/ld.so.conf.d").mkdir()
+        (made.merged / f"etc/ld.so.conf.d/00-nvcr-{number}.conf").write_text("/usr/lib/nvidia")
+        (made.merged / "etc/ld.so.cache").write_text(number)
+        (made.merged / "etc/localtime").unlink()
+    (source.merged / "etc/localtime").touch()
+    check(layer_of(source), target)
+    (target.merged / "etc/ld.so.conf.d/mine.conf").write_text("mine")
+    with pytest.raises(LayerError, match=r"mine\.conf: the container has its own there"):
+        check(layer_of(source), target)
+
+
+def test_many_extents(overlays: Overlays, tmp_path: Path) -> None:
+    source, target = overlays.new(), overlays.new()
+    with (source.merged / "map").open("wb") as file:
+        for number in range(20_000):
+            file.seek(number * 8192)
+            file.write(b"x")
+    made = layer_of(source)
+    applied(made, target, tmp_path / "first")
+    check(made, target)
+    with (target.merged / "map").open("r+b") as file:
+        file.seek(19_999 * 8192)
+        file.write(b"y")
+    with pytest.raises(LayerError, match="map: the container has its own there"):
+        check(made, target)
 
 
 def test_large_holes_are_not_read(overlays: Overlays, tmp_path: Path) -> None:
