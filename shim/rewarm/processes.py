@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+_PF_EXITING = 0x4  # include/linux/sched.h
+
 
 class Stat(NamedTuple):
-    """Of /proc/PID/stat: the state letter, the parent and the start time in clock ticks since boot."""
+    """Of /proc/PID/stat: the state letter, the parent, the start time in clock ticks since boot, and whether it is in
+    exit(2), from which nothing comes back."""
 
     state: str
     parent: int
     start_time: int
+    exiting: bool
 
 
 def stat(pid: int, tid: int | None = None) -> Stat | None:
@@ -27,7 +31,7 @@ def stat(pid: int, tid: int | None = None) -> Stat | None:
             fields = file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return Stat(fields[0], int(fields[1]), int(fields[19]))
+    return Stat(fields[0], int(fields[1]), int(fields[19]), bool(int(fields[6]) & _PF_EXITING))
 
 
 def start_time(pid: int) -> int | None:
@@ -37,12 +41,16 @@ def start_time(pid: int) -> int | None:
 
 def is_dead(pid: int, start: int) -> bool:
     """Whether a process with this start time has ended, also if its tracer still has to wait for its threads. One of
-    which only the first thread has ended, which looks like a zombie then, lives."""
+    which only the first thread has ended, which looks like a zombie then, lives.
+
+    The init of a pid namespace sleeps in exit(2) until all others in there have been waited for, its own threads among
+    them (kernel/pid_namespace.c, zap_pid_ns_processes): by a tracer that waits for the init, never.
+    """
     found = stat(pid)
     if found is None or found.start_time != start:
         return True
-    states = [one.state for one in (stat(pid, tid) for tid in threads(pid)) if one is not None]
-    return all(state in "ZX" for state in states)
+    found_threads = [one for one in (stat(pid, tid) for tid in threads(pid)) if one is not None]
+    return all(one.state in "ZX" or one.exiting for one in found_threads)
 
 
 def children(pid: int) -> list[int]:
