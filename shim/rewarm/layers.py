@@ -33,8 +33,9 @@ def check_own(root: str, layer: str | None) -> None:
     from rewarm_hooks.layer import LayerError
 
     with ExitStack() as stack:
-        upper_fd, root_fd = _open(upper), _open(root)
+        upper_fd = _open(upper)
         stack.callback(os.close, upper_fd)
+        root_fd = _open(root)
         stack.callback(os.close, root_fd)
         file = None if layer is None else stack.enter_context(open(layer, "rb"))
         try:

@@ -486,6 +486,18 @@ def test_an_overlay_that_nothing_can_be_written_to(tmp_path: Path) -> None:
         unmount(tmp_path / "merged")
 
 
+def test_an_overlay_that_another_mount_hides(overlays: Overlays) -> None:
+    """What lies at its path is not what mountinfo says of it: another upper directory would be looked at."""
+    made = overlays.new()
+    mount("tmpfs", made.merged.parent, "tmpfs", "size=1m")
+    try:
+        made.merged.mkdir()
+        with pytest.raises(RestoreError, match="hidden by another mount"):
+            layers.check_own(str(made.merged), None)
+    finally:
+        unmount(made.merged.parent)
+
+
 def test_an_upper_directory_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Docker names it relative to a directory of its own when there are very many layers."""
     for name in ("lower", "id/diff", "id/work", "merged"):
