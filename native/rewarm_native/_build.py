@@ -24,6 +24,7 @@ _SOURCES = (
     "awake.c",
     "lanes.c",
     "memory.c",
+    "page_cache.c",
 )
 
 # The declarations of native.h that Python uses; the compiler checks them against it.
@@ -76,6 +77,7 @@ size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t 
 size_t rw_pack_pages(void *data, size_t pages, const uint8_t *mask);
 int rw_write_pages(int pid, int pidfd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
 int rw_write_forced(int memory_fd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
+int rw_is_cached(int fd, uint64_t offset);
 """
 
 # cuda.h, from CUDA 12.8 on; checked by no compiler, since no CUDA is there. Every structure of arguments has 64 bytes,

@@ -103,4 +103,7 @@ size_t rw_pack_pages(void *data, size_t pages, const uint8_t *mask);
 int rw_write_pages(int pid, int pidfd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
 int rw_write_forced(int memory_fd, uint64_t base, const uint8_t *mask, const void *data, size_t length);
 
+/* Whether a file's page is in the page cache: 1, 0 or -errno. Nothing is read. */
+int rw_is_cached(int fd, uint64_t offset);
+
 #endif

@@ -108,10 +108,17 @@ class Snapshot(NamedTuple):
     def drop(self) -> None:
         """Out of the page cache with the packs."""
         for pack in self.packs:
-            fd = os.open(self.store.pack_path(pack.digest), os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+            drop(self.store.pack_path(pack.digest))
+
+
+def drop(path: Path) -> None:
+    """Out of the page cache with a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
 
 
 def read_all(snapshot: Snapshot, threads: int, cache: PackCache | None = None) -> ChunkReader:

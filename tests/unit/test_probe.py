@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rewarm.store import probe
+from support.packs import drop
 from support.snapshots import MIB, tmpfs
 
 
@@ -19,17 +20,8 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def drop(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-
-
 def test_data_just_written_is_resident_and_not_after_it_was_dropped(data: Path) -> None:
     with data.open("rb") as file:
-        if probe.resident(file.fileno(), 0) is None:
-            pytest.skip("this file system knows no RWF_NOWAIT")
         assert probe.resident(file.fileno(), 3 * MIB)
         drop(data)
         assert not probe.resident(file.fileno(), 2 * MIB)
