@@ -279,6 +279,20 @@ def test_traced_by_another_it_is_left_alone(counting: Counting, driver: Driver) 
     wait_for("a process of which nothing runs", lambda: counting.states() == {"T"})
 
 
+def test_the_signal_is_sent_again(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is taken by a thread that a debugger traces, and stays with that."""
+    sent: list[int] = []
+    real: Callable[[int, int], bool] = processes.send
+
+    def send(pid: int, number: int) -> bool:
+        sent.append(number)
+        return len(sent) == 1 or real(pid, number)
+
+    monkeypatch.setattr(processes, "send", send)
+    stop([counting.pid], LIMIT)
+    assert sent == [signal.SIGSTOP, signal.SIGSTOP] and counting.states() == {"T"}
+
+
 def test_what_does_not_stop_is_named(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     # A process that is continued again and again never stands still for long enough to be looked at.
     sent: list[int] = []
@@ -291,4 +305,4 @@ def test_what_does_not_stop_is_named(counting: Counting, monkeypatch: pytest.Mon
     monkeypatch.setattr(processes, "send", send)
     with pytest.raises(GpuError, match=r"has not stopped within 0\.2 s"):
         stop([counting.pid], 0.2)
-    assert sent == [signal.SIGSTOP]
+    assert set(sent) == {signal.SIGSTOP}

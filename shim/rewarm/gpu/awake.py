@@ -29,12 +29,15 @@ LIBRARY_THREAD = "rewarm-mem-"
 _DRIVER_THREADS = "cuda"
 """The same for the threads of libcuda (driver 580)."""
 _EVERY_SIGNAL = (1 << 64) - 1 & ~(1 << signal.SIGKILL - 1 | 1 << signal.SIGSTOP - 1)
-_PAUSE = 0.0005
+_PAUSE, _AGAIN = 0.0005, 0.1
 _OPERATION = "hold still"
 
 
 def stop(pids: Iterable[int], limit: float) -> None:
     """Stop processes (host pids) with SIGSTOP, and wait at most `limit` seconds until no thread of them runs.
+
+    The signal is sent again to those that run on: a thread that a debugger traces may have taken it, and where the
+    debugger keeps it the others never hear of it (ptrace(2), signal-delivery-stop).
 
     Raises GpuError that names the one that does; whoever stopped them lets them go on (`go_on`).
     """
@@ -43,8 +46,13 @@ def stop(pids: Iterable[int], limit: float) -> None:
         processes.send(pid, signal.SIGSTOP)
     end = time.monotonic() + limit
     for pid in found:
+        again = time.monotonic() + _AGAIN
         while tid := _moving(pid):
-            if time.monotonic() > end:
+            now = time.monotonic()
+            if now > again:
+                processes.send(pid, signal.SIGSTOP)
+                again = now + _AGAIN
+            if now > end:
                 state = processes.stat(pid, tid)
                 cause = f"its thread {tid} has not stopped within {limit:g} s (state {state.state if state else '?'})"
                 raise GpuError(_OPERATION, _name(pid), cause, f"look at /proc/{pid}/task/{tid}/stack")
