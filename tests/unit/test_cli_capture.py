@@ -13,6 +13,7 @@ import pytest
 from rewarm.capture import Captured
 from rewarm.cli import capture as capture_command
 from rewarm.errors import CaptureError
+from rewarm.oci import pod
 from rewarm.oci.runc import Container
 from rewarm.settings import Settings
 from rewarm.store.directory import DirectoryStore
@@ -40,10 +41,22 @@ def container(**changed: object) -> Container:
     return Container(**{**fields, **changed})  # type: ignore[arg-type]
 
 
-def test_pod_namespace_is_the_snapshot_s() -> None:
+CONTAINERD = {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-namespace": "team"}
+CRIO = {"io.kubernetes.cri-o.ContainerType": "container", "io.kubernetes.pod.namespace": "team"}
+
+
+@pytest.mark.parametrize("labels", [CONTAINERD, CRIO], ids=["containerd", "crio"])
+def test_the_snapshot_is_in_the_namespace_where_a_restore_looks(labels: dict[str, str]) -> None:
     assert capture_command.pod_namespace(container()) == "default"
-    labels = {"io.kubernetes.cri.sandbox-namespace": "team"}
-    assert capture_command.pod_namespace(container(labels=labels)) == "team"
+    assert capture_command.pod_namespace(container(labels=labels)) == "team" == pod.namespace({"annotations": labels})
+
+
+def test_a_pod_cannot_choose_another_namespace() -> None:
+    """CRI-O hands on what a pod has annotated in containerd's words."""
+    made_up = {**CRIO, "io.kubernetes.cri.sandbox-namespace": "victim"}
+    assert capture_command.pod_namespace(container(labels=made_up)) == "team"
+    with pytest.raises(CaptureError, match=r"find the namespace of container c1: .*no engine writes both; name the"):
+        capture_command.pod_namespace(container(labels={**made_up, **CONTAINERD}))
 
 
 def test_by_systemd() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rewarm.errors import CaptureError
-from rewarm.oci import discover
+from rewarm.oci import discover, pod
 from rewarm.oci.runc import Container
 from rewarm.store.names import check_name, check_namespace
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rewarm.capture import Captured
     from rewarm.store.gpus import Cuda
 
-_POD_NAMESPACE = "io.kubernetes.cri.sandbox-namespace"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -85,8 +84,14 @@ def command(
 
 
 def pod_namespace(container: Container) -> str:
-    """The Kubernetes namespace of the container's pod, as the restore of another of its containers will name it."""
-    return container.labels.get(_POD_NAMESPACE, "default")
+    """The Kubernetes namespace of the container's pod, as the restore of another of its containers will name it: its
+    annotations are runc's labels. Raises CaptureError."""
+    try:
+        return pod.namespace({"annotations": container.labels})
+    except ValueError as error:
+        key, cause = error.args
+        next_step = "name the namespace: --namespace"
+        raise CaptureError("find the namespace of container", container.id, f"{key}: {cause}", next_step) from None
 
 
 def by_systemd(container: Container) -> bool:
