@@ -96,10 +96,10 @@ def set_last_pid(path: str | os.PathLike[str], pid: int) -> None:
         os.close(namespace)
 
 
-def mount_tmpfs(path: str | os.PathLike[str], *, size: int, inodes: int, mode: int) -> None:
+def mount_tmpfs(path: str | os.PathLike[str], *, size: int, inodes: int, mode: int, label: str = "") -> None:
     """Mount an empty file system in memory at a directory, of at most `size` bytes and `inodes` files (tmpfs(5)),
-    without set-user-ID programs, devices and execution. Raises OSError."""
-    options = f"size={size},nr_inodes={inodes},mode={mode:o}"
+    without set-user-ID programs, devices and execution. `label`: what SELinux shall call all of it. Raises OSError."""
+    options = f"size={size},nr_inodes={inodes},mode={mode:o}" + (f',context="{label}"' if label else "")
     _check(lib.rw_mount_tmpfs(os.fsencode(path), options.encode()), f"mount tmpfs at {os.fspath(path)}")
 
 

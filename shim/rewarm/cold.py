@@ -38,7 +38,7 @@ def prepare(
         record.make_directory(directory, kept)
     outcome = {"outcome": "cold", "reason": reason}
     write_atomically(os.path.join(directory, "outcome.json"), json.dumps(outcome).encode(), 0o644)
-    record.bound_control(directory)
+    record.bound_control(directory, bundle_spec)
     spec.save(invocation.bundle, additions.cold(bundle_spec, wanted, directory))
     with contextlib.suppress(OSError):  # then they are where they happen to be
         pids.begin(bundle_spec, wanted.snapshot)

@@ -18,7 +18,7 @@ from typing import Any
 from rewarm import private, processes
 from rewarm.errors import OciError
 from rewarm.oci import mounts
-from rewarm.oci.spec import write_atomically
+from rewarm.oci.spec import Spec, write_atomically
 
 RESTORING = "restoring"
 RESTORED = "restored"  # warm, not started yet: the tree is stopped
@@ -28,6 +28,7 @@ _PHASES = (RESTORING, RESTORED, STARTED, COLD)
 _LARGEST = 4 << 20
 _ROOM, _FILES = 8 << 20, 1024
 """Bytes and files that a control directory may have: restored.json holds an environment, of up to 6 MiB (execve(2))."""
+_SELINUX = "/sys/fs/selinux"
 _ID = re.compile(r"[A-Za-z0-9_+,.][A-Za-z0-9_+,.-]*")
 _LONGEST_ID = 200  # a file name has 255 bytes, and the names beside the container directory are longer than its own
 
@@ -163,13 +164,20 @@ def control(path: str) -> str:
     return os.path.join(path, "control")
 
 
-def bound_control(path: str) -> str:
+def bound_control(path: str, spec: Spec) -> str:
     """The control directory, with a file system of its own: the state directory lies in the node's /run, in which
     engines need room, and the container's users may write. `remove` takes it away. Raises OSError."""
     from rewarm_native import process
 
-    process.mount_tmpfs(control(path), size=_ROOM, inodes=_FILES, mode=0o1777)
+    process.mount_tmpfs(control(path), size=_ROOM, inodes=_FILES, mode=0o1777, label=_label(spec))
     return control(path)
+
+
+def _label(spec: Spec) -> str:
+    """What SELinux lets the container's processes write to, where it is on; "" elsewhere, where no file system may have
+    one. Of what is no label, runc says so."""
+    label = str((spec.get("linux") or {}).get("mountLabel") or "")
+    return label if os.path.isdir(_SELINUX) and re.fullmatch(r"[\w.:,-]+", label, re.ASCII) else ""
 
 
 def save(path: str, record: Record, name: str = "record.json") -> None:
