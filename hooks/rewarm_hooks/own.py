@@ -7,22 +7,20 @@ would replace some of them: such a container has to start cold.
 
 from __future__ import annotations
 
-import bisect
-import errno
 import os
 import re
 import stat
-from contextlib import contextmanager
 
+from . import alike, names, tarread
 from . import member as kinds
-from . import names, regular, sparse, tarread, xattrs
 from .errors import LayerError, failed
+from .image_view import METACOPY, OPAQUE, REDIRECT, ImageView, Tree, has, is_whiteout
 from .names import joined
-from .walk import Walker, tree
+from .walk import Walker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from typing import BinaryIO
 
     from .member import Member
@@ -30,20 +28,20 @@ if TYPE_CHECKING:
 
     Members = dict[Parts, Member]
 
-_PIECE = 1 << 20
 _DEEPEST = 128  # levels: a walk goes down from the root again and again
-_REDIRECT = (b"trusted.overlay.redirect", b"user.overlay.redirect")
-_OPAQUE = (b"trusted.overlay.opaque", b"user.overlay.opaque")
-_METACOPY = (b"trusted.overlay.metacopy", b"user.overlay.metacopy")
+_MOST = 1_000_000
+"""Names, of which any container can leave as many as the disk has inodes, for each start to look at."""
 # Made by engines before or while they make a container: a link by CRI-O and Podman; what ldconfig reads and makes, by
-# NVIDIA's hooks, with random names and inode numbers.
+# NVIDIA's hooks (nvidia-cdi-hook update-ldcache and enable-cuda-compat), with random names and inode numbers.
 _ENGINES = re.compile(
-    rb"etc/mtab|etc/ld\.so\.cache|var/cache/ldconfig/aux-cache|etc/ld\.so\.conf\.d/(?:00|zz)-nvcr-[^/]*\.conf"
+    rb"etc/mtab|etc/ld\.so\.cache|var/cache/ldconfig/aux-cache|etc/ld-musl-[^/]*\.path"
+    rb"|etc/ld\.so\.conf\.d/(?:(?:00|zz)-nvcr-|00-compat-)[^/]*\.conf"
 )
 
 
 def check(upper_fd: int, root_fd: int, lower: Sequence[str], layer: BinaryIO | None) -> None:
-    """Raises LayerError for the first thing in the upper directory that is not just so in the layer or in the image.
+    """Raises LayerError for the first thing in the upper directory that is not just so in the layer or in the image,
+    and OSError.
 
     upper_fd, root_fd, lower: the upper directory of an overlay, its merged view, which nobody uses, and the paths of
     its lower directories, topmost first, as far as they are known. Compared are owner, mode, xattrs and content, not
@@ -52,29 +50,29 @@ def check(upper_fd: int, root_fd: int, lower: Sequence[str], layer: BinaryIO | N
     is what was deleted, if the layer does not make it: in general that leaves no trace. As in the image is what a
     restore that failed and was undone has left.
     """
-    members: Members | None = None
-    with Walker(upper_fd) as upper, Walker(root_fd) as merged:
-        for directory, fd, found in tree(upper, ()):
-            if len(directory) > _DEEPEST:
-                raise LayerError(joined(directory), f"more than {_DEEPEST} directories deep")
-            if directory and _is_moved(directory, fd):
-                raise _own(directory)
-            for name, status in found:
-                parts = (*directory, name)
-                if not _says_something(status) or _ENGINES.fullmatch(joined(parts)):
-                    continue
-                if members is None:
-                    members = {} if layer is None else _members(layer)
-                member = members.get(parts)
-                if _is_whiteout(status):
-                    # A time zone that Podman or CRI-O mounts: the image's link is deleted, and a file is to mount on.
-                    if member is not None and (member.size or member.kind == kinds.SYMLINK):
-                        raise Own(joined(parts), "the container has deleted it, and the snapshot would make it")
-                    continue
-                if member is not None and layer is not None and _is_the_same(parts, member, merged, layer):
-                    continue
-                if not _is_the_images(parts, merged, lower):
+    upper = _Upper()
+    with Walker(upper_fd) as walker, Walker(root_fd) as merged, ImageView(lower) as image:
+        members: Members | None = None
+        later: list[tuple[Parts, Member | None]] = []
+        for parts in upper.found(walker):
+            if members is None:
+                members = _members(layer)
+            member = members.get(parts)
+            directory, status = _at(parts, merged)
+            found = alike.metadata(directory, parts[-1], status)
+            if member is None or found != alike.metadata_of(member):
+                member = None
+                if not _is_the_images(parts, found, image):
                     raise _own(parts)
+            if stat.S_ISREG(status.st_mode):
+                later.append((parts, member))
+        if upper.deleted:
+            _check_deleted(_members(layer) if members is None else members, root_fd, image, bool(lower))
+        for parts, member in later:  # when nothing cheaper speaks against it: these may be large
+            if member is not None and layer is not None and _has_what_is_made(parts, member, merged, layer):
+                continue
+            if not _has_the_images(parts, merged, image):
+                raise _own(parts)
 
 
 class Own(LayerError):
@@ -82,40 +80,68 @@ class Own(LayerError):
 
 
 def _own(parts: Parts) -> Own:
-    return Own(joined(parts), "the container has its own there, and the snapshot knows nothing of it")
+    return Own(joined(parts), "the container has its own there, of which the snapshot knows nothing")
 
 
-def _is_moved(parts: Parts, fd: int) -> bool:
-    try:
-        return _has(fd, _REDIRECT)
-    except OSError as error:
-        raise failed(joined(parts), "reading its extended attributes", error) from error
+class _Upper:
+    """A walk through an upper directory; no more than one directory's subdirectories are remembered at once beside
+    those on the way."""
+
+    def __init__(self) -> None:
+        self.deleted = False
+        """Whether there are marks of deletions: known when the walk has ended."""
+        self._seen = 0
+
+    def found(self, walker: Walker) -> Iterator[Parts]:
+        """Links and files that are not empty, of no engine."""
+        pending: list[Parts] = [()]
+        while pending:
+            directory = pending.pop()
+            if len(directory) > _DEEPEST:
+                raise LayerError(joined(directory), f"more than {_DEEPEST} directories deep")
+            fd = walker.directory(directory)
+            try:
+                if directory:
+                    self._look_at_marks(directory, fd)
+                below: list[bytes] = []
+                says: list[bytes] = []
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        self._count(directory)
+                        if entry.is_dir(follow_symlinks=False):
+                            below.append(os.fsencode(entry.name))
+                        elif self._says_something(entry):
+                            says.append(os.fsencode(entry.name))
+            except OSError as error:
+                raise failed(joined(directory), "reading the directory", error) from error
+            for name in sorted(says):
+                parts = (*directory, name)
+                if not _ENGINES.fullmatch(joined(parts)):
+                    yield parts
+            pending += [(*directory, name) for name in sorted(below, reverse=True)]
+
+    def _look_at_marks(self, directory: Parts, fd: int) -> None:
+        if has(fd, REDIRECT):
+            raise _own(directory)
+        self.deleted = self.deleted or has(fd, OPAQUE)
+
+    def _count(self, directory: Parts) -> None:
+        self._seen += 1
+        if self._seen > _MOST:
+            raise LayerError(joined(directory), f"the container has made or changed more than {_MOST} files")
+
+    def _says_something(self, entry: os.DirEntry[str]) -> bool:
+        if entry.is_symlink():
+            return True
+        status = entry.stat(follow_symlinks=False)
+        self.deleted = self.deleted or is_whiteout(status)
+        return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
-def _has(fd: int, attributes: tuple[bytes, ...]) -> bool:
-    try:
-        found = os.listxattr(fd)
-    except OSError as error:
-        if error.errno == errno.ENOTSUP:
-            return False
-        raise
-    return any(os.fsencode(name) in attributes for name in found)
-
-
-def _says_something(status: os.stat_result) -> bool:
-    """Links, files that are not empty, and whiteouts."""
-    mode = status.st_mode
-    return stat.S_ISLNK(mode) or (stat.S_ISREG(mode) and status.st_size > 0) or _is_whiteout(status)
-
-
-def _is_whiteout(status: os.stat_result) -> bool:
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
-
-
-def _members(layer: BinaryIO) -> Members:
+def _members(layer: BinaryIO | None) -> Members:
     """What the layer makes, by name; a hard link is the file that it names."""
     found: Members = {}
-    for member in tarread.members(layer):
+    for member in () if layer is None else tarread.members(layer):
         if names.deleted_name(member.name, member.parts) is None:
             # Only an earlier file: plan.py takes no other.
             meant = found.get(names.parse(member.link)) if member.kind == kinds.LINK else member
@@ -124,117 +150,54 @@ def _members(layer: BinaryIO) -> Members:
     return found
 
 
-def _is_the_same(parts: Parts, member: Member, merged: Walker, layer: BinaryIO) -> bool:
-    """Whether the merged tree has just what the layer makes: right also where the upper directory has only metadata."""
-    directory = merged.directory(parts[:-1])
-    try:
-        found = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
-        wanted = (member.kind, member.mode, member.uid, member.gid, member.size, member.xattrs, member.link)
-        if _kind_and_metadata(directory, parts[-1], found) != wanted:
-            return False
-        if member.kind != kinds.FILE:
-            return True
-        data = [(offset, length) for offset, length, _ in member.extents]
-        with _file(directory, parts[-1], found) as file:
-            return _same_content(file, data, lambda at, count: _content(member, layer, at, count))
-    except OSError as error:
-        raise failed(joined(parts), "comparing it with the snapshot's", error) from error
+def _check_deleted(members: Members, root_fd: int, image: ImageView, known: bool) -> None:
+    """What the image had, the container has deleted, alone or with its directory, and the layer would make again.
+
+    Not an empty file: a time zone that Podman or CRI-O mounts has the image's link deleted, and a file to mount on.
+    """
+    root = Tree(root_fd)
+    with root.walker:
+        for parts, member in members.items():
+            if not (member.size or member.kind == kinds.SYMLINK) or root.find(parts)[0] is not None:
+                continue
+            if not known or image.find(parts) is not None:
+                raise Own(joined(parts), "the container has deleted it, and the snapshot would make it")
 
 
-def _is_the_images(parts: Parts, merged: Walker, lower: Sequence[str]) -> bool:
-    """Whether the merged tree has just what the topmost lower directory with this name has."""
+def _at(parts: Parts, merged: Walker) -> tuple[int, os.stat_result]:
+    """In the merged tree: right also where the upper directory has only metadata."""
     directory = merged.directory(parts[:-1])
+    return directory, os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
+
+
+def _is_the_images(parts: Parts, found: tuple[object, ...], image: ImageView) -> bool:
+    """Whether the image has that name with this metadata."""
     try:
-        found = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
-        for path in lower:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with _closing(fd), Walker(fd) as walker:
-                status, goes_on = _in_lower(parts, walker)
-                if status is None:
-                    if goes_on:
-                        continue
-                    return False
-                below = walker.directory(parts[:-1])
-                metadata = _kind_and_metadata(directory, parts[-1], found)
-                if metadata != _kind_and_metadata(below, parts[-1], status):
-                    return False
-                if metadata[0] != kinds.FILE:
-                    return True
-                with _file(directory, parts[-1], found) as file, _file(below, parts[-1], status) as other:
-                    if _has(other, _METACOPY):
-                        return False
-                    data = sparse.data_of(other, status)
-                    return _same_content(file, data, lambda at, count: os.pread(other, count, at))
+        below = image.find(parts)
+        return below is not None and alike.metadata(below[0], parts[-1], below[1]) == found
     except OSError as error:
         raise failed(joined(parts), "comparing it with the image's", error) from error
-    return False
 
 
-def _in_lower(parts: Parts, walker: Walker) -> tuple[os.stat_result | None, bool]:
-    """What one lower directory has of this name, and if nothing, whether those below it are seen through it."""
-    seen_through = True
-    for depth in range(1, len(parts)):
-        status = walker.find(parts[:depth])
-        if status is None:
-            return None, seen_through
-        if not stat.S_ISDIR(status.st_mode):
-            return None, False
-        seen_through = seen_through and not _has(walker.directory(parts[:depth]), (*_REDIRECT, *_OPAQUE))
-    status = walker.find(parts)
-    if status is None:
-        return None, seen_through
-    return None if _is_whiteout(status) else status, False
-
-
-def _kind_and_metadata(directory: int, name: bytes, status: os.stat_result) -> tuple[object, ...]:
-    """As a layer has them: kind, mode, owner, size, xattrs, and the target of a link."""
-    attributes = xattrs.carried(xattrs.read(xattrs.place(directory, name)))
-    if stat.S_ISLNK(status.st_mode):
-        return kinds.SYMLINK, 0o777, status.st_uid, status.st_gid, 0, attributes, os.readlink(name, dir_fd=directory)
-    kind = kinds.FILE if stat.S_ISREG(status.st_mode) else None
-    mode = stat.S_IMODE(status.st_mode)
-    return kind, mode, status.st_uid, status.st_gid, status.st_size, attributes, b""
-
-
-@contextmanager
-def _file(directory: int, name: bytes, status: os.stat_result) -> Iterator[int]:
-    fd = regular.open_regular(name, os.O_RDONLY, directory, known=status)
-    with _closing(fd):
-        yield fd
-
-
-@contextmanager
-def _closing(fd: int) -> Iterator[None]:
+def _has_the_images(parts: Parts, merged: Walker, image: ImageView) -> bool:
+    """Whether a file is just what the image has, metadata and content."""
+    directory, status = _at(parts, merged)
+    if not _is_the_images(parts, alike.metadata(directory, parts[-1], status), image):
+        return False
     try:
-        yield
-    finally:
-        os.close(fd)
+        below = image.find(parts)
+        assert below is not None
+        with alike.opened(directory, parts[-1], status) as file, alike.opened(below[0], parts[-1], below[1]) as other:
+            return not has(other, METACOPY) and alike.same_as_file(file, other, below[1])
+    except OSError as error:
+        raise failed(joined(parts), "comparing it with the image's", error) from error
 
 
-def _same_content(fd: int, data: list[tuple[int, int]], other: Callable[[int, int], bytes]) -> bool:
-    """Whether a file is what `other` reads (offset, length), of which `data` is no hole. What is a hole in both is
-    never looked at."""
-    at = 0
-    for offset, length in sorted(data + sparse.data_of(fd, os.fstat(fd))):
-        at = max(at, offset)
-        while at < offset + length:
-            count = min(offset + length - at, _PIECE)
-            if os.pread(fd, count, at) != other(at, count):
-                return False
-            at += count
-    return True
-
-
-def _content(member: Member, layer: BinaryIO, at: int, count: int) -> bytes:
-    """`count` bytes of a member's file; zeros where no extent is."""
-    made = bytearray(count)
-    index = max(0, bisect.bisect_right(member.extents, at, key=lambda extent: extent[0]) - 1)
-    for number in range(index, len(member.extents)):
-        offset, length, source = member.extents[number]
-        if offset >= at + count:
-            break
-        start, end = max(offset, at), min(offset + length, at + count)
-        if start < end:
-            layer.seek(source + start - offset)
-            made[start - at : end - at] = tarread.read(layer, end - start, member.name)
-    return bytes(made)
+def _has_what_is_made(parts: Parts, member: Member, merged: Walker, layer: BinaryIO) -> bool:
+    """Whether a file's content is what the layer makes."""
+    directory, status = _at(parts, merged)
+    try:
+        with alike.opened(directory, parts[-1], status) as file:
+            return alike.same_as_made(file, member, layer)
+    except OSError as error:
+        raise failed(joined(parts), "comparing it with the snapshot's", error) from error

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
 
 from rewarm import briefly
 from rewarm.oci import spec
 from rewarm.oci.record import Undo
+from rewarm.oci.users import User
 
 PLAN = ".volume"
 """How the names of such files end."""
@@ -28,27 +28,6 @@ _LONGEST = 3.0
 _DIRECTORY_MODE = 0o755
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-class User(NamedTuple):
-    """Whom the program runs as."""
-
-    uid: int
-    gid: int
-    groups: frozenset[int]
-    privileged: bool
-
-    def may_make(self, directory: os.stat_result) -> bool:
-        """Whether it may make something in a directory, by mode."""
-        if self.privileged:
-            return True
-        if directory.st_uid == self.uid:
-            wanted = stat.S_IWUSR | stat.S_IXUSR
-        elif directory.st_gid in self.groups:
-            wanted = stat.S_IWGRP | stat.S_IXGRP
-        else:
-            wanted = stat.S_IWOTH | stat.S_IXOTH
-        return directory.st_mode & wanted == wanted
 
 
 @dataclass

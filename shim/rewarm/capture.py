@@ -147,6 +147,7 @@ def capture(
         step("recording files")
         with trace.phase("capture.files"):
             pids = processes.tree(container.pid)
+            here = _addresses(container.pid)  # while nothing can end, or change them
             recorded = losses.record(pids, frozenset(frozen.stopped))
             directory = record.find_directory(settings.state_dir, container.root, container.id)
             signals, said = registered.signals(record.control(directory), pids)
@@ -202,7 +203,7 @@ def capture(
             memory=carved,
             cuda=cuda,
             signals=signals,
-            addresses=_addresses(container.pid),
+            addresses=here,
             blank=blank,
         )
         with trace.phase("capture.publish"):
@@ -318,7 +319,7 @@ def _write_layers(
 ) -> None:
     """The changes of the rootfs and the content of a bind-mounted /dev/shm, with the links that CRIU expects there."""
     links = remaps.find(snapshot / CHECKPOINT, pids)
-    shm = spec.bind_source(bundle_spec, SHM)
+    shm = devshm.own(bundle_spec)
     in_shm = [link for link in links if link.name.startswith(SHM[1:] + "/")]
     covered = [destination.lstrip("/") + "/" for destination, _ in spec.mounts(bundle_spec)]
     in_rootfs = [link for link in links if not any(link.name.startswith(c) for c in covered)]

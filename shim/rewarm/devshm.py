@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rewarm import layers
 from rewarm.criu import opened, vet
 from rewarm.errors import CaptureError, RestoreError
-from rewarm.oci import spec
+from rewarm.oci import spec, users
 from rewarm.oci.record import Undo
 from rewarm.oci.spec import Spec
 
@@ -93,11 +93,19 @@ def _open_files(pids: Iterable[int], device: int) -> dict[tuple[int, int], str]:
     return found
 
 
+def own(bundle_spec: Spec) -> str:
+    """The node's path of a container's bind-mounted /dev/shm, "" if it has none that it may write to: what it can only
+    read is not the container's, and a secret of the node perhaps."""
+    mount = spec.bind_at(bundle_spec, SHM)
+    return "" if mount is None or spec.is_read_only(mount) else str(mount.get("source", ""))
+
+
 def change(bundle_spec: Spec, snapshot: str, directory: str) -> Undo:
     """Where a snapshot's goes, with what will undo it below `directory`. Raises RestoreError if it has no place."""
-    shm = spec.bind_source(bundle_spec, SHM)
+    shm = own(bundle_spec)
     if not shm:
-        raise RestoreError(f"restore {SHM}", snapshot, "the snapshot carries one, this container has no such mount")
+        cause = "the snapshot carries one, this container has no such mount that it may write to"
+        raise RestoreError(f"restore {SHM}", snapshot, cause, "capture a container that is mounted like this one")
     shm = os.path.realpath(shm)
     return Undo(shm, os.path.join(directory, "devshm.undo"), os.path.ismount(shm))
 
@@ -105,9 +113,11 @@ def change(bundle_spec: Spec, snapshot: str, directory: str) -> Undo:
 def apply(layer: str, checkpoint: str, there: Undo, bundle_spec: Spec) -> None:
     """Add what is in the layer file. Raises RestoreError, images.ImageError and OSError."""
     needed = opened.below(Path(checkpoint), SHM)
-    layers.apply(layer, there.root, there.layer, needed, _owners(bundle_spec) if is_nodes(there.root) else None)
+    limits = vet.Limits(bundle_spec)
 
+    def may_own(uid: int, gid: int) -> bool:
+        known = users.inside(bundle_spec, uid, gid)
+        return known is not None and limits.may_own(*known)
 
-def _owners(bundle_spec: Spec) -> Callable[[int, int], bool]:
-    """Whose a file may be, by the node's numbers: with a user namespace nobody's, since its root is not the node's."""
-    return (lambda user, group: False) if spec.has_users(bundle_spec) else vet.Limits(bundle_spec).may_own
+    rights = layers.Rights(may_own, users.of(bundle_spec).may_make, is_nodes(there.root))
+    layers.apply(layer, there.root, there.layer, needed, rights)

@@ -7,9 +7,18 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from rewarm import overlay
 from rewarm.errors import RestoreError
+
+
+class Rights(NamedTuple):
+    """Of a container in a directory that it shares (rewarm_hooks.sharing)."""
+
+    may_own: Callable[[int, int], bool]
+    may_make: Callable[[os.stat_result], bool]
+    foreign: bool
 
 
 def write(path: Path, tree: str | Path, extra: Mapping[str, str]) -> None:
@@ -26,9 +35,16 @@ def write(path: Path, tree: str | Path, extra: Mapping[str, str]) -> None:
 def check_own(root: str, layer: str | None) -> None:
     """The container has run before, and has files in its root filesystem that the snapshot, of which `layer` is the
     layer, would replace, or whose content its program would not know of. Raises RestoreError."""
-    upper = overlay.upper_of_mount(root)
-    if upper is None or not _has_any(upper):
-        return
+    try:
+        upper = overlay.upper_of_mount(root)
+        if upper is not None and _has_any(upper):
+            _check_own(root, upper, layer)
+    except OSError as error:
+        cause = f"{error.filename or 'its files'}: {error.strerror or error}"
+        raise RestoreError("find the container's own changes in", root, cause, "make a new container") from error
+
+
+def _check_own(root: str, upper: str, layer: str | None) -> None:
     from rewarm_hooks import own  # containerd's and Docker's new containers do not come here
     from rewarm_hooks.layer import LayerError
 
@@ -41,29 +57,28 @@ def check_own(root: str, layer: str | None) -> None:
         try:
             own.check(upper_fd, root_fd, overlay.lower_directories("self", root), file)
         except LayerError as error:
-            advice = "make a new container, which starts warm" if isinstance(error, own.Own) else ""
+            # An engine that copies files in before each start does so into the new one, too.
+            advice = "make a new container, or capture one that has these files"
             raise RestoreError("put the snapshot's files into", root, str(error), advice) from error
 
 
-def apply(
-    layer: str, root: str, undo: str, opened: Iterable[bytes], may_own: Callable[[int, int], bool] | None = None
-) -> None:
+def apply(layer: str, root: str, undo: str, opened: Iterable[bytes], rights: Rights) -> None:
     """Add what is in the layer file to the directory tree `root`; `undo` becomes the layer that turns it back.
 
-    Containers of one pod share such a tree, and it outlives each of them: what is there already stays, as on a volume.
-    But what the program has open, the names `opened`, has to be as it was: what an earlier container has left there is
-    replaced. Raises RestoreError, also if somebody has that open.
-
-    `may_own`: the tree is the node's own. Nothing is replaced, only what is open is made, and that is of a user and
-    group for which this is true.
+    Containers of one pod share such a tree, and it outlives each of them: what is there already stays, as on a volume,
+    and what the container could not have made there itself is not made. But what the program has open, the names
+    `opened`, has to be as it was: what an earlier run of the container has left there is replaced. Raises RestoreError,
+    also if somebody has that open.
     """
     from rewarm_hooks.layer import LayerError, apply_layer  # few restores come here
+    from rewarm_hooks.sharing import Sharing
 
     fd = _open(root)
     try:
         with open(layer, "rb") as file:
             names = {tuple(name.split(b"/")) for name in opened}
-            apply_layer(file, fd, undo, shared=names, may_own=may_own)
+            sharing = Sharing(names, rights.may_own, rights.may_make, foreign=rights.foreign)
+            apply_layer(file, fd, undo, sharing=sharing)
     except LayerError as error:
         raise RestoreError("apply layer to", root, str(error)) from error
     finally:

@@ -17,7 +17,7 @@ import stat
 from rewarm import processes
 from rewarm.oci.runc import Container
 from rewarm.oci.spec import CONTROL_DESTINATION
-from rewarm.replica import NAME
+from rewarm.replica import NAME, hand_over
 from rewarm.store.manifest import Wanted
 
 SUFFIX = ".sock"
@@ -39,6 +39,7 @@ def notify(control: str, init: Container, wanted: tuple[Wanted, ...]) -> list[st
     """
     directory = os.open(control, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        hand_over(directory, processes.tree(init.pid))
         notes = _connect(directory)
         if wanted:
             notes += _signal(directory, init, wanted)

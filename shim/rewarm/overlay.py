@@ -63,10 +63,15 @@ def upper_of_mount(rootfs: str) -> str | None:
     kind, device, part, options = _mount("self", rootfs)
     upper = _upper(options) if kind == "overlay" and part == "/" else ""
     if upper and os.stat(rootfs).st_dev != device:
-        raise RestoreError("find the container's own changes", rootfs, "the overlay there is hidden by another mount")
+        cause, advice = "the overlay there is hidden by another mount", "take that mount away"
+        raise RestoreError("find the container's own changes in", rootfs, cause, advice)
     # Docker and Podman name it relative to a directory of theirs when it has very many layers.
     if upper and not (upper.startswith("/") and os.path.isdir(upper)):
-        raise RestoreError("find the container's own changes", rootfs, f"no upper directory {upper!r} is here")
+        cause, advice = (
+            f"no upper directory {upper!r} is here",
+            "make a new container; with fewer layers if it stays so",
+        )
+        raise RestoreError("find the container's own changes in", rootfs, cause, advice)
     return upper or None
 
 

@@ -129,6 +129,16 @@ def _has(tid: int, mask: str, number: int) -> bool:
         return False
 
 
+def user(pid: int) -> tuple[int, int] | None:
+    """Its effective user and group, by the numbers of the caller's user namespace; None if it has ended."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            found = dict(line.split(b":", 1) for line in file if line.startswith((b"Uid:", b"Gid:")))
+        return int(found[b"Uid"].split()[1]), int(found[b"Gid"].split()[1])
+    except (OSError, KeyError):
+        return None
+
+
 def threads(pid: int) -> list[int]:
     try:
         return sorted(int(name) for name in os.listdir(f"/proc/{pid}/task"))

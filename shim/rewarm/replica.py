@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rewarm import addresses, ipc, ports
+from rewarm import addresses, ipc, ports, processes
 from rewarm.criu import connections, sockets, uts
-from rewarm.oci import pod, spec
+from rewarm.oci import pod, spec, users
 from rewarm.oci import uts as oci_uts
 from rewarm.oci.spec import Spec
 
@@ -58,7 +59,7 @@ def tell(control: str, container: str, snapshot: str, bundle_spec: Spec) -> None
     }
     path = os.path.join(control, NAME)
     spec.write_atomically(path, json.dumps(document).encode(), 0o400)
-    os.chown(path, *_owner(bundle_spec))
+    os.chown(path, *users.owner(bundle_spec))
 
 
 def _addresses(bundle_spec: Spec) -> list[str] | None:
@@ -83,18 +84,20 @@ def _environment(bundle_spec: Spec) -> dict[str, str]:
     return dict(str(one).split("=", 1) for one in found if "=" in str(one))
 
 
-def _owner(bundle_spec: Spec) -> tuple[int, int]:
-    """The program's user and group, by the node's numbers."""
-    user = (bundle_spec.get("process") or {}).get("user") or {}
-    linux = bundle_spec.get("linux") or {}
-    return (
-        _outside(int(user.get("uid") or 0), linux.get("uidMappings") or []),
-        _outside(int(user.get("gid") or 0), linux.get("gidMappings") or []),
-    )
-
-
-def _outside(number: int, mappings: list[dict[str, int]]) -> int:
-    for one in mappings:
-        if 0 <= number - one["containerID"] < one["size"]:
-            return one["hostID"] + number - one["containerID"]
-    return number
+def hand_over(directory: int, pids: Sequence[int]) -> None:
+    """Let the program read the file, whose processes `pids` are, where it has another user than its spec says: many
+    start as root and give that up (gosu, su-exec). Only if all that did so have the same. `directory` is the open
+    control directory, in which the container may have put anything by now. Raises OSError.
+    """
+    try:
+        fd = os.open(NAME, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    try:
+        status = os.fstat(fd)
+        found = {user for user in map(processes.user, pids) if user is not None}
+        others = {user for user in found if user[0] != status.st_uid}
+        if len({uid for uid, _ in others}) == 1 and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", *min(others))
+    finally:
+        os.close(fd)

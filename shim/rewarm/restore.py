@@ -261,7 +261,7 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
     if _has(plan, devshm.FILE):
         changes.append(devshm.change(plan.spec, plan.ref.name, directory))
     changes += aside.run(lambda: lay_out(plan.manifest.blank, checkpoint, directory, rootfs, plan.spec))
-    tell(record.bound_control(directory), plan.invocation.container_id, _name(plan), plan.spec)
+    tell(record.bound_control(directory, plan.spec), plan.invocation.container_id, _name(plan), plan.spec)
     changed = prepared = _prepared(plan)
     hooks = []
     if _has(plan, ROOTFS_DIFF):

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rewarm import blanks
-from rewarm.blanks import PLAN, Blank, User, descended
+from rewarm.blanks import PLAN, Blank, descended
 from rewarm.criu import images, opened
 from rewarm.criu.opened import Opened
 from rewarm.errors import SnapshotDamaged
-from rewarm.oci import mounts, spec
+from rewarm.oci import mounts, spec, users
 from rewarm.oci.record import Undo
 from rewarm.oci.spec import Spec
 from rewarm.store.manifest import MAX_BLANK
@@ -116,7 +116,7 @@ def lay_out(blank: Collection[str], checkpoint: Path, directory: str, root: str,
     """
     found: list[Undo] = []
     room = _Room()
-    user = _user(bundle_spec)
+    user = users.of(bundle_spec)
     try:
         for volume, files in _by_volume(checkpoint, root, bundle_spec).items() if blank else ():
             source = os.path.realpath(volume.source)
@@ -193,9 +193,8 @@ def _volumes(root: str, bundle_spec: Spec) -> Iterator[Volume]:
         if destination in (*spec.OWN_DESTINATIONS, SHM) or not spec.is_bind(mount) or not os.path.isdir(source):
             continue
         place = os.fsencode(mounts.resolved(root, destination))
-        read_only = any(option in ("ro", "rro") for option in mount.get("options") or [])
         if place.strip(b"/"):
-            yield Volume(destination, place, source, read_only)
+            yield Volume(destination, place, source, spec.is_read_only(mount))
 
 
 def _logs(files: dict[_Name, list[Opened]]) -> dict[_Name, set[bytes]]:
@@ -231,14 +230,4 @@ def _can_make(volume: Volume, files: list[Opened], bundle_spec: Spec) -> bool:
     return all(
         not file.mode & (stat.S_ISUID if file.is_directory else 0o7000) and (file.is_directory or file.is_output)
         for file in files
-    )
-
-
-def _user(bundle_spec: Spec) -> User:
-    process = bundle_spec.get("process") or {}
-    user = process.get("user") or {}
-    uid, gid = int(user.get("uid") or 0), int(user.get("gid") or 0)
-    effective = (process.get("capabilities") or {}).get("effective") or []
-    return User(
-        uid, gid, frozenset([gid, *map(int, user.get("additionalGids") or [])]), "CAP_DAC_OVERRIDE" in effective
     )

@@ -12,12 +12,13 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rewarm import layers, overlay
 from rewarm.errors import RestoreError
-from rewarm_hooks import own
+from rewarm_hooks import alike, own
 from rewarm_hooks.layer import LayerError, apply_layer, undo_layer, write_layer
 from support.changes import CHANGES, base_image, everything, sparse_files
 from support.layers import Overlay, Overlays, difference, mount, picture, unmount
@@ -93,13 +94,18 @@ def program(root: Path) -> None:
 
 
 @pytest.fixture
-def layer(overlays: Overlays) -> bytes:
+def image(overlays: Overlays) -> Path:
     for name in ("etc", "emptied", "turned"):
         (overlays.lower / name).mkdir(exist_ok=True)
     (overlays.lower / "etc/motd").write_text("of the image")
     (overlays.lower / "etc/unwanted").write_text("of the image")
     (overlays.lower / "emptied/before").write_text("of the image")
     (overlays.lower / "turned/before").write_text("of the image")
+    return overlays.lower
+
+
+@pytest.fixture
+def layer(overlays: Overlays, image: Path) -> bytes:
     source = overlays.new()
     program(source.merged)
     return layer_of(source)
@@ -190,6 +196,21 @@ def deleted_what_the_snapshot_makes(root: Path) -> None:
     (root / "etc/motd").unlink()
 
 
+def deleted_with_its_directory(root: Path) -> None:
+    shutil.rmtree(root / "etc")
+
+
+def deleted_with_its_directory_and_made_anew(root: Path) -> None:
+    """An opaque directory, in which nothing is."""
+    shutil.rmtree(root / "etc")
+    (root / "etc").mkdir()
+
+
+def deleted_with_its_directory_and_a_file_instead(root: Path) -> None:
+    shutil.rmtree(root / "etc")
+    (root / "etc").touch()
+
+
 @pytest.mark.parametrize(
     ("writes", "entry"),
     [
@@ -210,6 +231,9 @@ def deleted_what_the_snapshot_makes(root: Path) -> None:
         (a_file_of_the_image, "etc/other"),
         (a_new_link, "etc/current"),
         (deleted_what_the_snapshot_makes, "etc/motd"),
+        (deleted_with_its_directory, "etc/motd"),
+        (deleted_with_its_directory_and_made_anew, "etc/motd"),
+        (deleted_with_its_directory_and_a_file_instead, "etc/motd"),
     ],
 )
 def test_what_it_has_written_itself_stays(
@@ -275,18 +299,52 @@ def test_holes(overlays: Overlays, tmp_path: Path) -> None:
         merged.write_bytes(kept)
 
 
-def test_after_a_failed_restore_that_was_undone(overlays: Overlays, layer: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [*CHANGES, everything, program])
+def test_after_a_failed_restore_that_was_undone(
+    overlays: Overlays, image: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
     """The upper directory has copies of what the image has: nothing of its own."""
-    target = overlays.new()
+    source, target = overlays.new(), overlays.new()
+    change(source.merged)
+    layer = layer_of(source)
     before = picture(target.merged)
     applied(layer, target, tmp_path / "undo")
     undone(target, tmp_path / "undo")
     assert difference(before, picture(target.merged)) == {}
-    assert (target.upper / "etc/motd").read_text() == "of the image"
     check(layer, target)
     (target.merged / "etc/motd").write_text("not the same")
     with pytest.raises(LayerError, match="etc/motd: the container has its own there"):
         check(layer, target)
+
+
+def test_many_layers_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is opened once, not for each file: a restore that was undone can leave many thousand of them."""
+    files, layers_ = 500, 40
+    for name in ("upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    for number in range(layers_):
+        (tmp_path / f"l{number}/usr/lib/deep/below").mkdir(parents=True)
+    for number in range(files):
+        (tmp_path / f"l{layers_ - 1}/usr/lib/deep/below/{number}").write_text("of the image")
+    lower = ":".join(f"{tmp_path}/l{number}" for number in range(layers_))
+    options = f"lowerdir={lower},upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mount("overlay", tmp_path / "merged", "overlay", options)
+    try:
+        for path in (tmp_path / "merged/usr/lib/deep/below").iterdir():
+            path.write_text("of the image")
+        calls, opens = [], os.open
+
+        def counted(*asked: Any, **more: Any) -> int:
+            calls.append(asked[0])
+            return opens(*asked, **more)
+
+        monkeypatch.setattr(os, "open", counted)
+        layers.check_own(str(tmp_path / "merged"), None)
+        monkeypatch.undo()
+        # The file and the image's, looked at and opened, and a way down each tree.
+        assert len(calls) <= 4 * files + 20 * layers_ + 50
+    finally:
+        unmount(tmp_path / "merged")
 
 
 @pytest.mark.parametrize("hidden", ["", "opaque", "deleted", "a file"])
@@ -340,6 +398,8 @@ def test_what_engines_make_by_themselves(overlays: Overlays, tmp_path: Path) -> 
     for made, number in ((source, "1"), (target, "2")):
         (made.merged / "etc/ld.so.conf.d").mkdir()
         (made.merged / f"etc/ld.so.conf.d/00-nvcr-{number}.conf").write_text("/usr/lib/nvidia")
+        (made.merged / f"etc/ld.so.conf.d/00-compat-{number}.conf").write_text("/usr/local/cuda/compat")
+        (made.merged / "etc/ld-musl-x86_64.path").write_text(number)
         (made.merged / "etc/ld.so.cache").write_text(number)
         (made.merged / "etc/localtime").unlink()
     (source.merged / "etc/localtime").touch()
@@ -432,6 +492,30 @@ def test_things_that_are_not_opened(overlays: Overlays, layer: bytes, tmp_path: 
     os.mknod(target.merged / "etc/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     os.mknod(target.merged / "etc/motd", stat.S_IFCHR | 0o666, os.makedev(1, 3))
     check(layer, target)
+
+
+def test_more_than_can_be_looked_at(overlays: Overlays, layer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "_MOST", 100)
+    target = overlays.new()
+    for number in range(50):
+        (target.merged / str(number)).touch()
+        (target.merged / f"d{number}").mkdir()
+    check(layer, target)
+    (target.merged / "d7/one more").touch()
+    with pytest.raises(LayerError, match="the container has made or changed more than 100 files"):
+        check(layer, target)
+
+
+def test_names_before_content(
+    overlays: Overlays, layer: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights may lie in the layer: they are not read where a small thing speaks against it."""
+    target = overlays.new()
+    applied(layer, target, tmp_path / "first")
+    (target.merged / "zz").write_text("mine")
+    monkeypatch.setattr(alike, "opened", None)
+    with pytest.raises(LayerError, match="zz: the container has its own there"):
+        check(layer, target)
 
 
 def test_no_layer(overlays: Overlays) -> None:

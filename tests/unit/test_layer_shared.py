@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from rewarm_hooks import apply as applying
-from rewarm_hooks import dump
+from rewarm.oci.users import User
+from rewarm_hooks import dump, sharing
 from rewarm_hooks.layer import LayerError, apply_layer, undo_layer, write_layer
+from rewarm_hooks.sharing import Sharing
 from support.opens import Planted
 
 SEMAPHORE, REMAP = (b"sem.x",), (b"link_remap.5",)
@@ -54,7 +55,8 @@ def opened(root: Path) -> Iterator[int]:
 
 def apply(layer: bytes, root: Path, needed: set[tuple[bytes, ...]]) -> None:
     with opened(root) as fd:
-        apply_layer(io.BytesIO(layer), fd, root.parent / "undo", shared=needed)
+        rights = Sharing(needed, lambda user, group: True, lambda directory: True)
+        apply_layer(io.BytesIO(layer), fd, root.parent / "undo", sharing=rights)
 
 
 def mode(path: Path) -> int:
@@ -121,13 +123,13 @@ def test_a_device_that_takes_a_files_place_is_not_opened(
     """By another container of the pod, after the file was looked at: a pod's /dev/shm may be one with devices."""
     (root / "sem.x").write_text("stale")
     planted: list[Planted] = []
-    is_open = applying._is_open
+    is_open = sharing._is_open
 
     def plant(*asked: Any) -> bool:
         planted.append(Planted(root / "sem.x"))
         return is_open(*asked)
 
-    monkeypatch.setattr(applying, "_is_open", plant)
+    monkeypatch.setattr(sharing, "_is_open", plant)
     with pytest.raises(LayerError, match=r"sem\.x: looking whether it is in use"):
         apply(layer, root, {SEMAPHORE})
     with planted[0] as device:
@@ -167,6 +169,84 @@ def test_a_device_in_the_place_of_an_added_file_is_not_opened(root: Path, tmp_pa
         assert device.opens() == 0
 
 
+ABLE = bytes.fromhex("0100000200040000000000000000000000000000")
+"""A file capability: CAP_NET_BIND_SERVICE (linux/capability.h, VFS_CAP_REVISION_2)."""
+
+
+def user_applies(layer: bytes, root: Path, needed: set[tuple[bytes, ...]] | None = None) -> None:
+    """Into a container of user and group 1000."""
+    user = User(1000, 1000, frozenset([1000]), privileged=False)
+    with opened(root) as fd:
+        rights = Sharing(needed or set(), lambda uid, gid: (uid, gid) == (1000, 1000), user.may_make)
+        apply_layer(io.BytesIO(layer), fd, root.parent / "undo", sharing=rights)
+
+
+def of_users(tmp_path: Path) -> bytes:
+    """A layer with what root and user 1000 have made."""
+    source = tmp_path / "users"
+    for name in ("mine", "roots"):
+        (source / name / "below").mkdir(parents=True)
+        (source / name / "below/file").write_text(name)
+        (source / f"{name}.file").write_text(name)
+        os.link(source / f"{name}.file", source / f"{name}.zlink")
+    (source / "roots.file").chmod(0o4755)
+    (source / "able").write_text("able")
+    for path in source.rglob("*"):
+        if not path.relative_to(source).parts[0].startswith("roots"):
+            os.chown(path, 1000, 1000)
+    os.setxattr(source / "able", "security.capability", ABLE)  # a change of the owner takes it away
+    out = io.BytesIO()
+    write_layer(source, out)
+    return out.getvalue()
+
+
+def test_what_the_container_could_not_have_made_is_passed_over(tmp_path: Path, root: Path) -> None:
+    """Of a sidecar, or of a container with other rights whose snapshot this is."""
+    layer = of_users(tmp_path)
+    user_applies(layer, root)
+    found = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    assert found == ["mine", "mine.file", "mine.zlink", "mine/below", "mine/below/file"]
+    assert {path.stat().st_uid for path in root.rglob("*")} == {1000}
+
+
+@pytest.mark.parametrize("name", ["roots.file", "roots.zlink", "able"])
+def test_what_it_has_open_and_could_not_have_made_is_an_error(tmp_path: Path, root: Path, name: str) -> None:
+    with pytest.raises(LayerError, match=r"belongs to 0:0|xattr"):
+        user_applies(of_users(tmp_path), root, {(name.encode(),)})
+    assert not list(root.iterdir())
+
+
+def test_in_a_directory_of_the_node_that_it_may_not_write_to(tmp_path: Path, root: Path) -> None:
+    """hostPath can mount any there."""
+    layer = of_users(tmp_path)
+    (root / "mine").mkdir(mode=0o755)
+    user_applies(layer, root)
+    assert sorted(path.name for path in root.iterdir()) == ["mine", "mine.file", "mine.zlink"]
+    assert not list((root / "mine").iterdir())
+    with opened(root) as fd:
+        undo_layer(root.parent / "undo", fd)
+    root.chmod(0o755)
+    user_applies(layer, root)
+    assert [path.name for path in root.iterdir()] == ["mine"]
+    with pytest.raises(LayerError, match="may make nothing in its directory"):
+        user_applies(layer, root, {(b"mine.file",)})
+
+
+def test_anothers_file_is_not_replaced(tmp_path: Path, root: Path) -> None:
+    (root / "mine.file").write_text("of the node")
+    with pytest.raises(LayerError, match="another's file is there"):
+        user_applies(of_users(tmp_path), root, {(b"mine.file",)})
+    os.chown(root / "mine.file", 1000, 1000)
+    user_applies(of_users(tmp_path / "again"), root, {(b"mine.file",)})
+    assert (root / "mine.file").read_text() == "mine"
+
+
+def test_no_link_to_what_is_there(tmp_path: Path, root: Path) -> None:
+    (root / "mine.file").write_text("of the node")
+    user_applies(of_users(tmp_path), root)
+    assert (root / "mine.file").read_text() == "of the node" and not (root / "mine.zlink").exists()
+
+
 FOREIGN = ["sem.x", "link_remap.5"]
 
 
@@ -175,7 +255,8 @@ def foreign(root: Path, layer: bytes, undo: Path) -> None:
     with opened(root) as fd:
         mine = (os.getuid(), os.getgid())
         owns = lambda user, group: (user, group) == mine  # noqa: E731
-        apply_layer(io.BytesIO(layer), fd, undo, shared={REMAP}, may_own=owns)
+        rights = Sharing({REMAP}, owns, lambda directory: True, foreign=True)
+        apply_layer(io.BytesIO(layer), fd, undo, sharing=rights)
 
 
 def test_only_what_is_open_is_made_where_nothing_is_the_containers_own(

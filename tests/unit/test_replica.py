@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +72,67 @@ def test_pods() -> None:
     assert found == {"namespace": "sandbox-namespace", "name": "sandbox-name", "uid": "", "container": "container-name"}
     assert pod({"annotations": {**cri, "io.kubernetes.cri.sandbox-name": ""}}) is None
     assert pod({"annotations": []}) is None and pod({}) is None
+
+
+@pytest.fixture
+def programs() -> Iterator[Callable[[int], int]]:
+    """Starts a process of a user, whose group is the next number."""
+    with ExitStack() as stack:
+
+        def start(uid: int) -> int:
+            words = ["sleep", "60"]
+            process = stack.enter_context(subprocess.Popen(words, user=uid, group=uid + 1, extra_groups=[]))
+            stack.callback(process.kill)
+            return process.pid
+
+        yield start
+
+
+@pytest.mark.parametrize(
+    ("spec_user", "users", "owner"),
+    [
+        (0, [0, 999], (999, 1000)),  # nginx; an init that is root, and gosu below it
+        (0, [999, 999], (999, 1000)),
+        (0, [0, 0], (0, 0)),
+        (0, [0, 998, 999], (0, 0)),
+        (1000, [1000], (1000, 1000)),
+        (0, [], (0, 0)),
+    ],
+)
+def test_a_program_that_has_given_up_its_rights(
+    tmp_path: Path, programs: Callable[[int], int], spec_user: int, users: list[int], owner: tuple[int, int]
+) -> None:
+    told(tmp_path, {"process": {"user": {"uid": spec_user, "gid": spec_user}}})
+    assert handed_over(tmp_path, [programs(user) for user in users]) == (0o400, *owner)
+
+
+def handed_over(directory: Path, pids: list[int]) -> tuple[int, int, int]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        replica.hand_over(fd, pids)
+    finally:
+        os.close(fd)
+    status = (directory / replica.NAME).stat()
+    return status.st_mode & 0o777, status.st_uid, status.st_gid
+
+
+@pytest.mark.parametrize("planted", ["symlink", "link", "fifo"])
+def test_nothing_else_is_handed_over(tmp_path: Path, programs: Callable[[int], int], planted: str) -> None:
+    """With a GPU the program runs already, and may have put anything there."""
+    path, other = tmp_path / replica.NAME, tmp_path / "other"
+    other.touch(0o400)
+    if planted == "symlink":
+        path.symlink_to("other")
+    elif planted == "link":
+        os.link(other, path)
+    else:
+        os.mkfifo(path, 0o400)
+    assert handed_over(tmp_path, [programs(999)])[1:] == (0, 0) == (other.stat().st_uid, other.stat().st_gid)
+
+
+def test_there_is_nothing_to_hand_over(tmp_path: Path, programs: Callable[[int], int]) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        replica.hand_over(fd, [programs(999), 2**22 + 1])
+    finally:
+        os.close(fd)

@@ -22,6 +22,7 @@ from rewarm import blanks, volumes
 from rewarm.criu import images, opened
 from rewarm.errors import SnapshotDamaged
 from rewarm.oci.record import Undo
+from rewarm.oci.users import User
 from rewarm.store.manifest import MAX_BLANK
 from support import criu_images
 from support.opens import Planted
@@ -424,7 +425,7 @@ def test_nothing_is_made_after_the_end(pod: Pod, monkeypatch: pytest.MonkeyPatch
     making = blanks._make
     asked: list[str] = []
 
-    def make(source: str, one: blanks.Blank, user: blanks.User) -> int:
+    def make(source: str, one: blanks.Blank, user: User) -> int:
         asked.append(one.name[-1])
         if len(asked) == at:
             pod.over.set()

@@ -125,10 +125,20 @@ def is_bind(mount: dict[str, Any]) -> bool:
 
 def bind_source(spec: Spec, destination: str) -> str:
     """The node's path behind the bind mount at `destination`, or "" when there is no such bind mount."""
+    mount = bind_at(spec, destination)
+    return "" if mount is None else str(mount.get("source", ""))
+
+
+def bind_at(spec: Spec, destination: str) -> dict[str, Any] | None:
+    """The bind mount at `destination`."""
     for mount in spec.get("mounts") or []:
         if is_bind(mount) and os.path.normpath(str(mount.get("destination", ""))) == destination:
-            return str(mount.get("source", ""))
-    return ""
+            return dict(mount)
+    return None
+
+
+def is_read_only(mount: dict[str, Any]) -> bool:
+    return any(option in ("ro", "rro") for option in mount.get("options") or [])
 
 
 def has_users(spec: Spec) -> bool:
