@@ -30,8 +30,8 @@ test: prefix rootfs testenv ## install into build/, then run the linters and eve
 		elif [ $$ended != 0 ]; then status=$$ended; fi; \
 	}; \
 	run $(PARALLEL) tests/unit; \
-	run $(PARALLEL) -m "not alone" tests/integration; \
-	run -m alone tests/integration tests/gpu; \
+	run $(PARALLEL) --only together tests/integration; \
+	run --only alone tests/integration tests/gpu; \
 	if [ $$empty = $$runs ]; then status=5; fi; \
 	exit $$status
 

@@ -13,6 +13,19 @@ REPOSITORY = Path(__file__).parent.parent
 FAILED = pytest.StashKey[bool]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    which = "those marked `alone`, or those that can run together with others; beside any -m"
+    parser.addoption("--only", choices=["alone", "together"], help=f"run only {which}")
+
+
+@pytest.hookimpl(trylast=True)  # tests/gpu marks its own
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if only := config.getoption("--only"):
+        others = [item for item in items if (item.get_closest_marker("alone") is None) == (only == "alone")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
