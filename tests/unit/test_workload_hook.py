@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -32,13 +32,17 @@ END = "\nsay('ready')\nwhile True: time.sleep(0.01)\n"
 
 
 @contextmanager
-def program(control: Path, text: str, end: str = END) -> Iterator[subprocess.Popen[str]]:
+def program(
+    control: Path, text: str, end: str = END, stdin: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
     words = [sys.executable, "-c", BEGIN + text + end, str(HOOK), str(control)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=stdin, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as started:
         try:
             yield started
         finally:
-            started.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)  # its children, too
 
 
 def line(started: subprocess.Popen[str]) -> str:
@@ -53,7 +57,8 @@ def sockets(control: Path) -> list[Path]:
 def tell(control: Path, message: bytes = TOLD) -> None:
     for path in sockets(control):
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(path))
+            # A child's that is new may have its name and not listen yet.
+            wait_for("a listener", lambda at=path: connection.connect_ex(str(at)) == 0)  # type: ignore[misc]
             connection.sendall(message)
 
 
@@ -152,13 +157,11 @@ time.sleep(0.2)
 """
     with program(control, text) as started:
         assert {line(started), line(started)} == {"child", "ready"}
-        assert len(sockets(control)) == 2
+        wait_for("the child's socket", lambda: len(sockets(control)) == 2)
         tell(control)
         assert {line(started), line(started), line(started)} == {"parent", "seeded", "registered"}
         tell(control)
         assert {line(started), line(started)} == {"parent", "child's"}
-        (child,) = processes.children(started.pid)
-        os.kill(child, signal.SIGKILL)
 
 
 def test_signals_are_not_for_its_thread(control: Path) -> None:
