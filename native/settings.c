@@ -5,7 +5,10 @@
 #include <ctype.h>
 #include <errno.h>
 
-enum { SETTINGS_LIMIT = 1 << 20 };
+enum {
+	SETTINGS_LIMIT = 1 << 20,
+	FLOW_DEPTH = 32, /* more than anything here needs; a parser gives up at some depth too */
+};
 
 enum key { KEY_NONE, KEY_OTHER, KEY_RUNTIMES, KEY_STATE_DIR };
 
@@ -117,14 +120,65 @@ static bool take_state_dir(struct settings *settings, char *value)
 	return scalar.start[0] == '/' && !isspace((unsigned char)scalar.end[-1]);
 }
 
+/* A flow collection that closes on its line; `after` is behind it. Only of characters of which YAML can make nothing
+ * but plain words and the collection's own marks, so that what closes it here closes it there. */
+static bool find_flow(char *text, char **after)
+{
+	static const char inside[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./+- ,:";
+	char closing[FLOW_DEPTH];
+	size_t depth = 0;
+
+	do {
+		text += depth == 0 ? 0 : strspn(text, inside);
+		if (*text == '{' || *text == '[') {
+			if (depth == FLOW_DEPTH)
+				return false;
+			closing[depth++] = *text == '{' ? '}' : ']';
+		} else if (depth == 0 || *text != closing[--depth]) {
+			return false;
+		}
+		text++;
+	} while (depth > 0);
+	*after = text;
+	return true;
+}
+
+/* Whether no quoted scalar goes on behind a line: it would take lines in that look like keys. A quote within a plain
+ * scalar stands for itself; so between two of them nothing may be that could end such a one. Then either both stand for
+ * themselves or both are a scalar's ends, and it does not matter which. */
+static bool closes_quotes(char *line)
+{
+	for (char *at = line; *at != '\0'; at++) {
+		struct scalar scalar;
+
+		if (*at == '#') /* behind a bracket it may begin a comment, behind a letter it does not */
+			return at == line || at[-1] == ' ' || at[-1] == '\t' || strpbrk(at, "\"'") == NULL;
+		if (*at != '"' && *at != '\'')
+			continue;
+		if (!find_quoted(at, &scalar))
+			return false;
+		*scalar.end = '\0'; /* of a value that nobody reads */
+		if (strpbrk(scalar.start, ",[]{}#?\t\\") != NULL || strstr(scalar.start, ": ") != NULL ||
+		    (scalar.end > scalar.start && scalar.end[-1] == ':'))
+			return false;
+		at = scalar.end;
+	}
+	return true;
+}
+
 /* Whether the lines after this value can still be told apart from top-level keys. */
 static bool pass_other(char *value)
 {
 	struct scalar scalar;
+	char *after;
 
 	if (*value == '"' || *value == '\'')
 		return find_scalar(value, &scalar) && rest_is_empty(scalar.after);
-	return *value == '\0' || strchr("&*!{%@`", *value) == NULL;
+	if (*value == '{')
+		return find_flow(value, &after) && rest_is_empty(after);
+	if (*value == '[')
+		return closes_quotes(value);
+	return *value == '\0' || strchr("&*!%@`", *value) == NULL;
 }
 
 static bool once(bool *seen)
@@ -168,7 +222,7 @@ static bool take_line(struct reader *reader, char *line)
 		return true;
 	/* Deeper lines, and list items and closing brackets in the first column, belong to the key above them. */
 	if (line[0] == ' ' || item || (line[0] == ']' && rest_is_empty(line + 1)))
-		return reader->last == KEY_OTHER;
+		return reader->last == KEY_OTHER && closes_quotes(line);
 	if (strncmp(line, "---", 3) == 0 && rest_is_empty(line + 3))
 		return reader->last == KEY_NONE;
 	return take_pair(reader, line);

@@ -14,8 +14,9 @@ struct settings {
 };
 
 /* Reads block-style top-level lines `runtimes: [a, "b"]` and `state_dir: /path`; an absent file or key is the
- * default. False, with the defaults, for whatever else YAML allows or the settings refuse (block lists, anchors,
- * tags, a key given twice, a file that others may write): then Python decides, with a real parser and an error
+ * default. Other keys may have what ends before the next key beyond doubt: blocks, `{a: {b: c}}` of plain words on one
+ * line, lists. False, with the defaults, for whatever else YAML allows or the settings refuse (these two as block lists,
+ * anchors, tags, a key given twice, a file that others may write): then Python decides, with a real parser and an error
  * message. */
 bool settings_read(struct settings *settings);
 

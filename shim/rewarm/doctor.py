@@ -25,7 +25,7 @@ from rewarm import (
     doctor_programs,
     settings,
 )
-from rewarm.checks import FAILED, OK, WARNING, Check, Node
+from rewarm.checks import FAILED, OK, WARNING, Check, Node, ask
 from rewarm.errors import RewarmError
 from rewarm.settings import Settings
 
@@ -58,7 +58,17 @@ def check_settings(node: Node) -> Check:
         late += f"kubelet has given up ({deadline.KUBELET:g} s, runtimeRequestTimeout)"
         highest = node.settings.deadline - (latest - deadline.KUBELET)
         return Check("settings", WARNING, late, f"set it to {highest:g} at most, or raise the kubelet's")
+    if there and _through_python(node):
+        odd = f"{found}: the launcher does not understand its form, so that each call of the runtime starts Python"
+        step = "write it in the form of config/config.yaml: a key at the start of its line, `runtimes: [a, b]` and "
+        return Check("settings", WARNING, odd, f"{step}`state_dir: /path` on one line, longer values as blocks")
     return Check("settings", OK, found)
+
+
+def _through_python(node: Node) -> bool:
+    """Whether the launcher leaves to Python what is neither's: runc's words for a wrong flag, or rewarm's, tell."""
+    _, said = ask(["env", f"REWARM_CONFIG={node.settings_file}", node.launcher, "--root"])
+    return "parse command line --root" in said
 
 
 CHECKS: tuple[tuple[str, Callable[[Node], Check]], ...] = (

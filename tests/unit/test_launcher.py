@@ -11,14 +11,19 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-NATIVE = Path(__file__).resolve().parents[2] / "native"
+from rewarm import doctor
+from rewarm.checks import OK, WARNING
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NATIVE = REPOSITORY / "native"
 ANNOTATED = '{"annotations": {"rewarm.dev/snapshot": "x"}}'
 REAL_RUNC = "/usr/sbin/runc"
 
@@ -458,6 +463,12 @@ def test_odd_settings_without_python_do_not_stop_other_containers(node: Node) ->
         "compression: auto\nthreads: 0\ncache: /var/cache/x\ncache_size: 50G\nruntimes: [runc]\n",
         'namespaces:\n  "*":\n    ignore: all\n  a:\n    pinned: {capture: never}\nruntimes: [runc]\n',
         "cache: off  # none\ncache_size: '500M'\ncompression: \"zstd\"\n",
+        "namespaces: {}",
+        "namespaces: {}  # none\nruntimes: [runc]\n",
+        "namespaces: {team: {ignore: all}}\n",
+        "namespaces: {a: {share: [b-1, c], pinned: {capture: never, ready: http://:80/x}}, d: {}}\nruntimes: [runc]\n",
+        "namespaces:\n  a: {ignore: [engine, ready]}\n  'b': {\n    ignore: all}\n",
+        "# isn't\nignore_env: [A, 'it', \"B*\", C]  # it's\nstore: /it's\nruntime_roots:\n  # isn't\n  - '/a b'\n",
     ],
 )
 def test_simple_settings_are_read_without_python(node: Node, text: str) -> None:
@@ -496,6 +507,25 @@ def test_simple_settings_are_read_without_python(node: Node, text: str) -> None:
         "{runtimes: [runc]}\n",
         "store: 'x\nruntimes: [crun]\n'\n",
         "store: {a: b,\nruntimes: [crun]}\n",
+        "a: {b: {c: d}\n",
+        "a: {b: c]\n",
+        "a: {b: c}}\n",
+        "a: {b: c} d\n",
+        "a: {b: c}# d\n",
+        "a: {b: 'c'}\n",
+        "a: {b: c # }\n",
+        "a: {b: c\\}\n",
+        "a: {b: &c d}\n",
+        "a: {b: !!str c}\n",
+        "a: " + "{a: " * 40 + "}" * 40 + "\n",
+        "x: ['b\nruntimes: [c]\ny: z']\n",
+        "x: [a, b 'c, 'd\nruntimes: [c]\ny: z']\n",
+        "x: [a, {'b': 'c\nruntimes: [c]\ny: z'}]\n",
+        "x: [a#', 'b\nruntimes: [c]\ny: z']\n",
+        "x: [\n  'b\nruntimes: [c]\ny: z']\n",
+        'x:\n  "b\nruntimes: [c]\ny: z"\n',
+        'x:\n- "b\nruntimes: [c]\ny: z"\n',
+        'x:\n  - ["a\\" "]\n',
         "%YAML 1.1\n---\nruntimes: [runc]\n",
         "store: /x\n---\nruntimes: [runc]\n",
         "a: &x [1]\nb: *x\n",
@@ -514,6 +544,29 @@ def test_all_other_yaml_is_pythons(node: Node, text: str) -> None:
     node.settings(text)
     result = node.run("features")
     assert (result.who, result.words) == ("python", ["features"])
+
+
+def test_doctor_warns_of_settings_that_take_each_call_through_python(node: Node) -> None:
+    paths = ":".join(str(REPOSITORY / part) for part in ("shim", "hooks", "native"))
+    node.python.write_text(f'#!/bin/sh\nshift; PYTHONPATH={paths} exec {sys.executable} "$@"\n')  # without -I
+    runc = node.base / "path2/runc"
+    runc.write_text("#!/bin/sh\necho 'Incorrect Usage: flag needs an argument: -root'; exit 1\n")
+    for text, odd in (
+        ("deadline: 30\n", False),
+        ("namespaces: {}\n", False),
+        ("namespaces:\n  '*':\n    ignore: all\n", False),
+        ("namespaces: {'*': {ignore: all}}\n", True),
+        (f"runtimes:\n  - {runc}\n", True),
+    ):
+        node.settings(f"{text}state_dir: {node.state}\n")
+        looked = replace(doctor.look(node.config), prefix=str(node.binary.parents[1]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", f"{node.base}/path2:{os.environ['PATH']}")
+            check = doctor.check_settings(looked)
+        assert (check.status, "starts Python" in check.found) == ((WARNING, True) if odd else (OK, False)), (
+            text,
+            check,
+        )
 
 
 def test_a_settings_file_that_python_refuses_goes_to_python(node: Node) -> None:
@@ -537,29 +590,70 @@ def test_state_dir_in_quotes_is_read(node: Node) -> None:
     assert node.run("start", "c1").who == "runc"
 
 
+def agrees(node: Node, text: str) -> bool:
+    """Whether the launcher reads `text` itself, and then finds what PyYAML finds, which is not the default."""
+    node.settings(text)
+    result = node.run("state", "c1")
+    if result.who == "python":
+        return False
+    try:
+        meant = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False  # broken elsewhere in the file: Python says so when it is called for
+    assert meant is None or isinstance(meant, dict), text
+    names = (meant or {}).get("runtimes", ["runc"])
+    if names == ["runc"]:
+        assert result.who == "runc", text
+        return False
+    assert result.status == 127 and f"none of [{', '.join(names)}]" in result.stderr, text
+    return True
+
+
 def test_what_the_launcher_reads_is_what_yaml_means(node: Node) -> None:
     """Lines thrown together at random: whenever the launcher does not ask Python, it has to agree with PyYAML."""
-    good = ["runtimes: [a1, b2]", "runtimes: ['c 3']", "v: [p,", "  q]", "w:", "  r: s", "# t"]
+    good = ["runtimes: [a1, b2]", "runtimes: ['c 3']", "v: [p,", "  q]", "w:", "  r: s", "# t", "n: {}"]
     odd = ["runtimes:", "- d4", "  - e5", "store: 'x", "'", "  runtimes: [f6]",
            "]", "x: [", "x: |", "  text", "# note", "", "---", "x: {", "}", 'y: "z"', "- runtimes: [g7]", " ]", "\ttab",
-           "...", "runtimes: [h8] # x", "z: a # [", "state_dir: /s"]  # fmt: skip
+           "...", "runtimes: [h8] # x", "z: a # [", "state_dir: /s", "n: {a: {b: c}} # }", "n: {a: [b}", "n: {a: b",
+           "  'i", "m: j']", "x: ['k", '  "l', 'm: o"', "  p: {q", "m: r}", "  , s]"]  # fmt: skip
     chance = random.Random(20)
+    agreed = sum(agrees(node, "\n".join(chance.choices([*odd, *good * 4], k=chance.randint(1, 5)))) for _ in range(250))
+    assert agreed > 10
+
+
+def test_what_stands_in_a_value_is_no_key(node: Node) -> None:
+    """Values of random characters, between which a key of the launcher's may be a part of them."""
+    marks = [
+        "{",
+        "}",
+        "[",
+        "]",
+        "'",
+        '"',
+        ", ",
+        ": ",
+        " ",
+        "a",
+        "b",
+        "#",
+        " #",
+        "\\",
+        "-",
+        "- ",
+        "&a ",
+        "*a",
+        "!t ",
+        "?",
+    ]
+    closing = ["", "}", "]", "'", '"', "']", '"]', "'}", '"}', "]}"]
+    chance = random.Random(21)
+
+    def value(most: int) -> str:
+        return "".join(chance.choices(marks, k=chance.randint(0, most)))
+
     agreed = 0
-    for _ in range(250):
-        text = "\n".join(chance.choices([*odd, *good * 4], k=chance.randint(1, 5)))
-        node.settings(text)
-        result = node.run("state", "c1")
-        if result.who == "python":
-            continue
-        try:
-            meant = yaml.safe_load(text)
-        except yaml.YAMLError:
-            continue  # broken elsewhere in the file: Python says so when it is called for
-        assert meant is None or isinstance(meant, dict), text
-        names = (meant or {}).get("runtimes", ["runc"])
-        if names == ["runc"]:
-            assert result.who == "runc", text
-        else:
-            assert result.status == 127 and f"none of [{', '.join(names)}]" in result.stderr, text
-            agreed += 1
+    for _ in range(400):
+        first = chance.choice(["x: {", "x: [", "x: ", "x:\n  ", "x:\n- ", "x:\n  - [", "x:\n  y: {"])
+        last = chance.choice(["y: ", "  ", "# ", "y: ["]) + value(2) + chance.choice(closing)
+        agreed += agrees(node, f"{first}{value(6)}{chance.choice(closing)}\nruntimes: [a1]\n{last}\n")
     assert agreed > 10
