@@ -56,11 +56,12 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
     if os.path.lexists(directory):
         recover.settle(directory, binary)
     bundle_spec = spec.load(invocation.bundle)
-    wanted = requests.parse(bundle_spec, settings)
-    if wanted is not None and problem is not None:
-        from dataclasses import replace
-
-        wanted = replace(wanted, capture="never")  # what the settings say of the pod's namespace is not known
+    reason = str(problem or "")
+    if problem is None:
+        wanted = requests.parse(bundle_spec, settings)
+    else:
+        wanted, passed_over = _unsettled(bundle_spec, settings)
+        reason += passed_over
     # With the id taken, runc has the words for it.
     if runc.exists(invocation.root, invocation.container_id):
         runc.replace_process(binary, invocation.words)
@@ -76,7 +77,6 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
         runc.replace_process(binary, invocation.words)
         return 127
     kept = _record(invocation, wanted)
-    reason = str(problem or "")
     try:
         record.make_directory(directory, kept)
     except FileExistsError:
@@ -92,6 +92,36 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
         log.write(invocation, "error", f"rewarm: {reason} (rewarm.dev/on-miss is fail)")
         return 1
     return _cold(invocation, bundle_spec, wanted, binary, directory, kept, reason)
+
+
+def _unsettled(bundle_spec: spec.Spec, settings: Settings) -> tuple[Request | None, str]:
+    """What a container asks for where the node's settings are not known, and what was passed over of it.
+
+    They may say that its annotations do not count, or pin others: so none of them makes a container fail that would
+    have started without rewarm. It starts cold, and is not captured.
+    """
+    from dataclasses import replace
+
+    from rewarm import annotation
+    from rewarm import request as requests
+
+    passed_over = ""
+    try:
+        wanted = requests.parse(bundle_spec, settings)
+    except RequestError as error:
+        # As if it had opted in and said nothing more, but of which container of the pod that is.
+        passed_over = f"; passed over: {error}"
+        found = spec.spec_annotations(bundle_spec)
+        kept = {key: value for key, value in found.items() if not key.startswith(annotation.PREFIX)}
+        name = found.get(f"{annotation.PREFIX}container", "")
+        least = {"snapshot": "auto", "device-memory": "off"}
+        if annotation.problem("container", name) is None:
+            least["container"] = name
+        kept |= {annotation.PREFIX + key: value for key, value in least.items()}
+        wanted = requests.parse({**bundle_spec, "annotations": kept}, settings)
+    if wanted is not None and wanted.on_miss == "fail":
+        passed_over = "; passed over: rewarm.dev/on-miss is fail"
+    return wanted and replace(wanted, capture="never", on_miss="cold-start"), passed_over
 
 
 def _taken(invocation: Invocation) -> int:
