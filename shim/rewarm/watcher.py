@@ -42,8 +42,8 @@ def watch(directory: str, configured: Settings) -> tuple[bool, str]:
     low_level = Runc(runc.find(configured), kept.root, kept.systemd_cgroup)
     if _has_fitting(wanted, container, configured, low_level.binary):
         return False, "a fitting snapshot exists"
-    if not _wait_until_ready(directory, wanted, container, low_level, configured.ready_timeout):
-        return False, f"the container was not ready within {configured.ready_timeout:g} s, or has ended"
+    if reason := _wait_until_ready(directory, wanted, container, low_level, configured.ready_timeout):
+        return False, reason
     if _has_fitting(wanted, container, configured, low_level.binary):
         return False, "a fitting snapshot exists"
     made = capture(container, wanted.namespace, wanted.snapshot, configured, systemd_cgroup=kept.systemd_cgroup)
@@ -64,25 +64,29 @@ def _wait_for_start(directory: str, kept: Record) -> Container | None:
     return None
 
 
-def _wait_until_ready(directory: str, wanted: Request, container: Container, low_level: Runc, timeout: float) -> bool:
-    ready = probe(wanted.ready, record.control(directory), container, low_level)
+def _wait_until_ready(directory: str, wanted: Request, container: Container, low_level: Runc, timeout: float) -> str:
+    """Why it is not, and "" once it is."""
+    why_not = probe(wanted.ready, record.control(directory), container, low_level)
+    ended = "the container has ended before it was ready"
     try:
         pidfd = os.pidfd_open(container.pid)
     except ProcessLookupError:
-        return False
+        return ended
+    reason = "nobody has asked it"
     try:
         if processes.start_time(container.pid) != container.start_time:
-            return False
+            return ended
         end = time.monotonic() + timeout
         while time.monotonic() < end:
-            if ready():
-                return True
-            ended, _, _ = select.select([pidfd], [], [], _POLL)
-            if ended:
-                return False
+            reason = why_not()
+            if not reason:
+                return ""
+            gone, _, _ = select.select([pidfd], [], [], _POLL)
+            if gone:
+                return ended
     finally:
         os.close(pidfd)
-    return False
+    return f"the container was not ready within {timeout:g} s: {reason}"
 
 
 def _has_fitting(wanted: Request, container: Container, configured: Settings, binary: str) -> bool:
