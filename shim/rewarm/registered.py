@@ -2,6 +2,8 @@
 
 A capture reads them while its source is frozen. They are the container's: only regular files are opened, only some
 bytes are read, and what is wrong is a note, for a program that cannot be told is no reason to have no snapshot of it.
+A restore sends the signal as root: so the process's own user has to want it, or root. Others of the container may not
+send it one by themselves.
 """
 
 from __future__ import annotations
@@ -55,15 +57,29 @@ def signals(control: str, pids: list[int]) -> tuple[tuple[Wanted, ...], list[str
 def _wanted(directory: int, name: str, number: int, here: dict[int, int]) -> Wanted:
     if number not in here:
         raise ValueError(f"the container has no process {number}")
-    signal = _number(_read(directory, name))
+    signal = _number(_read(directory, name, _owners(here[number])))
     if not processes.handles(here[number], signal):
         raise ValueError(f"process {number} does not handle signal {signal}")
     return Wanted(number, signal)
 
 
-def _read(directory: int, name: str) -> bytes:
+def _owners(pid: int) -> set[int]:
+    """Who may say what a process wants, by the node's numbers: its effective user, root, and root of the process's user
+    namespace."""
+    found = processes.user(pid)
+    with open(f"/proc/{pid}/uid_map", encoding="ascii") as file:
+        roots = [int(outside) for inside, outside, _ in map(str.split, file) if inside == "0"]
+    return {0, *roots, *(found or ())[:1]}
+
+
+def _read(directory: int, name: str, owners: set[int]) -> bytes:
     fd = open_regular(name, os.O_RDONLY, directory)
     try:
+        status = os.fstat(fd)
+        # Where fs.protected_hardlinks is off, anybody may give another's file a second name.
+        if status.st_uid not in owners or status.st_nlink > 1:
+            what = "it has several names" if status.st_uid in owners else f"it is user {status.st_uid}'s"
+            raise ValueError(f"{what}, and has to be the process's own user's, or root's")
         return os.read(fd, _LONGEST + 1)
     finally:
         os.close(fd)

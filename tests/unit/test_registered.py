@@ -6,7 +6,11 @@ import fcntl
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,35 @@ import pytest
 from rewarm import processes, registered
 from rewarm.store.manifest import Wanted
 from support.handler import Handler
+
+OF_A_USER = """
+import ctypes, os, signal, sys
+if int(sys.argv[2]): ctypes.CDLL(None).unshare(0x10000000)  # CLONE_NEWUSER
+print(flush=True)
+sys.stdin.readline()
+os.setuid(int(sys.argv[1]))
+signal.signal(signal.SIGUSR2, lambda *_: None)
+print(flush=True)
+while True: signal.pause()
+"""
+
+
+@contextmanager
+def handler_of(user: int, first: int = 0) -> Iterator[int]:
+    """The pid of a process of that user that handles SIGUSR2; in a user namespace whose root is the node's `first`."""
+    words = [sys.executable, "-I", "-c", OF_A_USER, str(user), str(first)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdout.readline()
+            if first:
+                Path(f"/proc/{process.pid}/uid_map").write_text(f"0 {first} 65536\n")
+            process.stdin.write("\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def want(directory: Path, number: int, text: str) -> None:
@@ -81,6 +114,40 @@ def test_one_that_waits_for_it_handles_it(tmp_path: Path) -> None:
         assert registered.signals(str(tmp_path), [handler.pid]) == ((Wanted(handler.number, 10),), [])
         assert not processes.handles(handler.pid, signal.SIGUSR2)
     assert not processes.handles(handler.pid, signal.SIGUSR1), "it has ended"
+
+
+@pytest.mark.parametrize(
+    ("user", "first", "owner", "said"),
+    [
+        (0, 0, 0, ""),
+        (0, 0, 1000, "it is user 1000's"),
+        (1000, 0, 1000, ""),
+        (1000, 0, 0, ""),
+        (1000, 0, 1001, "it is user 1001's"),
+        (500, 100000, 100500, ""),
+        (500, 100000, 100000, ""),  # root of the container
+        (500, 100000, 0, ""),
+        (500, 100000, 500, "it is user 500's"),
+        (0, 100000, 100500, "it is user 100500's"),
+    ],
+)
+def test_who_may_want_one_for_a_process(tmp_path: Path, user: int, first: int, owner: int, said: str) -> None:
+    """Who may not send it a signal has rewarm send none either. Files have the node's numbers."""
+    with handler_of(user, first) as pid:
+        want(tmp_path, pid, "USR2")
+        os.chown(tmp_path / f"{pid}.signal", owner, 0)
+        found, notes = registered.signals(str(tmp_path), [pid])
+    why = f"no signal by /run/rewarm/{pid}.signal: {said}, and has to be the process's own user's, or root's"
+    assert (found, notes) == (((), [why]) if said else ((Wanted(pid, signal.SIGUSR2),), []))
+
+
+def test_a_second_name_of_somebodys_file(tmp_path: Path) -> None:
+    """Anybody may make one where fs.protected_hardlinks is off."""
+    with Handler(signal.SIGUSR2) as one, Handler(signal.SIGUSR2) as two:
+        want(tmp_path, one.number, "USR2")
+        os.link(tmp_path / f"{one.number}.signal", tmp_path / f"{two.number}.signal")
+        found, notes = registered.signals(str(tmp_path), [one.pid, two.pid])
+        assert found == () and all("it has several names" in note for note in notes) and len(notes) == 2
 
 
 def test_what_is_planted_is_not_opened(tmp_path: Path) -> None:
