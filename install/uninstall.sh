@@ -73,6 +73,8 @@ users() {
         words=()
         mapfile -d '' -t words 2>/dev/null <"$file" || true # it ended meanwhile
         [[ ${#words[@]} -gt 0 ]] || continue
+        # In a container the same name is another program.
+        [[ ! -e $prefix || ${file%cmdline}root$prefix -ef $prefix ]] || continue
         for word in "${words[@]}"; do
             # conmon names its runtime by an option's value; our own programs are the first word.
             if [[ $word == "$prefix/bin/rewarm-runc" || $word == "$link" || ${words[0]} == "$prefix"/* ]]; then
