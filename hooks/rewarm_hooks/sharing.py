@@ -32,15 +32,15 @@ class Sharing:
     stands there is replaced, and what cannot be made is an error. Of the others what exists stays, and what the
     container could not have made is passed over.
 
-    may_own: whether a file may be of this user and group; may_make: whether something may be made in a directory of
-    this status. foreign: nothing there is the container's own, to whom any name may belong: only what is needed is
-    made, at the top, plain files, and that one exists is an error.
+    may_own: whether a file may be of this user and group (None: of whichever group); may_make: whether something may be
+    made in a directory of this status. foreign: nothing there is the container's own, to whom any name may belong: only
+    what is needed is made, at the top, plain files, and that one exists is an error.
     """
 
     def __init__(
         self,
         needed: Container[Parts],
-        may_own: Callable[[int, int], bool],
+        may_own: Callable[[int, int | None], bool],
         may_make: Callable[[os.stat_result], bool],
         *,
         foreign: bool = False,
@@ -49,6 +49,7 @@ class Sharing:
         self._may_own = may_own
         self._may_make = may_make
         self._foreign = foreign
+        self._given: dict[Parts, int] = {}
 
     def of(self, steps: list[Step], walker: Walker) -> list[Step]:
         """Those of the layer's steps that are to be taken. Raises LayerError."""
@@ -80,15 +81,33 @@ class Sharing:
             return "its directory is not there"
         if member.kind == kinds.LINK:
             return "the file that it is a link to is not made" if names.parse(member.link) in passed else ""
-        if not self._may_own(member.uid, member.gid):
+        parent = None if step.fresh else os.fstat(walker.directory(step.parts[:-1]))
+        gid = self._group_of(step, parent)
+        if not self._may_own(member.uid, gid):
             return f"it belongs to {member.uid}:{member.gid}, which the container's user could not make it"
         if any(name.startswith(_PRIVILEGED) for name in member.xattrs):
             return "it has an xattr that the container could not give it"
-        if not step.fresh and not self._may_make(os.fstat(walker.directory(step.parts[:-1]))):
+        if parent is not None and not self._may_make_in(parent):
             return "the container's user may make nothing in its directory"
-        if step.found is not None and not self._may_own(step.found.st_uid, step.found.st_gid):
+        if step.found is not None and not self._may_own(step.found.st_uid, None):
             return "another's file is there"
         return ""
+
+    def _group_of(self, step: Step, parent: os.stat_result | None) -> int | None:
+        """None if its directory gives it that group, and not the process (S_ISGID)."""
+        member, at = step.member, step.parts[:-1]
+        given = self._given.get(at) if parent is None else parent.st_gid if parent.st_mode & stat.S_ISGID else None
+        if member.gid != given:
+            return member.gid
+        if member.kind == kinds.DIRECTORY and member.mode & stat.S_ISGID:
+            self._given[step.parts] = member.gid
+        return None
+
+    def _may_make_in(self, directory: os.stat_result) -> bool:
+        """Some process of the container: it may be the directory's owner, if that is not the user it starts as."""
+        wanted = stat.S_IWUSR | stat.S_IXUSR
+        owns = directory.st_mode & wanted == wanted and self._may_own(directory.st_uid, None)
+        return owns or self._may_make(directory)
 
     def _check_foreign(self, step: Step) -> None:
         """Whether the container's own processes could have made this one. Raises LayerError."""

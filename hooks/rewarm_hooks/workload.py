@@ -90,13 +90,17 @@ def reseed() -> None:
     CPU and of CUDA, and OpenSSL's (as `ssl` has it); each only if its module was imported. Generators that the program
     has made for itself (`random.Random`, `numpy.random.default_rng`, `torch.Generator`) are its own to seed.
     """
-    for name, one in (("random", _random), ("numpy.random", _numpy), ("torch", _torch), ("ssl", _openssl)):
-        module = sys.modules.get(name)
-        if module is not None:
-            try:
-                one(module)
-            except Exception:
-                traceback.print_exc()
+    _seed("random", "ssl", "numpy.random", "torch")
+
+
+def _seed(*names: str) -> None:
+    seeds = {"random": _random, "ssl": _openssl, "numpy.random": _numpy, "torch": _torch}
+    for name in names:
+        try:
+            if sys.modules.get(name) is not None:
+                seeds[name](sys.modules[name])
+        except Exception:
+            traceback.print_exc()
 
 
 def _random(module: Any) -> None:
@@ -272,14 +276,9 @@ def _listen(means: _Means, *, start: bool) -> _Listener | None:
 
 def _is_told(connection: socket.socket) -> bool:
     connection.settimeout(_PATIENCE)
-    data = b""
     try:
-        while b"\n" not in data and len(data) < _LONGEST:
-            piece = connection.recv(_LONGEST)
-            if not piece:
-                break
-            data += piece
-        message = json.loads(data)
+        with connection.makefile("rb") as file:
+            message = json.loads(file.readline(_LONGEST))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(message, dict) and message.get("event") == "restored"
@@ -288,11 +287,10 @@ def _is_told(connection: socket.socket) -> bool:
 def _document() -> dict[str, Any]:
     try:
         with open(os.path.join(CONTROL, _RESTORED), "rb") as file:
-            found: dict[str, Any] = json.loads(file.read())
-    except (OSError, ValueError) as error:  # it is for the container's user, and this process may be another's
+            return dict(json.loads(file.read()))
+    except (OSError, ValueError, TypeError) as error:  # it is for the container's user, and this one may be another
         print(f"rewarm: this process cannot read what its restore says: {error}", file=sys.stderr)
         return {}
-    return found
 
 
 def _mark() -> tuple[int, int] | None:
@@ -341,7 +339,7 @@ def _is_refused(path: str, means: _Means) -> bool:
 
 
 def _after_fork() -> None:
-    """No thread of the parent's is in a child, which may have stopped in the middle of anything under the lock."""
+    """No thread of the parent's is in a child; one may have stopped in the middle of anything under the lock."""
     global _lock, _listener, _pending, _seen
     _lock = threading.Lock()
     _callbacks.clear()
@@ -351,13 +349,14 @@ def _after_fork() -> None:
     if not _reseeds or _is_for_exec():
         return
     mark = _mark()
-    if mark != _seen:  # the parent was restored and is not told yet: its numbers are those of the other copies
-        reseed()
+    late = mark != _seen  # the parent was restored and is not told yet: its numbers are those of the other copies
+    if late:
+        _seed("random", "ssl")
         _seen = mark
     _pending = token = object()
     try:
         # Not threading's: under gevent that would run the program's greenlets before the child is theirs.
-        _thread.start_new_thread(_listen_later, (token, _Means()))
+        _thread.start_new_thread(_listen_later, (token, _Means(), late))
     except RuntimeError as error:
         print(f"rewarm: this process will not be told of a restore: {error}", file=sys.stderr)
 
@@ -365,19 +364,20 @@ def _after_fork() -> None:
 def _is_for_exec() -> bool:
     """Whether subprocess forks, for a `preexec_fn`: it goes on to run another program, and to have a thread until then
     would keep it from a new user namespace."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        module = frame.f_globals.get("__name__", "")
-        if frame.f_code.co_name == "_execute_child" and str(module).endswith("subprocess"):
+    frame: Any = sys._getframe()
+    while frame := frame.f_back:
+        module = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name == "_execute_child" and module.endswith("subprocess"):
             return True
     return False
 
 
-def _listen_later(token: object, means: _Means) -> None:
+def _listen_later(token: object, means: _Means, late: bool) -> None:
     """A child that was forked in order to run another program has done so by then, and leaves nothing."""
     global _listener, _pending
     means.enter()
+    if late:  # here, where it may hang: a lock that another thread of the parent's held is never given back
+        _seed("numpy.random", "torch")
     means.sleep(_GRACE)
     if not _lock.acquire(blocking=False):  # who holds it makes the socket, or the process ends
         return

@@ -115,8 +115,8 @@ def apply(layer: str, checkpoint: str, there: Undo, bundle_spec: Spec) -> None:
     needed = opened.below(Path(checkpoint), SHM)
     limits = vet.Limits(bundle_spec)
 
-    def may_own(uid: int, gid: int) -> bool:
-        known = users.inside(bundle_spec, uid, gid)
+    def may_own(uid: int, gid: int | None) -> bool:
+        known = users.inside(bundle_spec, uid, users.owner(bundle_spec)[1] if gid is None else gid)
         return known is not None and limits.may_own(*known)
 
     rights = layers.Rights(may_own, users.of(bundle_spec).may_make, is_nodes(there.root))

@@ -61,7 +61,8 @@ def check_settings(node: Node) -> Check:
     if there and _through_python(node):
         odd = f"{found}: the launcher does not understand its form, so that each call of the runtime starts Python"
         step = "write it in the form of config/config.yaml: a key at the start of its line, `runtimes: [a, b]` and "
-        return Check("settings", WARNING, odd, f"{step}`state_dir: /path` on one line, longer values as blocks")
+        step += "`state_dir: /path` on one line, longer values as blocks, no quotes where YAML does without"
+        return Check("settings", WARNING, odd, step)
     return Check("settings", OK, found)
 
 

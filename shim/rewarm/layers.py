@@ -16,7 +16,7 @@ from rewarm.errors import RestoreError
 class Rights(NamedTuple):
     """Of a container in a directory that it shares (rewarm_hooks.sharing)."""
 
-    may_own: Callable[[int, int], bool]
+    may_own: Callable[[int, int | None], bool]
     may_make: Callable[[os.stat_result], bool]
     foreign: bool
 

@@ -16,7 +16,7 @@ import stat
 
 from rewarm import processes
 from rewarm.oci.runc import Container
-from rewarm.oci.spec import CONTROL_DESTINATION
+from rewarm.oci.spec import CONTROL_DESTINATION, Spec
 from rewarm.replica import NAME, hand_over
 from rewarm.store.manifest import Wanted
 
@@ -32,14 +32,14 @@ _MESSAGE = json.dumps({"event": "restored", "file": f"{CONTROL_DESTINATION}/{NAM
 _CAUSES = {errno.EAGAIN: "its backlog is full", errno.ECONNREFUSED: "nobody listens"}
 
 
-def notify(control: str, init: Container, wanted: tuple[Wanted, ...]) -> list[str]:
+def notify(control: str, init: Container, wanted: tuple[Wanted, ...], bundle_spec: Spec) -> list[str]:
     """Tell all, and wait for none. `control` is the control directory on the node, `init` the container that was
-    restored, `wanted` what its snapshot says of signals. Returns a line for each that was not told, some of them at
-    most. Raises OSError if there is no control directory.
+    restored, with this spec, `wanted` what its snapshot says of signals. Returns a line for each that was not told,
+    some of them at most. Raises OSError if there is no control directory.
     """
     directory = os.open(control, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        hand_over(directory, processes.tree(init.pid))
+        hand_over(directory, processes.tree(init.pid), bundle_spec)
         notes = _connect(directory)
         if wanted:
             notes += _signal(directory, init, wanted)

@@ -84,20 +84,41 @@ def _environment(bundle_spec: Spec) -> dict[str, str]:
     return dict(str(one).split("=", 1) for one in found if "=" in str(one))
 
 
-def hand_over(directory: int, pids: Sequence[int]) -> None:
-    """Let the program read the file, whose processes `pids` are, where it has another user than its spec says: many
-    start as root and give that up (gosu, su-exec). Only if all that did so have the same. `directory` is the open
-    control directory, in which the container may have put anything by now. Raises OSError.
+def hand_over(directory: int, pids: Sequence[int], bundle_spec: Spec) -> None:
+    """Let the program read the file, whose processes `pids` are, where it starts as root and gives that up (gosu,
+    su-exec): if all that did so have the same user, and root can read it then, too. `directory` is the open control
+    directory, in which the container may have put anything by now. Raises OSError.
     """
+    user = (bundle_spec.get("process") or {}).get("user") or {}
+    if int(user.get("uid") or 0) != 0:
+        return
+    root = users.owner(bundle_spec)
+    found = {one for one in map(processes.user, pids) if one is not None}
+    others = {one for one in found if one[0] != root[0]}
+    if len({uid for uid, _ in others}) != 1 or (others != found and not _reads_all(bundle_spec)):
+        return
     try:
         fd = os.open(NAME, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         return
     try:
         status = os.fstat(fd)
-        found = {user for user in map(processes.user, pids) if user is not None}
-        others = {user for user in found if user[0] != status.st_uid}
-        if len({uid for uid, _ in others}) == 1 and stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == root[0]:
             os.chown(f"/proc/self/fd/{fd}", *min(others))
+            # From here on the sticky directory keeps root of the container without CAP_FOWNER from moving it.
+            if not _is_still(directory, status):
+                os.chown(f"/proc/self/fd/{fd}", status.st_uid, status.st_gid)
     finally:
         os.close(fd)
+
+
+def _is_still(directory: int, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(status, os.stat(NAME, dir_fd=directory, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _reads_all(bundle_spec: Spec) -> bool:
+    capabilities = (bundle_spec.get("process") or {}).get("capabilities") or {}
+    return bool({"CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"} & set(capabilities.get("effective") or []))

@@ -128,7 +128,7 @@ def restore(plan: Plan) -> None:
                 aside.run(lambda: devices.resume(container.pid, stopped, load, plan.trace))
                 _check_init(container)
         with plan.trace.phase("restore.notify"):
-            notes += notify(record.control(plan.directory), container, plan.manifest.signals)
+            notes += notify(record.control(plan.directory), container, plan.manifest.signals, plan.spec)
         deadline.disarm()
         with plan.trace.phase("restore.commit"), _unsignalled():
             _commit(plan, kept, container)

@@ -290,7 +290,7 @@ def test_the_signal_is_sent_again(counting: Counting, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(processes, "send", send)
     stop([counting.pid], LIMIT)
-    assert sent == [signal.SIGSTOP, signal.SIGSTOP] and counting.states() == {"T"}
+    assert len(sent) >= 2 and set(sent) == {signal.SIGSTOP} and counting.states() == {"T"}
 
 
 def test_what_does_not_stop_is_named(counting: Counting, monkeypatch: pytest.MonkeyPatch) -> None:

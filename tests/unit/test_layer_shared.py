@@ -177,7 +177,7 @@ def user_applies(layer: bytes, root: Path, needed: set[tuple[bytes, ...]] | None
     """Into a container of user and group 1000."""
     user = User(1000, 1000, frozenset([1000]), privileged=False)
     with opened(root) as fd:
-        rights = Sharing(needed or set(), lambda uid, gid: (uid, gid) == (1000, 1000), user.may_make)
+        rights = Sharing(needed or set(), lambda uid, gid: uid == 1000 and gid in (1000, None), user.may_make)
         apply_layer(io.BytesIO(layer), fd, root.parent / "undo", sharing=rights)
 
 
@@ -239,6 +239,40 @@ def test_anothers_file_is_not_replaced(tmp_path: Path, root: Path) -> None:
     os.chown(root / "mine.file", 1000, 1000)
     user_applies(of_users(tmp_path / "again"), root, {(b"mine.file",)})
     assert (root / "mine.file").read_text() == "mine"
+
+
+def test_a_directory_of_a_user_that_the_program_has_become(tmp_path: Path, root: Path) -> None:
+    """Root without CAP_DAC_OVERRIDE may write to it as that user alone."""
+    layer = of_users(tmp_path)
+    (root / "mine").mkdir(mode=0o700)
+    os.chown(root / "mine", 1000, 1000)
+    nobody = User(0, 0, frozenset([0]), privileged=False)
+    assert not nobody.may_make((root / "mine").stat())
+    with opened(root) as fd:
+        rights = Sharing({(b"mine", b"below", b"file")}, lambda uid, gid: uid in (0, 1000), nobody.may_make)
+        apply_layer(io.BytesIO(layer), fd, root.parent / "undo", sharing=rights)
+    assert (root / "mine/below/file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", [0o3777, 0o1777])
+def test_the_group_that_a_directory_gives(tmp_path: Path, root: Path, mode: int) -> None:
+    source = tmp_path / "given"
+    (source / "deep/deeper").mkdir(parents=True)
+    for path in (source / "file", source / "deep/file", source / "deep/deeper/file"):
+        path.write_text("x")
+    for path in source.rglob("*"):
+        os.chown(path, 1000, 3000)
+    (source / "deep").chmod(0o2755)
+    out = io.BytesIO()
+    write_layer(source, out)
+    os.chown(root, 0, 3000)
+    root.chmod(mode)
+    user = User(1000, 1000, frozenset([1000]), privileged=False)
+    with opened(root) as fd:
+        rights = Sharing(set(), lambda uid, gid: uid == 1000 and gid in (1000, None), user.may_make)
+        apply_layer(io.BytesIO(out.getvalue()), fd, root.parent / "undo", sharing=rights)
+    found = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    assert found == (["deep", "deep/deeper", "deep/file", "file"] if mode & 0o2000 else [])
 
 
 def test_no_link_to_what_is_there(tmp_path: Path, root: Path) -> None:

@@ -63,7 +63,7 @@ def heard(listener: socket.socket) -> list[bytes]:
 def test_a_listener_is_told_once(control: Path, sockets: ExitStack) -> None:
     listeners = [listen(sockets, control / name) for name in ("a.sock", "b.sock")]
     other = listen(sockets, control / "other")
-    assert notify.notify(str(control), NOBODY, ()) == []
+    assert notify.notify(str(control), NOBODY, (), {}) == []
     for listener in listeners:
         (line,) = heard(listener)
         assert line.endswith(b"\n") and json.loads(line) == LINE
@@ -71,9 +71,9 @@ def test_a_listener_is_told_once(control: Path, sockets: ExitStack) -> None:
 
 
 def test_nobody_is_there(control: Path) -> None:
-    assert notify.notify(str(control), NOBODY, ()) == []
+    assert notify.notify(str(control), NOBODY, (), {}) == []
     with pytest.raises(FileNotFoundError):
-        notify.notify(str(control / "none"), NOBODY, ())
+        notify.notify(str(control / "none"), NOBODY, (), {})
 
 
 def test_what_is_no_listener_is_a_note(control: Path, sockets: ExitStack) -> None:
@@ -86,7 +86,7 @@ def test_what_is_no_listener_is_a_note(control: Path, sockets: ExitStack) -> Non
     listen(sockets, control / "gone.sock").close()
     listen(sockets, control / "datagrams.sock", kind=socket.SOCK_DGRAM)
     began = time.monotonic()
-    notes = sorted(notify.notify(str(control), NOBODY, ()))
+    notes = sorted(notify.notify(str(control), NOBODY, (), {}))
     assert time.monotonic() - began < 1
     assert [note.removeprefix("/run/rewarm/") for note in notes] == [
         "datagrams.sock was not told: Protocol wrong type for socket",
@@ -104,7 +104,7 @@ def test_a_full_backlog_is_not_waited_for(control: Path, sockets: ExitStack) -> 
     listener = listen(sockets, control / "full.sock", backlog=0)
     sockets.enter_context(socket.socket(socket.AF_UNIX)).connect(str(control / "full.sock"))
     began = time.monotonic()
-    assert notify.notify(str(control), NOBODY, ()) == ["/run/rewarm/full.sock was not told: its backlog is full"]
+    assert notify.notify(str(control), NOBODY, (), {}) == ["/run/rewarm/full.sock was not told: its backlog is full"]
     assert time.monotonic() - began < 1
     assert listener.accept()[0].detach() >= 0
 
@@ -115,7 +115,7 @@ def test_a_full_directory(control: Path) -> None:
     for number in range(20_000):
         os.close(os.open(os.fsencode(control) + b"/" + base + b"%05d" % number + b".sock", os.O_CREAT | os.O_WRONLY))
     began = time.monotonic()
-    notes = notify.notify(str(control), NOBODY, ())
+    notes = notify.notify(str(control), NOBODY, (), {})
     assert time.monotonic() - began < 2
     assert notes[0] == "not everybody was told: more than 256 sockets or 4096 names in /run/rewarm"
     assert notes[-1] == "and 249 more were not told" and len(notes) == 9
@@ -125,7 +125,7 @@ def test_a_full_directory(control: Path) -> None:
 
 def test_so_many_listeners(control: Path, sockets: ExitStack) -> None:
     listeners = [listen(sockets, control / f"{number}.sock") for number in range(notify.MOST + 4)]
-    (note,) = notify.notify(str(control), NOBODY, ())
+    (note,) = notify.notify(str(control), NOBODY, (), {})
     assert note.startswith("not everybody was told")
     assert sum(len(heard(listener)) for listener in listeners) == notify.MOST
 
@@ -142,7 +142,7 @@ def test_a_name_that_changes_leads_nowhere(control: Path, sockets: ExitStack) ->
             end = time.monotonic() + 10
             refused, told = 0, 0
             while (refused < 20 or told < 20) and time.monotonic() < end:
-                refused += any("is no socket" in note for note in notify.notify(str(control), NOBODY, ()))
+                refused += any("is no socket" in note for note in notify.notify(str(control), NOBODY, (), {}))
                 told += len(heard(inside))
         finally:
             changing.kill()
@@ -154,7 +154,7 @@ def test_a_stopped_process_sees_its_signal_first(control: Path, apart: bool) -> 
     with Handler(signal.SIGUSR1, apart=apart) as handler:
         handler.stop()
         assert handler.number == 1 or not apart
-        assert notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR1),)) == []
+        assert notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR1),), {}) == []
         handler.go_on()
         assert handler.said() == signal.SIGUSR1
         again = control / f"{handler.number}.signal"
@@ -163,19 +163,19 @@ def test_a_stopped_process_sees_its_signal_first(control: Path, apart: bool) -> 
 
 def test_who_does_not_handle_it_is_left_alone(control: Path) -> None:
     with Handler(signal.SIGUSR2) as handler:
-        notes = notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR1),))
+        notes = notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR1),), {})
         assert notes == [f"process {handler.number} was not sent signal 10: it does not handle it"]
-        assert notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR2),)) == []
+        assert notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR2),), {}) == []
         assert handler.said() == signal.SIGUSR2, "and so it lives"
 
 
 def test_nobody_else_is_sent_one(control: Path) -> None:
     """By whatever number a snapshot names it."""
     with Handler(signal.SIGUSR1) as handler, Handler(signal.SIGUSR1) as other, Handler(signal.SIGUSR1) as last:
-        (note,) = notify.notify(str(control), handler.container, (Wanted(other.pid, signal.SIGUSR1),))
+        (note,) = notify.notify(str(control), handler.container, (Wanted(other.pid, signal.SIGUSR1),), {})
         assert note == f"process {other.pid} was not sent signal 10: it is not there"
         ended = last.container._replace(start_time=last.container.start_time - 1)
-        notes = notify.notify(str(control), ended, (Wanted(last.pid, signal.SIGUSR1),))
+        notes = notify.notify(str(control), ended, (Wanted(last.pid, signal.SIGUSR1),), {})
         assert notes == ["no process was sent a signal: the container's init has ended"]
         for one in (other, last):
             os.kill(one.pid, signal.SIGUSR1)
@@ -190,7 +190,7 @@ def test_what_is_planted_is_not_written_to(control: Path) -> None:
         name = control / f"{handler.number}.signal"
         for plant in (lambda: os.mkfifo(name), lambda: name.symlink_to(outside), lambda: name.write_text("USR2")):
             plant()
-            assert notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR1),)) == []
+            assert notify.notify(str(control), handler.container, (Wanted(handler.number, signal.SIGUSR1),), {}) == []
             assert handler.said() == signal.SIGUSR1
             assert not outside.exists()
             name.unlink()

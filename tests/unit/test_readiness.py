@@ -156,8 +156,8 @@ def test_what_the_watcher_says(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "300"]) as process:
         there = container(process.pid)._replace(start_time=processes.start_time(process.pid) or 0)
         runc = Runc("runc", "/run/runc")
-        said = watcher._wait_until_ready(str(tmp_path), wanted, there, runc, 0.05)
-        assert said.startswith("the container was not ready within 0.05 s: nothing answers GET /x at 127.0.0.1:1 (")
+        said = watcher._wait_until_ready(str(tmp_path), wanted, there, runc, 0.5)
+        assert said.startswith("the container was not ready within 0.5 s: nothing answers GET /x at 127.0.0.1:1 (")
         threading.Timer(0.2, process.kill).start()
         began = time.monotonic()
         said = watcher._wait_until_ready(str(tmp_path), wanted, there, runc, 60)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,32 +88,57 @@ def programs() -> Iterator[Callable[[int], int]]:
         yield start
 
 
+DAC = {"capabilities": {"effective": ["CAP_DAC_OVERRIDE"]}}
+
+
 @pytest.mark.parametrize(
-    ("spec_user", "users", "owner"),
+    ("process", "users", "owner"),
     [
-        (0, [0, 999], (999, 1000)),  # nginx; an init that is root, and gosu below it
-        (0, [999, 999], (999, 1000)),
-        (0, [0, 0], (0, 0)),
-        (0, [0, 998, 999], (0, 0)),
-        (1000, [1000], (1000, 1000)),
-        (0, [], (0, 0)),
+        (DAC, [0, 999], (999, 1000)),  # nginx; an init that is root, and gosu below it
+        ({}, [0, 999], (0, 0)),  # such a root could no longer read it
+        ({}, [999, 999], (999, 1000)),
+        (DAC, [0, 0], (0, 0)),
+        (DAC, [0, 998, 999], (0, 0)),
+        ({}, [], (0, 0)),
+        ({"user": {"uid": 1000, "gid": 1000}}, [1000], (1000, 1000)),
+        ({"user": {"uid": 1000, "gid": 1000}, **DAC}, [1000, 0], (1000, 1000)),  # sudo
+        ({"user": {"uid": 1000, "gid": 1000}, **DAC}, [999], (1000, 1000)),
     ],
 )
 def test_a_program_that_has_given_up_its_rights(
-    tmp_path: Path, programs: Callable[[int], int], spec_user: int, users: list[int], owner: tuple[int, int]
+    tmp_path: Path, programs: Callable[[int], int], process: Any, users: list[int], owner: tuple[int, int]
 ) -> None:
-    told(tmp_path, {"process": {"user": {"uid": spec_user, "gid": spec_user}}})
-    assert handed_over(tmp_path, [programs(user) for user in users]) == (0o400, *owner)
+    told(tmp_path, {"process": process})
+    assert handed_over(tmp_path, [programs(user) for user in users], {"process": process}) == (0o400, *owner)
 
 
-def handed_over(directory: Path, pids: list[int]) -> tuple[int, int, int]:
+def handed_over(directory: Path, pids: list[int], spec: Any) -> tuple[int, int, int]:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        replica.hand_over(fd, pids)
+        replica.hand_over(fd, pids, spec)
     finally:
         os.close(fd)
     status = (directory / replica.NAME).stat()
     return status.st_mode & 0o777, status.st_uid, status.st_gid
+
+
+def test_moved_meanwhile(tmp_path: Path, programs: Callable[[int], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `PID.signal` it would be a signal that its new owner wants."""
+    told(tmp_path, {})
+    chown = os.chown
+
+    def moves(path: str, uid: int, gid: int) -> None:
+        with suppress(FileNotFoundError):
+            (tmp_path / replica.NAME).rename(tmp_path / "1.signal")
+        chown(path, uid, gid)
+
+    monkeypatch.setattr(os, "chown", moves)
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        replica.hand_over(fd, [programs(999)], {})
+    finally:
+        os.close(fd)
+    assert (tmp_path / "1.signal").stat().st_uid == 0
 
 
 @pytest.mark.parametrize("planted", ["symlink", "link", "fifo"])
@@ -127,12 +152,12 @@ def test_nothing_else_is_handed_over(tmp_path: Path, programs: Callable[[int], i
         os.link(other, path)
     else:
         os.mkfifo(path, 0o400)
-    assert handed_over(tmp_path, [programs(999)])[1:] == (0, 0) == (other.stat().st_uid, other.stat().st_gid)
+    assert handed_over(tmp_path, [programs(999)], {})[1:] == (0, 0) == (other.stat().st_uid, other.stat().st_gid)
 
 
 def test_there_is_nothing_to_hand_over(tmp_path: Path, programs: Callable[[int], int]) -> None:
     fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        replica.hand_over(fd, [programs(999), 2**22 + 1])
+        replica.hand_over(fd, [programs(999), 2**22 + 1], {})
     finally:
         os.close(fd)

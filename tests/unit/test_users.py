@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,25 @@ MAPPED = {
 
 
 def test_of_a_spec() -> None:
-    process = {"user": {"uid": 5, "gid": 6, "additionalGids": [7]}, "capabilities": {"effective": ["CAP_DAC_OVERRIDE"]}}
+    process = {"user": {"uid": 5, "gid": 6, "additionalGids": [7]}}
     assert users.of({}) == User(0, 0, frozenset([0]), False)
-    assert users.of({"process": process}) == User(5, 6, frozenset([6, 7]), True)
+    assert users.of({"process": process}) == User(5, 6, frozenset([6, 7]), False)
     assert users.of({"process": process, **MAPPED}) == User(100005, 200006, frozenset([200006, 200007]), False)
+
+
+@pytest.mark.parametrize(
+    ("uid", "kind", "mapped", "privileged"),
+    [
+        (0, "effective", {}, True),
+        (0, "bounding", {}, False),
+        (0, "effective", MAPPED, False),
+        (5, "effective", {}, False),  # containerd writes it, and execve(2) takes it away
+        (5, "ambient", {}, True),
+    ],
+)
+def test_privileged(uid: int, kind: str, mapped: Any, privileged: bool) -> None:
+    process = {"user": {"uid": uid}, "capabilities": {kind: ["CAP_DAC_OVERRIDE"]}}
+    assert users.of({"process": process, **mapped}).privileged is privileged
 
 
 @pytest.mark.parametrize(("there", "here"), [((100005, 200006), (5, 6)), ((0, 0), None), ((101000, 200006), None)])

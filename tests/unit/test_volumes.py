@@ -246,7 +246,7 @@ def test_only_what_its_user_may_make(
 ) -> None:
     os.chown(pod.volume, *owner)
     pod.volume.chmod(mode)
-    pod.spec["process"] = {**USER, "capabilities": {"effective": capabilities}}
+    pod.spec["process"] = {**USER, "capabilities": {"ambient": capabilities}}
     pod.open("/cache/app.log", APPEND, size=None)
     pod.make("/cache/app.log")
     assert (pod.volume / "app.log").exists() == made

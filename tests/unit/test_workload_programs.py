@@ -197,8 +197,8 @@ FORKS = f"""{NUMBERS}
 workload.on_restore(lambda r: say("told"))
 say("waits"); sys.stdin.readline()
 if os.fork() == 0:
+    time.sleep(0.2)
     say("alike" if alike() else "seeded")
-    time.sleep(0.6)
     numbers.seed(1); say("again")
     while alike(): time.sleep(0.01)
     say("seeded"); os._exit(0)
@@ -214,9 +214,8 @@ def test_a_child_that_is_forked_before_its_parent_is_told(control: Path, restore
         assert started.stdin is not None
         started.stdin.write("\n")
         started.stdin.flush()
-        found = {line(started), line(started)}
-        assert found == {"ready", first}
-        assert line(started) == "again"
+        assert {line(started) for _ in range(3)} == {"ready", first, "again"}
+        wait_for("the child's socket", lambda: len(sockets(control)) == 2)
         tell(control)
         assert {line(started), line(started)} == {"seeded", "told"}
 
@@ -259,6 +258,7 @@ RUNS = {
     "gevent": f"{GREEN['gevent']}workload.on_restore(){POPEN}",
     "exec": """
 workload.on_restore()
+workload._GRACE = 2.0
 for _ in range(3):
     say(1)
     if os.fork() == 0: os.execvp("sleep", ["sleep", "60"])
@@ -269,7 +269,8 @@ for _ in range(3):
 @pytest.mark.parametrize("kind", list(RUNS))
 def test_a_child_that_runs_another_program_leaves_nothing(control: Path, kind: str) -> None:
     """And has one thread only where it can be known: unshare(2) of a user namespace wants that."""
-    with program(control, f"{RUNS[kind]}time.sleep(0.6)\n") as started:
+    seconds = 3 if kind == "exec" else 0.6
+    with program(control, f"{RUNS[kind]}time.sleep({seconds})\n") as started:
         assert [line(started) for _ in range(4)] == ["1", "1", "1", "ready"]
         assert len(sockets(control)) == 1
 

@@ -31,14 +31,15 @@ class User(NamedTuple):
 
 
 def of(spec: Spec) -> User:
-    """Privileges of a user namespace are none over the node's files."""
+    """What a user namespace gives its root counts for nothing here. Another user than root has only ambient
+    capabilities, whatever stands in the spec: containerd writes root's for all users."""
     uid, gid = owner(spec)
     process = spec.get("process") or {}
-    others = (process.get("user") or {}).get("additionalGids") or []
+    user = process.get("user") or {}
     mappings = _mappings(spec, "gidMappings")
-    groups = frozenset([gid, *(_outside(int(one), mappings) for one in others)])
-    effective = (process.get("capabilities") or {}).get("effective") or []
-    return User(uid, gid, groups, "CAP_DAC_OVERRIDE" in effective and not has_users(spec))
+    groups = frozenset([gid, *(_outside(int(one), mappings) for one in user.get("additionalGids") or [])])
+    held = (process.get("capabilities") or {}).get("ambient" if int(user.get("uid") or 0) else "effective") or []
+    return User(uid, gid, groups, "CAP_DAC_OVERRIDE" in held and not has_users(spec))
 
 
 def owner(spec: Spec) -> tuple[int, int]:
