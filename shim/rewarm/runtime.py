@@ -97,8 +97,8 @@ def create(invocation: Invocation, settings: Settings, binary: str, problem: Set
 def _unsettled(bundle_spec: spec.Spec, settings: Settings) -> tuple[Request | None, str]:
     """What a container asks for where the node's settings are not known, and what was passed over of it.
 
-    They may say that its annotations do not count, or pin others: so none of them makes a container fail that would
-    have started without rewarm. It starts cold, and is not captured.
+    They may say that its annotations do not count, or pin others: so a mistake in one makes no container fail. It
+    starts cold, unless it says itself that it would rather fail (`on-miss`), and is not captured.
     """
     from dataclasses import replace
 
@@ -119,9 +119,7 @@ def _unsettled(bundle_spec: spec.Spec, settings: Settings) -> tuple[Request | No
             least["container"] = name
         kept |= {annotation.PREFIX + key: value for key, value in least.items()}
         wanted = requests.parse({**bundle_spec, "annotations": kept}, settings)
-    if wanted is not None and wanted.on_miss == "fail":
-        passed_over = "; passed over: rewarm.dev/on-miss is fail"
-    return wanted and replace(wanted, capture="never", on_miss="cold-start"), passed_over
+    return wanted and replace(wanted, capture="never"), passed_over
 
 
 def _taken(invocation: Invocation) -> int:

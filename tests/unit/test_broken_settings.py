@@ -1,5 +1,5 @@
-"""`create` while the settings have a mistake: what they say of the pod's namespace is not known, so no annotation makes
-a container fail."""
+"""`create` while the settings have a mistake: what they say of the pod's namespace is not known, so no mistake in an
+annotation makes a container fail."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def node(tmp_path: Path) -> Node:
         ({"snapshot": "../model"}, "passed over: read annotation rewarm.dev/snapshot: '../model' is not a name"),
         ({"snapshot": "model", "container": "main", "ready": "?"}, "passed over: read annotation rewarm.dev/ready"),
         ({"snapshot": "model", "container": "../x"}, "passed over: read annotation rewarm.dev/container"),
-        ({"snapshot": "model", "on-miss": "fail", "capture": "on-ready"}, "passed over: rewarm.dev/on-miss is fail"),
+        ({"snapshot": "model", "capture": "on-ready"}, "unknown key"),
         ({"snapshot": "model", "on-miss": "fail", "engine": "x"}, "passed over: read annotation rewarm.dev/engine"),
     ],
 )
@@ -96,6 +96,11 @@ def test_what_would_fail_starts_cold(node: Node, annotations: dict[str, str], sa
 def test_another_container_of_the_pod_is_not_meant(node: Node) -> None:
     assert node.create({"rewarm.dev/snapshot": "m", "rewarm.dev/container": "sidecar", "rewarm.dev/engin": "x"}) == 7
     assert not node.directory.exists()
+
+
+def test_who_would_rather_fail_does(node: Node) -> None:
+    assert node.create({"rewarm.dev/snapshot": "model", "rewarm.dev/on-miss": "fail"}) == 1
+    assert "unknown key 'stoer'" in node.log and not node.directory.exists()
 
 
 def test_without_a_mistake_in_the_settings_they_fail(node: Node) -> None:
