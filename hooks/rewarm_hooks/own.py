@@ -58,8 +58,7 @@ def check(upper_fd: int, root_fd: int, lower: Sequence[str], layer: BinaryIO | N
             if members is None:
                 members = _members(layer)
             member = members.get(parts)
-            directory, status = _at(parts, merged)
-            found = alike.metadata(directory, parts[-1], status)
+            status, found = _looked_at(parts, merged)
             if member is None or found != alike.metadata_of(member):
                 member = None
                 if not _is_the_images(parts, found, image):
@@ -164,10 +163,14 @@ def _check_deleted(members: Members, root_fd: int, image: ImageView, known: bool
                 raise Own(joined(parts), "the container has deleted it, and the snapshot would make it")
 
 
-def _at(parts: Parts, merged: Walker) -> tuple[int, os.stat_result]:
-    """In the merged tree: right also where the upper directory has only metadata."""
+def _looked_at(parts: Parts, merged: Walker) -> tuple[os.stat_result, tuple[object, ...]]:
+    """Status and metadata in the merged tree: right also where the upper directory has only metadata."""
     directory = merged.directory(parts[:-1])
-    return directory, os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
+    try:
+        status = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
+        return status, alike.metadata(directory, parts[-1], status)
+    except OSError as error:
+        raise failed(joined(parts), "looking at it", error) from error
 
 
 def _is_the_images(parts: Parts, found: tuple[object, ...], image: ImageView) -> bool:
@@ -181,10 +184,11 @@ def _is_the_images(parts: Parts, found: tuple[object, ...], image: ImageView) ->
 
 def _has_the_images(parts: Parts, merged: Walker, image: ImageView) -> bool:
     """Whether a file is just what the image has, metadata and content."""
-    directory, status = _at(parts, merged)
-    if not _is_the_images(parts, alike.metadata(directory, parts[-1], status), image):
+    status, found = _looked_at(parts, merged)
+    if not _is_the_images(parts, found, image):
         return False
     try:
+        directory = merged.directory(parts[:-1])
         below = image.find(parts)
         assert below is not None
         with alike.opened(directory, parts[-1], status) as file, alike.opened(below[0], parts[-1], below[1]) as other:
@@ -195,8 +199,9 @@ def _has_the_images(parts: Parts, merged: Walker, image: ImageView) -> bool:
 
 def _has_what_is_made(parts: Parts, member: Member, merged: Walker, layer: BinaryIO) -> bool:
     """Whether a file's content is what the layer makes."""
-    directory, status = _at(parts, merged)
+    directory = merged.directory(parts[:-1])
     try:
+        status = os.stat(parts[-1], dir_fd=directory, follow_symlinks=False)
         with alike.opened(directory, parts[-1], status) as file:
             return alike.same_as_made(file, member, layer)
     except OSError as error:

@@ -109,14 +109,15 @@ def _unsettled(bundle_spec: spec.Spec, settings: Settings) -> tuple[Request | No
     try:
         wanted = requests.parse(bundle_spec, settings)
     except RequestError as error:
-        # As if it had opted in and said nothing more, but of which container of the pod that is.
+        # As if it had opted in and said nothing more, but of which container that is, and what it would rather.
         passed_over = f"; passed over: {error}"
         found = spec.spec_annotations(bundle_spec)
         kept = {key: value for key, value in found.items() if not key.startswith(annotation.PREFIX)}
-        name = found.get(f"{annotation.PREFIX}container", "")
         least = {"snapshot": "auto", "device-memory": "off"}
-        if annotation.problem("container", name) is None:
-            least["container"] = name
+        for key in ("container", "on-miss"):
+            value = found.get(annotation.PREFIX + key, "")
+            if annotation.problem(key, value) is None:
+                least[key] = value
         kept |= {annotation.PREFIX + key: value for key, value in least.items()}
         wanted = requests.parse({**bundle_spec, "annotations": kept}, settings)
     return wanted and replace(wanted, capture="never"), passed_over

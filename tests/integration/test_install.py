@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from support.proc import wait_for
+
 REPOSITORY = Path(__file__).parents[2]
 INSTALL = REPOSITORY / "install/install.sh"
 UNINSTALL = REPOSITORY / "install/uninstall.sh"
@@ -437,11 +439,24 @@ def test_one_at_a_time(node: Node) -> None:
     assert "another install.sh or uninstall.sh" in done.stderr
 
 
+@contextlib.contextmanager
+def in_a_container(prefix: Path) -> Iterator[None]:
+    """A program that has the name of one of the prefix, where that is another directory: it needs nothing of this."""
+    script = 'mount -t tmpfs tmpfs "$1" && mkdir "$1/bin" && cp /bin/sleep "$1/bin" && exec "$1/bin/sleep" 60'
+    with subprocess.Popen(["unshare", "--mount", "sh", "-c", script, "sh", prefix]) as process:
+        try:
+            wait_for("it running", lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
+            yield
+        finally:
+            process.kill()
+
+
 def test_uninstall_leaves_what_it_found(node: Node) -> None:
     """Last of the tests that use the installation: it is taken away, by the copy that was installed with it."""
     stranger = node.prefix / "bin/somebody-elses"
     stranger.write_text("")
-    said = ok(node.prefix / "share/rewarm/uninstall.sh", "--prefix", node.prefix)
+    with in_a_container(node.prefix):
+        said = ok(node.prefix / "share/rewarm/uninstall.sh", "--prefix", node.prefix)
     assert "removed from" in said
     assert node.config.read_text() == WITH_RUNC
     assert [path for path in node.prefix.rglob("*") if not path.is_dir()] == [stranger]

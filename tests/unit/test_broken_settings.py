@@ -75,7 +75,7 @@ def node(tmp_path: Path) -> Node:
         ({"snapshot": "model", "container": "main", "ready": "?"}, "passed over: read annotation rewarm.dev/ready"),
         ({"snapshot": "model", "container": "../x"}, "passed over: read annotation rewarm.dev/container"),
         ({"snapshot": "model", "capture": "on-ready"}, "unknown key"),
-        ({"snapshot": "model", "on-miss": "fail", "engine": "x"}, "passed over: read annotation rewarm.dev/engine"),
+        ({"snapshot": "model", "on-miss": "maybe"}, "passed over: read annotation rewarm.dev/on-miss"),
     ],
 )
 def test_what_would_fail_starts_cold(node: Node, annotations: dict[str, str], said: str) -> None:
@@ -98,8 +98,9 @@ def test_another_container_of_the_pod_is_not_meant(node: Node) -> None:
     assert not node.directory.exists()
 
 
-def test_who_would_rather_fail_does(node: Node) -> None:
-    assert node.create({"rewarm.dev/snapshot": "model", "rewarm.dev/on-miss": "fail"}) == 1
+@pytest.mark.parametrize("more", [{}, {"rewarm.dev/engine": "x"}])
+def test_who_would_rather_fail_does(node: Node, more: dict[str, str]) -> None:
+    assert node.create({"rewarm.dev/snapshot": "model", "rewarm.dev/on-miss": "fail", **more}) == 1
     assert "unknown key 'stoer'" in node.log and not node.directory.exists()
 
 
