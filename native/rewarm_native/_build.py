@@ -71,6 +71,20 @@ struct rw_lane_calls {
 int rw_upload(const struct rw_lane_calls *calls, const uint64_t *devices, size_t count, const void *host, size_t size,
               void *stream, void *event, void *next);
 int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
+
+struct rw_run {
+    uint64_t offset;
+    uint64_t windows;
+};
+struct rw_ring {
+    void *const *buffers;
+    void *const *events;
+    size_t slots;
+    size_t next;
+};
+
+int rw_upload_file(const struct rw_lane_calls *calls, int fd, const struct rw_run *runs, size_t count,
+                   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done);
 int rw_populate(void *start, size_t size);
 size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
 size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);

@@ -23,6 +23,19 @@ class _Lib(Protocol):
         self, calls: Any, devices: Any, count: int, host: Any, size: int, stream: Any, event: Any, next: Any, /
     ) -> int: ...
     def rw_download(self, calls: Any, host: Any, device: int, size: int, stream: Any, event: Any, /) -> int: ...
+    def rw_upload_file(
+        self,
+        calls: Any,
+        fd: int,
+        runs: Any,
+        count: int,
+        devices: Any,
+        size: int,
+        stream: Any,
+        ring: Any,
+        done: Any,
+        /,
+    ) -> int: ...
     def rw_populate(self, start: Any, size: int, /) -> int: ...
     def rw_nonzero_pages(self, data: Any, pages: int, mask: Any, /) -> int: ...
     def rw_equal_pages(self, one: Any, other: Any, pages: int, mask: Any, /) -> int: ...

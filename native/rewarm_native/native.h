@@ -85,6 +85,26 @@ int rw_upload(const struct rw_lane_calls *calls, const uint64_t *devices, size_t
 	      void *stream, void *event, void *next);
 int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, size_t size, void *stream, void *event);
 
+/* Some windows that lie one after the other in a file. */
+struct rw_run {
+	uint64_t offset;
+	uint64_t windows;
+};
+
+/* Pinned buffers in turn, each with room for the longest run, and an event of each. Buffer `next` is free. */
+struct rw_ring {
+	void *const *buffers;
+	void *const *events;
+	size_t slots;
+	size_t next;
+};
+
+/* Brings runs of a file that are in the page cache to the GPU, window by window of `size` bytes to these addresses, as
+ * rw_upload does with the ring's next event. Ends before the first run that is not there as a whole, or cannot be read:
+ * *done is how many are on their way, and all but the last slots - 1 have come. Returns the driver's CUresult. */
+int rw_upload_file(const struct rw_lane_calls *calls, int fd, const struct rw_run *runs, size_t count,
+		   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done);
+
 /* Has the kernel find the pages of a mapping of this process now (madvise(2), MADV_POPULATE_WRITE: Linux 5.14). Returns 0
  * or -errno. */
 int rw_populate(void *start, size_t size);

@@ -21,6 +21,7 @@ from rewarm.store import chunks
 from rewarm.store.cache import cache_for
 from rewarm.store.directory import DirectoryStore, SnapshotRef
 from rewarm.store.manifest import Manifest
+from rewarm.store.parts import PART
 from rewarm.store.reader import ChunkReader
 from rewarm.trace import Trace
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from rewarm.gpu.load import Load
 
 _NEXT_STEP = "capture it again"
+_DEVICE_PART, _ROUNDS = 32 << 20, 8
+"""Bytes of device memory that a thread takes at a time, at most, and how many times it does at least: the rest of a
+restore goes on while threads copy, and waits while one looks for more (Python's lock)."""
 
 
 class CarvedMemory:
@@ -166,7 +170,10 @@ def load(
             cause = f"it has {len(device)} chunks that are nowhere"
             raise SnapshotDamaged("read memory/chunks of", str(ref), cause, _NEXT_STEP)
         if opening is not None:
-            of_device = ChunkReader(store, manifest.packs, device, cache=cache, stop=stop, threads=threads)
+            part = max(PART, min(_DEVICE_PART, sum(chunk.size for chunk in device) // (_ROUNDS * threads)))
+            of_device = ChunkReader(
+                store, manifest.packs, device, cache=cache, stop=stop, threads=threads, warm_part=part
+            )
             load = _device(store, ref, manifest, of_device, opening, trace, stop)
         undo.pop_all()
         return CarvedMemory(ref, manifest, where, reader, fill, load)

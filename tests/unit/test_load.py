@@ -17,16 +17,17 @@ import pytest
 from blake3 import blake3
 
 from rewarm.errors import GpuError, SnapshotDamaged
-from rewarm.gpu import arrivals, host, load
-from rewarm.gpu.load import Load, Stream
-from rewarm.gpu.pieces import WINDOW, ZEROS, Piece, Span
+from rewarm.gpu import arrivals, host, load, send
+from rewarm.gpu.load import Load, Straight, Stream
+from rewarm.gpu.pieces import WINDOW, ZEROS, Piece
+from rewarm.gpu.send import Sender
 from rewarm.trace import Trace
 from rewarm_native.cuda import CudaError
 from rewarm_native.device import Device, Lane
-from support import fake_gpu
+from support import fake_gpu, loads
 from support.fake_gpu import FakeGpus
+from support.loads import COUNT, DATA, GPU, PATTERN, pieces, right
 
-GPU = fake_gpu.uuid(0)
 FEW = 200
 """Descriptors at first; enough for a process with tests in it."""
 Change = Callable[[int, memoryview], None]
@@ -48,7 +49,7 @@ class Chunks:
         self.verified: list[bool] = []
         self.asked_again: list[int] = []
 
-    def stream(self, *, verify: bool) -> Stream:
+    def stream(self, *, verify: bool, straight: Straight | None) -> Stream:
         self.verified.append(verify)
         return Some(self, self.left, self.change)
 
@@ -76,32 +77,8 @@ class Some:
 
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpus]:
-    found = FakeGpus(tmp_path / "gpus")
-    for name, value in found.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPU)
-    for name in ("CUDA_CACHE_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"):
-        monkeypatch.setenv(name, "")  # taken back afterwards
-    monkeypatch.setenv("FAKE_CUDA_DIRTY", "1")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield found
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-PATTERN = ("xx.x", "." * 3, "x" * 9)
-"""Pieces, an x for each window that is not zeros."""
-COUNT = sum(piece.count("x") for piece in PATTERN)
-DATA = [random.Random(number).randbytes(WINDOW) for number in range(COUNT)]
-
-
-def pieces() -> list[Piece]:
-    """Chunks lie in the order of their numbers, from the last window to the first."""
-    numbers = iter(reversed(range(COUNT)))
-    found = []
-    for at, pattern in enumerate(PATTERN):
-        chunks = array("I", [next(numbers) if letter == "x" else ZEROS for letter in pattern])
-        found.append(Piece(7, 0, (at + 1) << 32, len(pattern) * WINDOW, chunks))
-    return found
+    with loads.gpus(tmp_path, monkeypatch) as found:
+        yield found
 
 
 class Run:
@@ -122,19 +99,6 @@ class Run:
         found = self.load.join()
         (places,) = found.values()
         return right(pieces(), places)
-
-
-def right(wanted: Sequence[Piece], places: Sequence[tuple[Span, int]]) -> bool:
-    """Whether each place holds what it should; closes them."""
-    found = True
-    for piece, (span, fd) in zip(wanted, places, strict=True):
-        assert span == piece.span
-        with mmap.mmap(fd, piece.size, mmap.MAP_SHARED, mmap.PROT_READ) as memory:
-            for at, chunk in enumerate(piece.chunks):
-                content = bytes(WINDOW) if chunk == ZEROS else DATA[chunk]
-                found = found and memory[at * WINDOW : (at + 1) * WINDOW] == content
-        os.close(fd)
-    return found
 
 
 @pytest.fixture
@@ -168,7 +132,7 @@ def test_nothing_counts_before_it_is_there(
 ) -> None:
     """The fake's copies happen when somebody waits for them, and the GPU looks at each as soon as it is said to be
     there."""
-    monkeypatch.setattr(load, "_GROUP", 1)
+    monkeypatch.setattr(send, "_GROUP", 1)
     monkeypatch.setattr(arrivals, "MOST", 1)
     reader = Chunks(DATA, range(COUNT), parallel)
     reader.change = lambda number, view: time.sleep(0.05)  # so that there is time for a look
@@ -196,7 +160,7 @@ def test_what_is_wrong_is_read_again(begin: Callable[[Chunks], Run], numbers: Se
 
 def test_what_stays_wrong_ends_it_at_once(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Though reading the last of all never ends."""
-    monkeypatch.setattr(load, "_GROUP", 1)
+    monkeypatch.setattr(send, "_GROUP", 1)
     monkeypatch.setattr(arrivals, "MOST", 1)
     over = threading.Event()
 
@@ -467,13 +431,13 @@ def test_given_up_while_a_read_hangs(begin: Callable[[Chunks], Run], monkeypatch
 
     reader.change = change
     sent: list[int] = []
-    original = Load._send
+    original = Sender.send
 
-    def send(self: Load, lanes: Sequence[Lane], chunks: Sequence[int], data: memoryview, slot: int) -> None:
+    def noting(self: Sender, chunks: Sequence[int], data: memoryview) -> None:
         sent.extend(chunks)
-        original(self, lanes, chunks, data, slot)
+        original(self, chunks, data)
 
-    monkeypatch.setattr(Load, "_send", send)
+    monkeypatch.setattr(Sender, "send", noting)
     given: list[int] = []
     give = Device.give
 

@@ -1,4 +1,5 @@
-"""The C that finds and writes pages, against a model, built with ASan and UBSan and with all warnings as errors."""
+"""The C that finds and writes pages, and that brings files to a GPU, against models: built with ASan and UBSan, and
+with all warnings as errors."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("optimised", ["-O1", "-O3"])
-def test_against_a_model(tmp_path: Path, optimised: str) -> None:
+@pytest.mark.parametrize("name", ["memory", "lanes"])
+def test_against_a_model(tmp_path: Path, name: str, optimised: str) -> None:
     native = REPOSITORY / "native" / "rewarm_native"
     program = tmp_path / "check"
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wconversion"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [native / "memory.c", REPOSITORY / "tests" / "support" / "memory_check.c"]
+    sources = [native / f"{name}.c", REPOSITORY / "tests" / "support" / f"{name}_check.c"]
     words: list[str | Path] = [
         "gcc",
         "-std=gnu17",
@@ -31,5 +33,5 @@ def test_against_a_model(tmp_path: Path, optimised: str) -> None:
         program,
     ]
     subprocess.run([*words, *sources], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr

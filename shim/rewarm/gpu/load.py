@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
@@ -21,12 +20,13 @@ from rewarm.aside import Task
 from rewarm.errors import GpuError, RestoreError
 from rewarm.trace import Trace
 from rewarm_native.cuda import CudaError
-from rewarm_native.device import Device, Lane
+from rewarm_native.device import Device
 
 from . import descriptors, host
 from .arrivals import Arrivals
 from .layout import Layout
 from .pieces import WINDOW, ZEROS, Piece, Span
+from .send import Run, Sender
 
 RUN = 2
 """Windows of a buffer: read at once where they lie one after the other, so that Python is asked less often."""
@@ -37,8 +37,9 @@ _WARM_THREADS = 10
 wants processors too."""
 _MOST_THREADS = 32
 """Of any kind, however many processors there are: each has pinned memory."""
-_GROUP = 16
-"""Chunks that a thread reports as arrived at a time."""
+
+Straight = Callable[[int, Sequence[Run]], tuple[int, memoryview]]
+"""Who takes runs of a file itself, as long as the page cache has them: how many, and the next buffer."""
 
 
 class Stream(Protocol):
@@ -59,8 +60,8 @@ class Reader(Protocol):
     @property
     def plain(self) -> bool: ...
 
-    def stream(self, *, verify: bool) -> Stream:
-        """Without `verify` its bytes may be anything."""
+    def stream(self, *, verify: bool, straight: Straight | None) -> Stream:
+        """Without `verify` its bytes may be anything. With `straight` it gives only what that has not taken."""
 
     def again(self, numbers: Sequence[int]) -> Stream:
         """These chunks once more, verified."""
@@ -243,58 +244,49 @@ class Load:
                 raise host.failed("export memory of", self._uuids[piece.gpu], error) from None
 
     def _run(self, number: int) -> None:
-        began, size = time.monotonic_ns(), 0
+        began = time.monotonic_ns()
         try:
-            assert self._host is not None
-            buffers = self._buffers[number * SLOTS : (number + 1) * SLOTS]
-            lanes = [_lane(device) for device in self._host.devices]
-            stream = self._reader.stream(verify=self._arrivals is None)
-            slot = 0
-            on_the_way: deque[Sequence[int]] = deque()
-            arrived: list[int] = []
+            sender = self._sender(self._buffers[number * SLOTS : (number + 1) * SLOTS], self._arrive)
+
+            def straight(fd: int, runs: Sequence[Run]) -> tuple[int, memoryview]:
+                done = sender.send_file(fd, runs)
+                self._disclaim(chunk for _, chunks in runs[done:] for chunk in chunks)
+                return done, sender.buffer
+
+            unverified = self._arrivals is not None
+            stream = self._reader.stream(
+                verify=not unverified, straight=straight if unverified and sender.takes_files else None
+            )
             while not self._stop.is_set():
-                item = stream.next_run(buffers[slot])
+                item = stream.next_run(sender.buffer)
                 if item is None or self._stop.is_set():
                     break
-                chunks, data = item
-                self._send(lanes, chunks, data, slot)
-                slot = (slot + 1) % SLOTS
-                size += len(data)
-                on_the_way.append(chunks)
-                if len(on_the_way) == SLOTS:
-                    arrived += on_the_way.popleft()
-                if len(arrived) >= _GROUP:
-                    self._arrive(arrived)
-                    arrived = []
-            for lane in lanes:
-                lane.finish()
-            self._arrive([*arrived, *(chunk for chunks in on_the_way for chunk in chunks)])
-            self._trace.add("device.load", began, time.monotonic_ns(), bytes=size)
+                sender.send(*item)
+            sender.finish()
+            self._trace.add("device.load", began, time.monotonic_ns(), bytes=sender.size)
         except Exception as error:
             self._fail(error, "copy to")
         finally:
             if self._arrivals is not None:
                 self._arrivals.end()
 
-    def _send(self, lanes: Sequence[Lane], chunks: Sequence[int], data: memoryview, slot: int) -> None:
-        """Begin to copy; on return the buffer of the next slot is free."""
+    def _sender(self, buffers: Sequence[memoryview], arrived: Callable[[Sequence[int]], None]) -> Sender:
+        assert self._host is not None
+        return Sender(self._host.devices, buffers, self._at, self._claim, arrived)
+
+    def _claim(self, chunks: Sequence[int]) -> None:
+        """What was sent may have been verified: nothing may change it any more."""
         with self._lock:
             for chunk in chunks:
-                if self._sent[chunk]:  # it may have been verified: nothing may change it any more
+                if self._sent[chunk]:
                     raise GpuError("load device memory", f"chunk {chunk}", "it came twice")
                 self._sent[chunk] = 1
-        following = (slot + 1) % SLOTS
-        if len(lanes) == 1:
-            lanes[0].upload([self._at[chunk][1] for chunk in chunks], data, slot, following)
-            return
-        assert self._host is not None
-        for at, chunk in enumerate(chunks):
-            index, address = self._at[chunk]
-            self._host.devices[index].enter()
-            lanes[index].upload([address], data[at * WINDOW : (at + 1) * WINDOW], slot)
-        for device, lane in zip(self._host.devices, lanes, strict=True):
-            device.enter()
-            lane.wait(following)
+
+    def _disclaim(self, chunks: Iterable[int]) -> None:
+        """These were not sent after all."""
+        with self._lock:
+            for chunk in chunks:
+                self._sent[chunk] = 0
 
     def _arrive(self, chunks: Sequence[int]) -> None:
         if self._arrivals is not None:
@@ -357,29 +349,20 @@ class Load:
     def _read_again(self, arrivals: Arrivals, chunks: Sequence[int], buffer: memoryview) -> None:
         """Verified before they are sent: what was damaged in the node's cache is right in the store, and else this says
         what is damaged. `buffer` is nobody else's."""
-        assert self._host is not None
         with self._lock:
             self._again += len(chunks)
             self._trace.note("read_again", self._again)
-            for chunk in chunks:
-                self._sent[chunk] = 0
+        self._disclaim(chunks)
         stream = self._reader.again(chunks)
-        lanes = [_lane(device) for device in self._host.devices]
+        there: list[int] = []
+        sender = self._sender([buffer], there.extend)
         while not self._stop.is_set() and (item := stream.next_run(buffer)) is not None:
             if self._stop.is_set():
                 return
-            self._send(lanes, *item, 0)
-            for lane in lanes:
-                lane.finish()
-            if arrivals.compiled and (wrong := set(item[0]) - arrivals.right(item[0], self._at)):
+            sender.send(*item)
+            sender.finish()
+            if arrivals.compiled and (wrong := set(there) - arrivals.right(there, self._at)):
                 cause = f"chunk {min(wrong)} is not there as it was sent"
                 raise GpuError("load device memory of", ", ".join(self._uuids), cause, "look for Xid lines in `dmesg`")
-            self._mark(item[0])
-
-
-def _lane(device: Device) -> Lane:
-    device.enter()
-    lane = device.lane()
-    for _ in range(SLOTS):
-        lane.event()
-    return lane
+            self._mark(there)
+            there.clear()

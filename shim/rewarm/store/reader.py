@@ -17,7 +17,7 @@ from .files import Stop
 from .parts import CACHE, COLD_PART, FETCH, PART, STORE, Part, divide
 from .probe import Way
 from .source import Source
-from .stream import Stream
+from .stream import Straight, Stream
 
 __all__ = ["ChunkReader", "Counters", "Stream"]
 
@@ -78,14 +78,16 @@ class ChunkReader:
         cache: PackCache | None = None,
         stop: Stop,
         threads: int,
+        warm_part: int = PART,
     ) -> None:
+        """`warm_part`: bytes of data in memory that a stream takes at a time, at most."""
         self.store, self.packs, self.chunks, self.cache, self.stop = store, packs, chunks, cache, stop
         self._threads = threads
         self._lock = threading.Lock()
         self._sources: dict[tuple[int, bool], Source] = {}
         self._ways = (Way(), Way())
         self.counters = Counters(self._ways[0])
-        parts = self._plan(threads, PART)
+        parts = self._plan(threads, warm_part)
         warm = self._is_warm(parts)
         self.cold = not warm
         """Whether the data has to come from storage."""
@@ -124,10 +126,11 @@ class ChunkReader:
             compressed = sum(self.chunks[number].encoding != RAW for number in stored)
             return all(part.where != FETCH for part in self._parts) and compressed <= len(self.chunks) // _FEW
 
-    def stream(self, *, verify: bool = True) -> Stream:
+    def stream(self, *, verify: bool = True, straight: Straight | None = None) -> Stream:
         """One thread's share of the work. Without `verify` what it gives may be anything: the caller compares the bytes
-        with their digests before they are used, and has `again` for those that are wrong."""
-        return Stream(self, verify=verify)
+        with their digests before they are used, and has `again` for those that are wrong. `straight`, which is for who
+        does not have it verify, as there."""
+        return Stream(self, verify=verify, straight=straight)
 
     def again(self, numbers: Sequence[int]) -> Stream:
         """A stream of its own for these chunks, which reads them once more and verifies them."""

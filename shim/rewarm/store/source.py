@@ -42,6 +42,11 @@ class Source:
         self._direct = self._fd = -1
         self._pack = None
 
+    @property
+    def descriptor(self) -> int:
+        """Of the file, if it can be read as far as it is in memory (preadv2(2), RWF_NOWAIT); else -1."""
+        return self._fd if self._nowait else -1
+
     def at_hand(self, offset: int) -> bool:
         """Whether the byte at `offset` is in memory. Raises OSError."""
         if self._fd < 0:

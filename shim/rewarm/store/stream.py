@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 Steps = Generator[tuple[Sequence[int], memoryview], memoryview, memoryview]
 """Chunks come out, buffers go in: the answer to chunks is the buffer for the next ones, and so is the result."""
 
+Run = tuple[int, Sequence[int]]
+"""An offset in a file, and the numbers of the chunks of CHUNK bytes that lie there one after the other."""
+Straight = Callable[[int, Sequence[Run]], tuple[int, memoryview]]
+"""Who reads itself what is in memory as it is: called with a descriptor and runs of it, none of which has more bytes
+than the buffer, it takes the first ones, as long as the page cache has them. How many of them, and the buffer for what
+comes next."""
 
 _WRONG = "its bytes are not what its digest says"
 _NOTHING: Sequence[int] = ()
@@ -38,9 +44,17 @@ class _Bad(Exception):
 class Stream:
     """One thread's share of the chunks."""
 
-    def __init__(self, reader: ChunkReader, *, verify: bool = True, parts: Sequence[Part] | None = None) -> None:
+    def __init__(
+        self,
+        reader: ChunkReader,
+        *,
+        verify: bool = True,
+        parts: Sequence[Part] | None = None,
+        straight: Straight | None = None,
+    ) -> None:
         self._reader = reader
         self._verify = verify
+        self._straight = straight
         self._parts = parts
         self._scratch: memoryview | None = None
         self._inflater: Inflater | None = None
@@ -102,6 +116,15 @@ class Stream:
                 source, cached = self._store(part.pack), False
             cold = self._begin(source, part, cached)
             while at < len(numbers) and not stop.is_set():
+                if self._straight is not None and not cold and source.descriptor >= 0:
+                    runs = self._as_they_are(numbers, at, cached, most)
+                    done, buffer = self._straight(source.descriptor, runs) if runs else (0, buffer)
+                    count = sum(len(run) for _, run in runs[:done])
+                    at += count
+                    read += count * CHUNK
+                    if done == len(runs) and runs:
+                        source.warm = True
+                        continue
                 run = self._next_to_each_other(numbers, at, cached, 1 if cold else most)
                 try:
                     size, stored, cold = self._load_run(source, run, cached, cold, buffer)
@@ -138,6 +161,19 @@ class Stream:
                 break
             end += 1
         return numbers[at:end]
+
+    def _as_they_are(self, numbers: Sequence[int], at: int, cached: bool, most: int) -> list[Run]:
+        """The chunks from the one at `at` on, up to one that is compressed or shorter."""
+        chunks = self._reader.chunks
+        found: list[Run] = []
+        while at < len(numbers):
+            run = self._next_to_each_other(numbers, at, cached, most)
+            first, last = chunks[run[0]], chunks[run[-1]]
+            if last.size != CHUNK or not (cached or first.encoding == RAW):
+                break
+            found.append((first.raw_offset if cached else first.offset, run))
+            at += len(run)
+        return found
 
     def _load_run(
         self, source: Source, run: Sequence[int], cached: bool, cold: bool, buffer: memoryview
