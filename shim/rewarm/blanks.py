@@ -13,13 +13,14 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from functools import partial
+from typing import NamedTuple
 
 from rewarm import briefly
 from rewarm.oci import spec
 from rewarm.oci.record import Undo
 from rewarm.oci.users import User
+from rewarm.plain import plain
 
 PLAN = ".volume"
 """How the names of such files end."""
@@ -30,8 +31,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@dataclass
-class Blank:
+class Blank(NamedTuple):
     """What is to be made: its name on the volume, its mode (None for a directory that nobody has open), its numbers in
     the images; the inode once it is made."""
 
@@ -50,8 +50,8 @@ def make(source: str, path: str, over: threading.Event) -> set[int]:
         return set()
     user, lacking, _ = _load(path)
     save(path, user, lacking, begun=True)
-    for one in lacking:
-        one.inode = _make(source, one, user)
+    for at, wanted in enumerate(lacking):
+        lacking[at] = one = wanted._replace(inode=_make(source, wanted, user))
         if over.is_set():
             with suppress(OSError):
                 if one.inode:
@@ -151,7 +151,7 @@ def _is_open(fd: int) -> bool:
 
 def save(path: str, user: User, lacking: list[Blank], *, begun: bool = False) -> None:
     who = [user.uid, user.gid, sorted(user.groups), user.privileged]
-    plan = {"user": who, "files": list(map(asdict, lacking)), "begun": begun}
+    plan = {"user": who, "files": list(map(plain, lacking)), "begun": begun}
     spec.write_atomically(path, json.dumps(plan).encode())
 
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import rewarm
@@ -187,17 +187,13 @@ def capture(
             created=timestamp(),
             rewarm=rewarm.__version__,
             source={"container": container.id, "runtime_root": container.root, "node": os.uname().nodename},
-            requires=replace(
-                compat.describe(
-                    bundle_spec,
-                    node.version_of(low_level.binary, settings),
-                    node.version_of(criu, settings),
-                    settings,
-                    gpus,
-                ),
-                engine=quiet.engine,
-                image_id=image_id,
-            ),
+            requires=compat.describe(
+                bundle_spec,
+                node.version_of(low_level.binary, settings),
+                node.version_of(criu, settings),
+                settings,
+                gpus,
+            )._replace(engine=quiet.engine, image_id=image_id),
             processes=recorded,
             memory_bytes=memory,
             memory=carved,

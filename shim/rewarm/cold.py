@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
 
 from rewarm import additions, pids
 from rewarm.oci import record, spec
@@ -30,8 +29,8 @@ def prepare(
     `kept` is the record as `create` began it; undoing a restore has taken the directory away. Raises OSError,
     FileExistsError if another call has begun this container meanwhile.
     """
-    request = {key: str(value) for key, value in asdict(wanted).items()}
-    kept = replace(kept, phase=record.COLD, reason=reason, request=request)
+    request = {key: str(value) for key, value in wanted._asdict().items()}
+    kept = kept._replace(phase=record.COLD, reason=reason, request=request)
     if os.path.isdir(directory):
         record.save(directory, kept)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def look(config: Path | None = None, store: str | None = None) -> Node:
         found = settings.load(config)
     except RewarmError as refused:
         found, error = Settings(), str(refused)
-    return Node(found if store is None else replace(found, store=store), file, error)
+    return Node(found if store is None else found._replace(store=store), file, error)
 
 
 def check_settings(node: Node) -> Check:

@@ -6,7 +6,7 @@ pod's, and of a semaphore or a message queue the kernel says only who has used i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def planned(checkpoint: Path, bundle_spec: Spec) -> dict[str, Any]:
     return sysv.planned(path, _objects(checkpoint)) if path else {}
 
 
-def clear(plan: dict[str, Any], bundle_spec: Spec) -> None:
+def clear(plan: Mapping[str, Any], bundle_spec: Spec) -> None:
     """Remove what an earlier run of the container has left. Raises Unfit if another container has come meanwhile, whose
     it may be; RestoreError and OSError."""
     if plan:

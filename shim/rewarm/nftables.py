@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rewarm import netlink
 from rewarm.netlink import ACK, DUMP, REQUEST
@@ -23,8 +23,7 @@ _ATTRIBUTES = 4
 _TIMEOUT = 10.0
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """`family` is NFPROTO_*: 1 inet, 2 IPv4, 10 IPv6."""
 
     family: int

@@ -4,8 +4,8 @@ count."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from rewarm import annotation
 from rewarm.naming import is_name
@@ -16,17 +16,16 @@ ANY = "*"
 """The namespace of all that are not named."""
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """Keys are those of annotations, without the prefix."""
 
     share: tuple[str, ...] = ()
     """Namespaces whose snapshots may be restored as well, after those of the pod's own."""
     ignore: tuple[str, ...] = ()
     """Keys that are passed over, or ALL."""
-    pinned: Mapping[str, str] = field(default_factory=dict)
+    pinned: Mapping[str, str] = MappingProxyType({})
     """What a key is, whatever the pod says."""
-    default: Mapping[str, str] = field(default_factory=dict)
+    default: Mapping[str, str] = MappingProxyType({})
     """What a key is where the pod does not say it."""
 
     def apply(self, given: Mapping[str, str]) -> dict[str, str]:
@@ -68,7 +67,7 @@ def _policy(namespace: str, value: object) -> Policy:
         # A pod opts in by itself: without an annotation no program of rewarm's is asked.
         "default": lambda found: _values(found, ("container", "snapshot")),
     }
-    assert checks.keys() == {one.name for one in fields(Policy)}
+    assert checks.keys() == set(Policy._fields)
     found: dict[str, Any] = {}
     for key, one in value.items():
         if key not in checks:

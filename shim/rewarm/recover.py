@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 
 from rewarm import blanks, causes, installation, layers, private, processes, settings, sysv
 from rewarm.criu import log as criu_log
@@ -239,7 +238,7 @@ def _take(path: str, kept: Record, binary: str) -> None:
     """Undo and forget a restore, also one that was killed on the last yards. Needs the lock."""
     if kept.phase == record.RESTORED:
         # Should this fail too, whoever comes next sees that it is to be undone.
-        kept = replace(kept, phase=record.RESTORING)
+        kept = kept._replace(phase=record.RESTORING)
         record.save(path, kept)
     undo(path, kept, runc.Runc(binary, kept.root, kept.systemd_cgroup))
     forget(path)

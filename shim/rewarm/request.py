@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rewarm import annotation, policy
 from rewarm.annotation import PREFIX, shown
@@ -13,8 +13,7 @@ from rewarm.oci.spec import OWN_DESTINATIONS, Spec, digest, mounts, spec_annotat
 from rewarm.settings import Settings
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A container's opt-in. `snapshot` is the name to look for, already derived when the annotation says `auto`."""
 
     snapshot: str

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -185,10 +184,9 @@ def _record(plan: Plan) -> Record:
     directories = cgroups.expected(plan.spec, plan.invocation.container_id, plan.invocation.systemd_cgroup)
     kept = record.load(plan.directory)
     assert kept is not None  # `create` made it
-    kept = replace(
-        kept,
+    kept = kept._replace(
         snapshot=f"{plan.ref.namespace}/{plan.ref.name}/{plan.ref.id}",
-        cgroups=[path for path in directories if not os.path.lexists(path)],
+        cgroups=tuple(path for path in directories if not os.path.lexists(path)),
     )
     record.save(plan.directory, kept)
     return kept
@@ -271,15 +269,14 @@ def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record,
         hooks.append(devices.hook())
     if hooks:
         changed = spec.with_hook(prepared, hook.words(*hooks), _HOOK_TIMEOUT)
-    kept = replace(
-        kept,
+    kept = kept._replace(
         config_backup=backup,
-        config_written=[spec.digest_of(spec.encode(one)) for one in (changed, prepared)],
-        undo=changes,
+        config_written=tuple(spec.digest_of(spec.encode(one)) for one in (changed, prepared)),
+        undo=tuple(changes),
         rootfs=rootfs,
-        mounts=mounts.below(rootfs),
+        mounts=tuple(mounts.below(rootfs)),
         ipc=ipc.planned(Path(_file(plan, CHECKPOINT)), plan.spec),
-        places=list(mounts.new_places(rootfs, [destination for destination, _ in spec.mounts(prepared)])),
+        places=tuple(mounts.new_places(rootfs, [destination for destination, _ in spec.mounts(prepared)])),
     )
     record.save(directory, kept)
     return kept, changed
@@ -371,12 +368,11 @@ def _commit(plan: Plan, kept: Record, container: runc.Container) -> None:
     # runc takes a container with this file for `created`: state, delete and exec then do what they do for any other.
     os.mkfifo(container.exec_fifo, 0o622)
     spec.save(plan.invocation.bundle, _prepared(plan))
-    done = replace(
-        kept,
+    done = kept._replace(
         phase=record.RESTORED,
         init_pid=container.pid,
         init_start=container.start_time,
-        stopped=sorted(losses.stopped_pids(plan.manifest.processes)),
+        stopped=tuple(sorted(losses.stopped_pids(plan.manifest.processes))),
     )
     if not (plan.spec.get("hooks") or {}).get("poststart"):
         write_down(plan.directory, done)

@@ -11,7 +11,6 @@ START is the start time in clock ticks since boot, which tells a process from a 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 from rewarm import processes
 from rewarm.oci import record
@@ -35,5 +34,5 @@ def write_down(directory: str, kept: Record) -> None:
         started = processes.start_time(pid)
         if started is not None:
             lines.append(f"{pid} {started}")
-    record.save(directory, replace(kept, phase=record.STARTED), "record.started.json")
+    record.save(directory, kept._replace(phase=record.STARTED), "record.started.json")
     write_atomically(os.path.join(directory, "start"), ("\n".join(lines) + "\n").encode())

@@ -100,8 +100,6 @@ def _unsettled(bundle_spec: spec.Spec, settings: Settings) -> tuple[Request | No
     They may say that its annotations do not count, or pin others: so a mistake in one makes no container fail. It
     starts cold, unless it says itself that it would rather fail (`on-miss`), and is not captured.
     """
-    from dataclasses import replace
-
     from rewarm import annotation
     from rewarm import request as requests
 
@@ -120,7 +118,7 @@ def _unsettled(bundle_spec: spec.Spec, settings: Settings) -> tuple[Request | No
                 least[key] = value
         kept |= {annotation.PREFIX + key: value for key, value in least.items()}
         wanted = requests.parse({**bundle_spec, "annotations": kept}, settings)
-    return wanted and replace(wanted, capture="never"), passed_over
+    return wanted and wanted._replace(capture="never"), passed_over
 
 
 def _taken(invocation: Invocation) -> int:
@@ -141,8 +139,7 @@ def _record(invocation: Invocation, wanted: Request) -> Record:
         pid_file=os.path.abspath(invocation.pid_file) if invocation.pid_file else "",
         namespace=wanted.namespace,
     )
-    kept.own()
-    return kept
+    return kept.owned()
 
 
 def _warm(

@@ -9,11 +9,11 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from . import policy
+from . import lines, policy
 from .annotation import ON_MISS
 from .errors import SettingsError
 
@@ -45,15 +45,14 @@ def _runtime_roots() -> tuple[str, ...]:
     return roots + tuple(f"/var{root}" for root in roots)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """Settings of one node. Times are seconds; paths are absolute."""
 
     store: str = "/var/lib/rewarm/store"
     """A directory, or a file:// URL of one."""
     runtimes: tuple[str, ...] = ("runc",)
     """Low-level runtimes: the first that PATH has is used."""
-    runtime_roots: tuple[str, ...] = field(default_factory=_runtime_roots)
+    runtime_roots: tuple[str, ...] = _runtime_roots()
     """Globs of runc roots in which `rewarm capture` looks for a container."""
     criu: str = "auto"
     """Path of criu; auto: the one that the install provided, or PATH's."""
@@ -89,7 +88,7 @@ class Settings:
     """How long an engine named by rewarm.dev/engine may take to be quiet before a capture, and to go on after it."""
     ignore_env: tuple[str, ...] = _IGNORE_ENV
     """Globs of environment keys that may differ between a snapshot and a container."""
-    namespaces: Mapping[str, policy.Policy] = field(default_factory=dict)
+    namespaces: Mapping[str, policy.Policy] = MappingProxyType({})
     """What pods of a namespace may, by its name, or by "*" for all that are not named."""
 
 
@@ -123,7 +122,7 @@ def load(path: Path | None = None) -> Settings:
     if text is None:
         return Settings()
     document = _parse(file, text)
-    known = {entry.name: _CHECKS[entry.name] for entry in fields(Settings)}
+    known = {name: _CHECKS[name] for name in Settings._fields}
     values: dict[str, Any] = {}
     for key, value in document.items():
         if key not in known:
@@ -180,7 +179,12 @@ def _read(file: str) -> bytes | None:
 
 
 def _parse(file: str, text: bytes) -> dict[Any, Any]:
-    import yaml  # costs more than the rest of the settings together, and most nodes have no file
+    found = lines.read(text)
+    return _parse_yaml(file, text) if found is None else found
+
+
+def _parse_yaml(file: str, text: bytes) -> dict[Any, Any]:
+    import yaml  # costs more than the rest of the settings together, and most nodes have plain lines
 
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
 from typing import Any
 
 from rewarm import processes, resume
@@ -37,7 +36,7 @@ def start(invocation: Invocation, settings: Settings, binary: str) -> int:
     # In this order, so that a `start` that was killed can be repeated at whatever point that was.
     if os.path.lexists(container.exec_fifo):
         os.unlink(container.exec_fifo)
-    record.save(directory, replace(kept, phase=record.STARTED))
+    record.save(directory, kept._replace(phase=record.STARTED))
     for line in [*_tidy(directory), *_poststart(kept)]:
         log.write(invocation, "warning", f"rewarm: {line}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -173,7 +173,7 @@ def planned(path: str, objects: Iterable[Object]) -> dict[str, Any]:
         return {"path": path, "namespace": there.name, "objects": wanted}
 
 
-def clear(plan: dict[str, Any], *, made: bool = False) -> Object | None:
+def clear(plan: Mapping[str, Any], *, made: bool = False) -> Object | None:
     """Remove what is in the way of what a record has planned, or, `made`, has been made by it: others may have made
     something in the same place meanwhile. The first that could not be removed, since it is attached. A namespace that
     is gone has taken all with it. Raises OSError."""

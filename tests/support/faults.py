@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def altered(store: Path, scratch: Path, change: Callable[[Path], None], **fields
             writer.add_chunk(chunk)
         for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
             writer.add_file(path.relative_to(scratch).as_posix(), path)
-        writer.publish(replace(manifest, files=(), packs=(), **fields))  # type: ignore[arg-type]
+        writer.publish(manifest._replace(files=(), packs=(), **fields))  # type: ignore[arg-type]
 
 
 def criu(node: Node, script: str) -> Path:

@@ -55,7 +55,7 @@ version = {version}
 
 
 def with_settings(node: Node, **changed: object) -> Node:
-    return replace(node, settings=replace(node.settings, **changed))  # type: ignore[arg-type]
+    return replace(node, settings=node.settings._replace(**changed))  # type: ignore[arg-type]
 
 
 def says(check: Check, status: str, *texts: str) -> None:

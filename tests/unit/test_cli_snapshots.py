@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,7 +113,7 @@ def test_inspect_escapes_what_a_terminal_would_act_on(store: DirectoryStore, tmp
         source.write_bytes(b"x")
         writer.add_file("a", source)
         plain = manifest("evil")
-        writer.publish(replace(plain, requires=replace(plain.requires, image=evil)))
+        writer.publish(plain._replace(requires=plain.requires._replace(image=evil)))
     for command in (["inspect", "evil"], ["ls"]):
         shown = on(store, *command).stdout
         assert "\x1b" not in shown and "\x07" not in shown
@@ -127,7 +126,7 @@ def test_inspect_of_memory(tmp_path: Path) -> None:
     with store.writer("default", "model", compression="off") as writer:
         for chunk in some(3, 64 << 10):
             writer.add_chunk(chunk)
-        writer.publish(replace(manifest(), memory=Memory(filled=192 << 10, zeros=2 * MIB, left=MIB // 2, huge=huge)))
+        writer.publish(manifest()._replace(memory=Memory(filled=192 << 10, zeros=2 * MIB, left=MIB // 2, huge=huge)))
     shown = on(store, "inspect", "model").stdout
     for text in ("192.0 KiB in 3 chunks", "2.0 MiB, not stored", "512.0 KiB", "1 mapping of 4.0 MiB"):
         assert text in shown, shown
@@ -163,8 +162,7 @@ def fake_criu(tmp_path: Path, version: str) -> Settings:
 
 def test_misfit(tmp_path: Path) -> None:
     settings = fake_criu(tmp_path, "9.1")
-    here = replace(
-        manifest().requires,
+    here = manifest().requires._replace(
         arch=facts.architecture(),
         cpu_features=(),
         kernel="4.0",
@@ -172,12 +170,12 @@ def test_misfit(tmp_path: Path) -> None:
         cgroup_version=facts.cgroup_version(),
     )
     assert inspect.misfit(here, settings) == ""
-    assert "sparc" in inspect.misfit(replace(here, arch="sparc"), settings)
-    assert "avx9" in inspect.misfit(replace(here, cpu_features=("avx9",)), settings)
-    assert "kernel 99.0" in inspect.misfit(replace(here, kernel="99.0"), settings)
-    assert "CRIU 10.0" in inspect.misfit(replace(here, criu="10.0"), settings)
+    assert "sparc" in inspect.misfit(here._replace(arch="sparc"), settings)
+    assert "avx9" in inspect.misfit(here._replace(cpu_features=("avx9",)), settings)
+    assert "kernel 99.0" in inspect.misfit(here._replace(kernel="99.0"), settings)
+    assert "CRIU 10.0" in inspect.misfit(here._replace(criu="10.0"), settings)
     other = 3 - facts.cgroup_version()
-    assert f"cgroup v{other}" in inspect.misfit(replace(here, cgroup_version=other), settings)
+    assert f"cgroup v{other}" in inspect.misfit(here._replace(cgroup_version=other), settings)
     (tmp_path / "old").mkdir()
     assert "found 3.17" in inspect.misfit(here, fake_criu(tmp_path / "old", "3.17"))
 

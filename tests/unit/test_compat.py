@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +52,7 @@ def test_equal_fits() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_what_does_not_matter(here: dict[str, Any]) -> None:
-    compat.check(BASE, replace(BASE, **here))
+    compat.check(BASE, BASE._replace(**here))
 
 
 @pytest.mark.parametrize(
@@ -93,22 +92,22 @@ def test_what_does_not_matter(here: dict[str, Any]) -> None:
 )
 def test_what_matters_is_refused_with_both_values(here: dict[str, Any], said: str) -> None:
     with pytest.raises(Unfit) as caught:
-        compat.check(BASE, replace(BASE, **here))
+        compat.check(BASE, BASE._replace(**here))
     assert said in str(caught.value)
 
 
 def on_gpus(*devices: GpuDevice, driver: str = "580.159.04") -> Requires:
-    return replace(BASE, gpus=devices, driver=driver)
+    return BASE._replace(gpus=devices, driver=driver)
 
 
 H100 = GpuDevice("GPU-1", "H100", 80, 0, "default")
-OTHER = replace(H100, uuid="GPU-2", minor=3)
+OTHER = H100._replace(uuid="GPU-2", minor=3)
 
 
 def test_gpus_that_fit() -> None:
     compat.check(on_gpus(H100), on_gpus(H100))
     compat.check(on_gpus(H100), on_gpus(OTHER))
-    compat.check(on_gpus(H100, OTHER), on_gpus(replace(OTHER, minor=0), replace(H100, minor=1)))
+    compat.check(on_gpus(H100, OTHER), on_gpus(OTHER._replace(minor=0), H100._replace(minor=1)))
     compat.check(on_gpus(H100, driver="570.10"), on_gpus(H100, driver="570.10"))
 
 
@@ -118,14 +117,14 @@ def test_gpus_that_fit() -> None:
         (on_gpus(), "snapshot needs 1 x H100 (80 bytes), this container has 0"),
         (on_gpus(H100, OTHER), "snapshot needs 1 x H100 (80 bytes), this container has 2"),
         (
-            on_gpus(replace(H100, model="H200")),
+            on_gpus(H100._replace(model="H200")),
             "snapshot needs 1 x H100 (80 bytes), this container has 1 x H200 (80 bytes)",
         ),
-        (on_gpus(replace(H100, memory_bytes=94)), "this container has 1 x H100 (94 bytes)"),
-        (on_gpus(replace(H100, uuid="GPU-9", memory_bytes=94)), "this container has 1 x H100 (94 bytes)"),
+        (on_gpus(H100._replace(memory_bytes=94)), "this container has 1 x H100 (94 bytes)"),
+        (on_gpus(H100._replace(uuid="GPU-9", memory_bytes=94)), "this container has 1 x H100 (94 bytes)"),
         (on_gpus(H100, driver="575.1"), "snapshot was taken with NVIDIA driver 580.159.04, this node has 575.1"),
         (
-            on_gpus(replace(H100, compute_mode="prohibited")),
+            on_gpus(H100._replace(compute_mode="prohibited")),
             "snapshot was taken with a GPU in compute mode default, GPU-1 here is in prohibited",
         ),
     ],
@@ -143,7 +142,7 @@ def test_other_gpus_need_a_driver_that_can_map_them() -> None:
 
 def test_long_values_make_no_long_message() -> None:
     with pytest.raises(Unfit) as caught:
-        compat.check(BASE, replace(BASE, args=tuple("x" * 1000 for _ in range(100))))
+        compat.check(BASE, BASE._replace(args=tuple("x" * 1000 for _ in range(100))))
     assert len(str(caught.value)) < 500
 
 

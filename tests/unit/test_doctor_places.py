@@ -120,8 +120,7 @@ def test_a_restore_that_still_runs_is_no_left_over(node: Node, tmp_path: Path) -
     path = killed_restore(node, tmp_path)
     kept = record.load(path)
     assert kept is not None
-    kept.own()
-    record.save(path, kept)
+    record.save(path, kept.owned())
     says(doctor_places.left_overs(node), OK)
     assert doctor.fix(node) == [] and os.path.exists(path)
 

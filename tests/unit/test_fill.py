@@ -156,6 +156,32 @@ def test_no_more_than_so_much_is_read_ahead(victim: Victim) -> None:
     assert reader.taken == 16
 
 
+@pytest.mark.parametrize(("parallel", "early", "beside"), [(1, 1, 1), (4, 1, 3), (5, 0, 4), (16, 0, 15)])
+def test_how_many_read_when(victim: Victim, parallel: int, early: int, beside: int) -> None:
+    """Before CRIU is started, and beside it; all when there are processes."""
+    where, data = random_chunks(victim, 16)
+    reader = Chunks(data, parallel)
+    fill = Fill(reader, where, threading.Event(), Trace(), ahead=parallel * WINDOW)
+    fill.start()
+    assert len(fill._tasks) == early
+    fill.hurry()
+    assert len(fill._tasks) == max(beside, 1)
+    fill.release({PID: victim.pid})
+    assert len(fill._tasks) == parallel
+    fill.join()
+
+
+def test_who_waits_for_storage_begins_at_once(victim: Victim) -> None:
+    where, data = random_chunks(victim, 16)
+    reader = Chunks(data, 16)
+    reader.cold = True
+    fill = Fill(reader, where, threading.Event(), Trace(), ahead=16 * WINDOW)
+    fill.start()
+    assert len(fill._tasks) == 16
+    fill.release({PID: victim.pid})
+    fill.join()
+
+
 @pytest.mark.parametrize("storage", ["cold", "slow", "none"])
 def test_what_is_read_and_what_is_ready(victim: Victim, monkeypatch: pytest.MonkeyPatch, storage: str) -> None:
     """Storage would have nothing to do until all that waits is written: in turn. Without storage what waits comes last,

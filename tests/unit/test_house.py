@@ -20,6 +20,8 @@ ROOMS = {
     "rewarm": 1,
     "rewarm.errors": 1,
     "rewarm.settings": 1,
+    "rewarm.lines": 1,
+    "rewarm.plain": 1,
     "rewarm.annotation": 1,
     "rewarm.naming": 1,
     "rewarm.policy": 1,

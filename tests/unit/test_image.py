@@ -7,7 +7,6 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,13 +235,13 @@ def test_crio_tells_it(tmp_path: Path) -> None:
     ("there", "here"), [("", "layers:a"), ("layers:a", ""), ("layers:a", "layers:a"), ("layers:a", "image:b")]
 )
 def test_images_that_fit(there: str, here: str) -> None:
-    compat.check_image(replace(REQUIRES, image_id=there), lambda: here)
+    compat.check_image(REQUIRES._replace(image_id=there), lambda: here)
 
 
 def test_another_image_does_not_fit() -> None:
     said = r"snapshot was taken of another image of that name \(a{12}, here b{12}\)"
     with pytest.raises(Unfit, match=said):
-        compat.check_image(replace(REQUIRES, image_id="layers:" + "a" * 32), lambda: "layers:" + "b" * 32)
+        compat.check_image(REQUIRES._replace(image_id="layers:" + "a" * 32), lambda: "layers:" + "b" * 32)
 
 
 def test_layers_are_not_walked_for_a_snapshot_without() -> None:

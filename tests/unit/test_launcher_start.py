@@ -57,9 +57,8 @@ class Restored:
         os.mkfifo(self.fifo)
         self.kept = Record("c1", str(self.root), str(self.base), record.RESTORING)
         record.make_directory(str(self.directory), self.kept)
-        self.kept.phase = record.RESTORED
-        self.kept.init_pid = self.init
-        self.kept.init_start = processes.start_time(self.init) or 0
+        start = processes.start_time(self.init) or 0
+        self.kept = self.kept._replace(phase=record.RESTORED, init_pid=self.init, init_start=start)
         self.prepare()
 
     def prepare(self) -> None:
@@ -113,7 +112,7 @@ class Restored:
         }
         kept = record.load(str(self.directory))
         assert kept is not None and kept.phase == record.STARTED
-        assert kept == Record(**{**vars(self.kept), "phase": record.STARTED})
+        assert kept == self.kept._replace(phase=record.STARTED)
 
     def left_to_python(self) -> None:
         """Nothing was done."""
@@ -175,14 +174,14 @@ def test_children_come_before_parents(restored: Restored) -> None:
 
 def test_what_was_stopped_in_the_source_stays_so(restored: Restored) -> None:
     _, one, _ = restored.tree
-    restored.kept.stopped = [one]
+    restored.kept = restored.kept._replace(stopped=(one,))
     restored.prepare()
     restored.started("init", "two")
     assert state_of(one) == "T"
 
 
 def test_an_init_that_was_stopped_stays_so(restored: Restored) -> None:
-    restored.kept.stopped = [restored.init]
+    restored.kept = restored.kept._replace(stopped=(restored.init,))
     restored.prepare()
     restored.started("one", "two")
     assert state_of(restored.init) == "T"
@@ -244,8 +243,7 @@ def test_without_one_of_the_files_it_is_for_python(restored: Restored, missing: 
 @pytest.mark.parametrize("phase", [record.RESTORING, record.STARTED, record.COLD])
 def test_in_another_phase_it_is_for_python(restored: Restored, phase: str) -> None:
     """RESTORING: `create` is not over, or it is being undone."""
-    restored.kept.phase = phase
-    restored.kept.reason = '"phase": "restored"'
+    restored.kept = restored.kept._replace(phase=phase, reason='"phase": "restored"')
     record.save(str(restored.directory), restored.kept)
     restored.left_to_python()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,8 +35,7 @@ NEXT = FileEntry(name="rootfs-diff.tar", size=5, digest=A, pack=B, offset=10)
 TABLE = FileEntry(name="memory/chunks", size=64, digest=A, pack=B, offset=15)
 PACK = ChunkPack(digest=digest_of(b"c"), size=4096 + 80, raw_size=8192)
 GPUS = tuple(GpuDevice(f"GPU-{minor}", "NVIDIA H100", 80 << 30, minor, "default") for minor in range(2))
-FULL = replace(
-    manifest(created="2026-01-31T12:00:00Z"),
+FULL = manifest(created="2026-01-31T12:00:00Z")._replace(
     files=(SMALL, WHOLE, NEXT, TABLE),
     packs=(PACK,),
     cuda=Cuda((1, 7), (5, 0)),
@@ -45,7 +43,7 @@ FULL = replace(
     addresses=("10.1.0.5", "fd00::5"),
     blank=("/cache/app.log",),
 )
-FULL = replace(FULL, requires=replace(FULL.requires, gpus=GPUS, driver="580.159.04"))
+FULL = FULL._replace(requires=FULL.requires._replace(gpus=GPUS, driver="580.159.04"))
 
 
 def document() -> Any:
@@ -337,7 +335,7 @@ def test_empty_files_may_share_the_pack_of_the_only_other_file() -> None:
     empty = digest_of(b"")
     only = FileEntry(name="a", size=3, digest=A, pack=A, offset=0)
     none = FileEntry(name="b", size=0, digest=empty, pack=A, offset=3)
-    assert parse(replace(FULL, files=(only, none), packs=()).to_bytes()).files == (only, none)
+    assert parse(FULL._replace(files=(only, none), packs=()).to_bytes()).files == (only, none)
 
 
 @pytest.mark.parametrize(
@@ -385,10 +383,10 @@ def test_load_notices_every_change_before_it_parses() -> None:
 
 def test_creation_times_sort_by_time() -> None:
     times = ["2026-01-01T00:00:00Z", "2026-01-01T00:00:00.25Z", "2026-01-01T00:00:00.3Z", "2026-01-01T00:00:01Z"]
-    keys = [replace(FULL, created=time).created_key for time in times]
+    keys = [FULL._replace(created=time).created_key for time in times]
     assert keys == sorted(keys)
     assert len(set(keys)) == 4
-    now = replace(FULL, created=timestamp())
+    now = FULL._replace(created=timestamp())
     assert parse(now.to_bytes()) == now
 
 
@@ -416,9 +414,9 @@ def test_a_bad_pack_of_chunks_is_named(change: dict[str, Any], cause: str) -> No
 
 
 def test_packs_of_chunks_and_their_table_belong_together() -> None:
-    assert "has 1 entries, and files has no 'memory/chunks'" in damage(replace(FULL, files=(SMALL,)).to_bytes())
-    assert "has 0 entries, and files has a 'memory/chunks'" in damage(replace(FULL, packs=()).to_bytes())
-    assert "packs[1].digest is there twice" in damage(replace(FULL, packs=(PACK, PACK)).to_bytes())
+    assert "has 1 entries, and files has no 'memory/chunks'" in damage(FULL._replace(files=(SMALL,)).to_bytes())
+    assert "has 0 entries, and files has a 'memory/chunks'" in damage(FULL._replace(packs=()).to_bytes())
+    assert "packs[1].digest is there twice" in damage(FULL._replace(packs=(PACK, PACK)).to_bytes())
 
 
 def test_convenience() -> None:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,9 +187,9 @@ def test_a_manifest_that_lies_is_refused(
     store: DirectoryStore, tmp_path: Path, target: Path, entry: dict[str, object], cause: str
 ) -> None:
     _, written = write_snapshot(store, tmp_path / "work", {"a": b"x" * 100, "b": b"y" * 100})
-    lying: FileEntry = replace(written.files[1], **entry)  # type: ignore[arg-type]
+    lying: FileEntry = written.files[1]._replace(**entry)  # type: ignore[arg-type]
     with pytest.raises(SnapshotDamaged, match=cause):
-        materialise(store, replace(written, files=(lying, written.files[0])), target)
+        materialise(store, written._replace(files=(lying, written.files[0])), target)
 
 
 def test_nothing_is_written_through_what_lies_in_the_target(

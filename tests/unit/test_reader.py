@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -176,7 +175,7 @@ def test_a_read_of_several_fails(tmp_path: Path) -> None:
     """The error names the first that cannot be read."""
     snapshot = full(tmp_path)
     truncate(snapshot.store.pack_path(snapshot.packs[0].digest), snapshot.chunks[1])
-    packs = [replace(snapshot.packs[0], size=snapshot.chunks[1].offset + 1)]
+    packs = [snapshot.packs[0]._replace(size=snapshot.chunks[1].offset + 1)]
     reader = ChunkReader(snapshot.store, packs, snapshot.chunks, stop=threading.Event(), threads=1)
     with reader, pytest.raises(SnapshotDamaged, match="chunk 1 in pack"):
         list(runs(reader, reader.stream(verify=False), 3))

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,7 @@ def path(tmp_path: Path, bundle: Path) -> Path:
 
 def of(tmp_path: Path, bundle: Path, owner: int = DEAD) -> Record:
     kept = Record("c1", str(tmp_path / "root"), str(bundle), record.RESTORING, owner_pid=owner, owner_start=1)
-    if owner == os.getpid():
-        kept.own()
-    return kept
+    return kept.owned() if owner == os.getpid() else kept
 
 
 def changed(path: Path, bundle: Path) -> Record:
@@ -66,13 +63,12 @@ def changed(path: Path, bundle: Path) -> Record:
     pid_file.write_text("12345")
     (bundle / ".init.pid").touch()  # of a runc that was killed before it gave it its name
     (bundle / f"config.json.rewarm-{DEAD}").touch()
-    kept = replace(
-        kept,
+    kept = kept._replace(
         config_backup=str(backup),
-        config_written=[spec.digest_of(b'{"prepared": true}')],
+        config_written=(spec.digest_of(b'{"prepared": true}'),),
         rootfs=str(bundle / "rootfs"),
-        undo=[Undo(str(bundle / "rootfs"), str(path / "rootfs.undo"))],
-        places=[str(bundle / "rootfs/run"), str(bundle / "rootfs/run/rewarm")],
+        undo=(Undo(str(bundle / "rootfs"), str(path / "rootfs.undo")),),
+        places=(str(bundle / "rootfs/run"), str(bundle / "rootfs/run/rewarm")),
         pid_file=str(pid_file),
     )
     record.save(str(path), kept)
@@ -127,7 +123,7 @@ time.sleep(60)
             made = sysv.Object(sysv.SEM, 7, int(other.stdout.readline()))
             namespace = f"/proc/{other.pid}/ns/ipc"
             kept = changed(path, bundle)
-            record.save(str(path), replace(kept, ipc=sysv.planned(namespace, [made])))
+            record.save(str(path), kept._replace(ipc=sysv.planned(namespace, [made])))
             assert recover.recover(str(path), "/no/runc", wait=True) and is_as_it_was(bundle)
             with sysv.namespace(namespace) as there:
                 assert [one.key for one in there.objects()] == [8]
@@ -140,8 +136,7 @@ def test_a_restore_is_taken_back_by_its_own_process(path: Path, bundle: Path) ->
     for phase in (record.RESTORING, record.RESTORED):
         if not path.exists():
             record.make_directory(str(path), of(bundle.parent, bundle))
-        kept = replace(changed(path, bundle), phase=phase)
-        kept.own()
+        kept = changed(path, bundle)._replace(phase=phase).owned()
         record.save(str(path), kept)
         assert not recover.recover(str(path), "/no/runc", wait=True)
         recover.take_back(str(path), "/no/runc")
@@ -168,7 +163,7 @@ def test_what_a_living_process_writes_stays(path: Path, bundle: Path) -> None:
 
 
 def test_a_living_rewarm_is_left_alone(path: Path, bundle: Path, tmp_path: Path) -> None:
-    record.save(str(path), replace(changed(path, bundle), **vars(of(tmp_path, bundle, os.getpid())) | {"undo": []}))
+    record.save(str(path), changed(path, bundle)._replace(**of(tmp_path, bundle, os.getpid())._asdict() | {"undo": ()}))
     recover.settle(str(path), "/no/runc")
     assert sweep.left_overs(str(tmp_path / "state"), "/no/runc") == []
     assert path.exists() and (bundle / "init.pid").exists()
@@ -177,8 +172,7 @@ def test_a_living_rewarm_is_left_alone(path: Path, bundle: Path, tmp_path: Path)
 def test_the_guard_undoes_what_it_has_killed(path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a restore that was complete but for the last byte to the guard, and of a rewarm that waits for it."""
     monkeypatch.setenv("REWARM_CONFIG", "/no/config")
-    kept = replace(changed(path, bundle), phase=record.RESTORED, init_pid=DEAD)
-    kept.own()
+    kept = changed(path, bundle)._replace(phase=record.RESTORED, init_pid=DEAD).owned()
     record.save(str(path), kept)
     assert recover.main([str(path)]) == 0
     assert is_as_it_was(bundle) and not path.exists()
@@ -187,7 +181,7 @@ def test_the_guard_undoes_what_it_has_killed(path: Path, bundle: Path, monkeypat
 def test_what_start_reads_goes_with_the_directory(path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container that was restored and not started yet stays, and its record alone says what it is."""
     monkeypatch.setenv("REWARM_CONFIG", "/no/config")
-    kept = replace(changed(path, bundle), phase=record.RESTORED, init_pid=DEAD)
+    kept = changed(path, bundle)._replace(phase=record.RESTORED, init_pid=DEAD)
     resume.write_down(str(path), kept)
     record.save(str(path), kept)
     (Path(kept.root) / "c1").mkdir(parents=True)
@@ -205,7 +199,7 @@ def test_the_guard_never_touches_a_container(
     path: Path, bundle: Path, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REWARM_CONFIG", "/no/config")
-    record.save(str(path), replace(changed(path, bundle), phase=phase))
+    record.save(str(path), changed(path, bundle)._replace(phase=phase))
     assert recover.main([str(path)]) == 0
     assert path.exists() and (bundle / "rootfs/etc/new").exists()
 
@@ -301,7 +295,7 @@ def test_a_place_that_holds_something_stays(path: Path, bundle: Path) -> None:
 def test_a_tree_that_was_unmounted_is_left(path: Path, bundle: Path) -> None:
     """What was a mounted root filesystem is now the empty directory below: no place for originals."""
     kept = changed(path, bundle)
-    kept = replace(kept, undo=[replace(change, mounted=True) for change in kept.undo], places=[])
+    kept = kept._replace(undo=tuple(change._replace(mounted=True) for change in kept.undo), places=())
     (bundle / "rootfs/etc/issue").unlink()
     recover.undo(str(path), kept, runc.Runc("/no/runc", kept.root))
     assert not (bundle / "rootfs/etc/issue").exists()
@@ -359,7 +353,7 @@ def test_mounts_go_before_anything_is_deleted(path: Path, bundle: Path, tmp_path
     script = tmp_path / "runc"
     script.write_text(f"#!/bin/sh\nrm -rf {kept.root}/c1\n")
     script.chmod(0o755)
-    record.save(str(path), replace(kept, mounts=[str(engine)]))
+    record.save(str(path), kept._replace(mounts=(str(engine),)))
     try:
         assert recover.recover(str(path), str(script), wait=True)
         assert (volume / "precious").read_text() == "data"
@@ -401,7 +395,7 @@ def test_processes_of_a_container_that_runc_knows_not(path: Path, bundle: Path) 
     stopped = subprocess.Popen(["sleep", "100"])
     (below / "cgroup.procs").write_text(str(stopped.pid))
     try:
-        record.save(str(path), replace(changed(path, bundle), cgroups=[str(directory)]))
+        record.save(str(path), changed(path, bundle)._replace(cgroups=(str(directory),)))
         assert recover.recover(str(path), "/no/runc", wait=True)
         assert not directory.exists()
         assert stopped.wait(5) == -9
@@ -421,7 +415,7 @@ def test_sweep_forgets_what_nobody_has(tmp_path: Path, bundle: Path) -> None:
         "known": of(tmp_path, bundle),
     }
     for name, kept in kinds.items():
-        record.make_directory(record.directory(state, root, name), replace(kept, id=name, phase=record.COLD))
+        record.make_directory(record.directory(state, root, name), kept._replace(id=name, phase=record.COLD))
     Path(root, "known").mkdir(parents=True)
     parent = Path(record.directory(state, root, "x")).parent
     (parent / f"half~{DEAD}").mkdir()
@@ -568,7 +562,7 @@ def test_records_are_read_as_written(path: Path, bundle: Path) -> None:
         older.pop(key)
     (path / "record.json").write_text(json.dumps(older))
     found = record.load(str(path))
-    assert found is not None and found.cgroups == [] and found.undo == kept.undo
+    assert found is not None and found.cgroups == () and found.undo == kept.undo
 
 
 @pytest.fixture(autouse=True)
@@ -581,8 +575,7 @@ def no_processes_left() -> Iterator[None]:
 def test_a_record_of_a_newer_rewarm(tmp_path: Path, bundle: Path) -> None:
     """The node went back to this one, and its containers live on."""
     path = tmp_path / "c1"
-    kept = of(tmp_path, bundle)
-    kept.undo = [record.Undo("/root", "/layer")]
+    kept = of(tmp_path, bundle)._replace(undo=(record.Undo("/root", "/layer"),))
     record.make_directory(str(path), kept)
     file = path / "record.json"
     data = json.loads(file.read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,7 +293,7 @@ def test_open_pack_gives_a_descriptor_that_children_do_not_inherit(store: Direct
 
 def test_nothing_leaks_descriptors(store: DirectoryStore, tmp_path: Path) -> None:
     ref, written = write_snapshot(store, tmp_path / "1")
-    hostile = replace(written, name="other").to_bytes()
+    hostile = written._replace(name="other").to_bytes()
     plant(store, hostile)
     os.mkfifo(store.root / "v1" / "snapshots" / "default" / "model" / f"{'0' * 64}.json")
     before = os.listdir("/proc/self/fd")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,7 @@ def test_swapped_packs_are_found(store: DirectoryStore, tmp_path: Path) -> None:
 
 
 def plant(store: DirectoryStore, files: tuple[FileEntry, ...]) -> SnapshotRef:
-    data = replace(manifest(name="evil"), files=files).to_bytes()
+    data = manifest(name="evil")._replace(files=files).to_bytes()
     ref = SnapshotRef("default", "evil", digest_of(data))
     directory = store.root / "v1" / "snapshots" / "default" / "evil"
     directory.mkdir()

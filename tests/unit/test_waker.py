@@ -33,8 +33,8 @@ def init() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def saved(directory: Path, pid: int, start: int | None = None) -> str:
-    kept = Record(id="copy", root="/run/runc", bundle="/b", phase=record.RESTORED, init_pid=pid)
-    kept.init_start = processes.start_time(pid) or 0 if start is None else start
+    began = processes.start_time(pid) or 0 if start is None else start
+    kept = Record(id="copy", root="/run/runc", bundle="/b", phase=record.RESTORED, init_pid=pid, init_start=began)
     record.save(str(directory), kept)
     return str(directory)
 

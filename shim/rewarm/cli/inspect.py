@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 
 from rewarm.errors import GpuError, Unfit
+from rewarm.plain import plain
 from rewarm.settings import Settings
 from rewarm.store.chunks import CHUNK, CHUNKS, RECORD
 from rewarm.store.directory import DirectoryStore, SnapshotRef
@@ -54,7 +54,7 @@ def command(
     reason = misfit(manifest.requires, settings) if check else ""
     if as_json:
         fits = {"fits": not reason, "misfit": reason or None} if check else {}
-        output.document({"id": ref.id, "chunks": _chunks(manifest), **asdict(manifest), **fits})
+        output.document({"id": ref.id, "chunks": _chunks(manifest), **plain(manifest), **fits})
     else:
         _show(ref, manifest)
         if check:
@@ -79,7 +79,7 @@ def misfit(needed: Requires, settings: Settings) -> str:
         if needed.gpus:
             gpus = of_node([device.gpu for device in needed.gpus], settings.libcuda)
             node |= {"gpus": compat.gpu_devices(gpus), "driver": gpus.driver}
-        compat.check(needed, replace(needed, **node))
+        compat.check(needed, needed._replace(**node))
     except (GpuError, Unfit) as error:
         return f"{error.cause}; {error.next_step}" if error.next_step else error.cause
     return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -27,7 +26,7 @@ def load(config: Path | None, store: str | None) -> Settings:
     found = settings.load(config)
     if store is None:
         return found
-    return replace(found, store=absolute(store))
+    return found._replace(store=absolute(store))
 
 
 def absolute(store: str) -> str:

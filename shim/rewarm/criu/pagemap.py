@@ -6,8 +6,8 @@ follow one another in it, in the order of the entries (criu/page-xfer.c, criu/pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rewarm.criu import encode, images
 
@@ -20,8 +20,7 @@ LAZY = 2
 PRESENT = 4
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """`pages` pages from address (shared memory: offset) `start`; `offset` is where the pages image has them, in bytes.
 
     `wide` says that the entry has its number of pages in the field of 64 bits.
@@ -44,8 +43,7 @@ class Entry:
         return bool(self.flags & PRESENT) and not self.in_parent and not self.flags & PARENT
 
 
-@dataclass(frozen=True)
-class Pagemap:
+class Pagemap(NamedTuple):
     """One pagemap image: `path`, the number of its pages image, and its entries by address."""
 
     path: Path

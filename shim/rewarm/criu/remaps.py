@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rewarm.criu import images
 from rewarm.errors import CaptureError
@@ -23,8 +23,7 @@ _LINKED = 0
 _REGULAR = 1  # file_entry.type and fd_types.REG in images/fdinfo.proto
 
 
-@dataclass(frozen=True)
-class LinkRemap:
+class LinkRemap(NamedTuple):
     """`name` is the link's path in the container without the leading `/`; `source` opens the file it stands for."""
 
     name: str
@@ -74,7 +73,7 @@ def by_name_in_upper(links: list[LinkRemap], upper: Path, pid: int) -> list[Link
                 continue  # a whiteout, or below a mount of the container
             if stat.S_ISREG(status.st_mode):
                 for at in wanted.get((status.st_dev, status.st_ino), ()):
-                    found[at] = replace(links[at], source=path)
+                    found[at] = links[at]._replace(source=path)
     return found
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rewarm.criu import images
 from rewarm.criu.images import Message
@@ -12,8 +12,7 @@ from rewarm.criu.images import Message
 _DEAD = 2  # criu/include/pstree.h: TASK_DEAD
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """A process by its number in the images (that of the container's pid namespace), its parent's, its threads'."""
 
     pid: int

@@ -29,6 +29,8 @@ would keep the processors from CRIU."""
 _SHARE = 16
 """One part in so many of the memory that is available beside what is filled may hold verified chunks that wait for the
 processes."""
+_FEW = 4
+"""Threads, for which reading the tenth of a second before CRIU is started makes a difference."""
 _WAITED = 0.005
 """Seconds for a chunk beyond which it has probably come from storage: from memory it takes one or two thousandths."""
 
@@ -79,18 +81,19 @@ class Fill:
         self._tasks: list[Task] = []
 
     def start(self) -> None:
-        """Start to read: with all threads if they will mostly wait for storage, else with one, since more would hold up
-        who prepares the rest (all of Python takes turns). Raises RestoreError if no thread can be made.
+        """Start to read: with all threads if they will mostly wait for storage. Else each would hold up who prepares
+        the rest, since all of Python takes turns: with one if they are few, with none if CRIU leaves them time enough.
+        Raises RestoreError if no thread can be made.
         """
         count = min(self._reader.parallel, len(self._places))
         # Whichever thread is the fastest may read all that there is.
         windows = max(1, min(len(self._places), self._ahead // WINDOW // max(1, count)))
         self._waiting = [Task(lambda: self._run(windows), "fill") for _ in range(count)]
-        self._start(count if self._reader.cold else 1)
+        self._start(count if self._reader.cold else min(count, 1 if self._reader.parallel <= _FEW else 0))
 
     def hurry(self) -> None:
-        """Start all threads but one, whose core is CRIU's. Raises RestoreError."""
-        self._start(max(0, len(self._waiting) - 1))
+        """All threads but one, whose core is CRIU's; one at least reads from now on. Raises RestoreError."""
+        self._start(max(len(self._waiting) - 1, 0 if self._tasks else min(1, len(self._waiting))))
 
     def release(self, pids: Mapping[int, int]) -> None:
         """Begin to write: `pids` are the processes' host pids by their numbers in the images; all are stopped.

@@ -7,7 +7,9 @@ space or `=`, flags end at the first word that is none, and `--` ends them too.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from rewarm.errors import OciError
 
@@ -22,8 +24,7 @@ _TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})  # of Go's strconv.Pa
 _DEFAULT_ROOT = "/run/runc"
 
 
-@dataclass(frozen=True)
-class Invocation:
+class Invocation(NamedTuple):
     """One call of the runtime.
 
     `words` is the argument vector without argv[0], as it came in: whoever hands the call on to the
@@ -32,9 +33,9 @@ class Invocation:
     """
 
     words: tuple[str, ...]
-    global_flags: dict[str, str]
+    global_flags: Mapping[str, str]
     command: str
-    flags: dict[str, str] = field(default_factory=dict)
+    flags: Mapping[str, str] = MappingProxyType({})
     container_id: str = ""
 
     @property

@@ -11,14 +11,16 @@ import json
 import os
 import re
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from rewarm import private, processes
 from rewarm.errors import OciError
 from rewarm.oci import mounts
 from rewarm.oci.spec import Spec, write_atomically
+from rewarm.plain import plain
 
 RESTORING = "restoring"
 RESTORED = "restored"  # warm, not started yet: the tree is stopped
@@ -76,8 +78,7 @@ def check_id(container_id: str) -> None:
         )
 
 
-@dataclass
-class Undo:
+class Undo(NamedTuple):
     """A directory tree that was changed and the layer that turns it back.
 
     `mounted` says that the root was a mount point: once the engine has unmounted it, there is nothing to turn back.
@@ -88,8 +89,7 @@ class Undo:
     mounted: bool = False
 
 
-@dataclass
-class Record:
+class Record(NamedTuple):
     """One container: the phase it is in and what has to be undone if that phase is never left."""
 
     id: str
@@ -106,27 +106,27 @@ class Record:
     snapshot: str = ""
     reason: str = ""
     config_backup: str = ""
-    config_written: list[str] = field(default_factory=list)
+    config_written: tuple[str, ...] = ()
     """Digests of what rewarm makes of config.json: any other is not its own to put back."""
-    undo: list[Undo] = field(default_factory=list)
+    undo: tuple[Undo, ...] = ()
     rootfs: str = ""
-    mounts: list[str] = field(default_factory=list)
+    mounts: tuple[str, ...] = ()
     """Mounts below `rootfs` that were there before the restore: the engine's, never to be touched."""
-    places: list[str] = field(default_factory=list)
+    places: tuple[str, ...] = ()
     """Mount points in the rootfs that were not there before the restore."""
-    cgroups: list[str] = field(default_factory=list)
+    cgroups: tuple[str, ...] = ()
     """Directories of the container's cgroup that were not there before the restore."""
-    ipc: dict[str, Any] = field(default_factory=dict)
+    ipc: Mapping[str, Any] = MappingProxyType({})
     """System V objects that the restore makes in an IPC namespace that was there before (sysv.py)."""
-    stopped: list[int] = field(default_factory=list)
-    request: dict[str, str] = field(default_factory=dict)
+    stopped: tuple[int, ...] = ()
+    request: Mapping[str, str] = MappingProxyType({})
 
     def owner_lives(self) -> bool:
         return self.owner_pid != 0 and processes.start_time(self.owner_pid) == self.owner_start
 
-    def own(self) -> None:
-        self.owner_pid = os.getpid()
-        self.owner_start = processes.start_time(os.getpid()) or 0
+    def owned(self) -> Record:
+        """The same, of which this process is the owner."""
+        return self._replace(owner_pid=os.getpid(), owner_start=processes.start_time(os.getpid()) or 0)
 
 
 def make_directory(path: str, record: Record) -> None:
@@ -181,7 +181,7 @@ def _label(spec: Spec) -> str:
 
 
 def save(path: str, record: Record, name: str = "record.json") -> None:
-    write_atomically(os.path.join(path, name), json.dumps(asdict(record), sort_keys=True).encode())
+    write_atomically(os.path.join(path, name), json.dumps(plain(record), sort_keys=True).encode())
 
 
 def load(path: str) -> Record | None:
@@ -190,7 +190,7 @@ def load(path: str) -> Record | None:
     try:
         with open(name, "rb") as file:
             data = json.loads(file.read(_LARGEST))
-        undo = [Undo(**_known(Undo, one)) for one in data.pop("undo")]
+        undo = tuple(Undo(**_known(Undo, one)) for one in data.pop("undo"))
         record = Record(**_known(Record, data), undo=undo)
         texts = (record.id, record.root, record.bundle, record.namespace, record.snapshot, record.reason)
         if not all(isinstance(one, str) for one in texts):
@@ -208,8 +208,7 @@ def load(path: str) -> Record | None:
 
 def _known(kind: type[Record] | type[Undo], data: dict[str, Any]) -> dict[str, Any]:
     """Without what a newer rewarm may have written, whose containers outlive it where a node goes back to this one."""
-    names = {one.name for one in fields(kind)}
-    return {key: value for key, value in data.items() if key in names}
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in data.items() if key in kind._fields}
 
 
 def remove(path: str) -> None:

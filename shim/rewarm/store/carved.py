@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import fields
 from .fields import Bad, Reader
@@ -10,8 +10,7 @@ from .fields import Bad, Reader
 _PAGE = 4096
 
 
-@dataclass(frozen=True)
-class HugeMapping:
+class HugeMapping(NamedTuple):
     """Mapping [start, end) of process `pid` may have huge pages, which take `extra` bytes more than small ones."""
 
     pid: int
@@ -20,8 +19,7 @@ class HugeMapping:
     extra: int
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that are filled from chunks, bytes of zeros that are nowhere, bytes that stayed in CRIU's images."""
 
     filled: int = 0

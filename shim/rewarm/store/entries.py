@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import fields
 from .chunks import CHUNKS, PAGE
@@ -20,8 +20,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._/-]{1,512}\Z")
 
 
-@dataclass(frozen=True)
-class FileEntry:
+class FileEntry(NamedTuple):
     """One file: `size` bytes at `offset` (bytes) of pack `pack`; `digest` and `pack` are BLAKE3-256 hex."""
 
     name: str
@@ -36,8 +35,7 @@ class FileEntry:
         return self.pack == self.digest
 
 
-@dataclass(frozen=True)
-class ChunkPack:
+class ChunkPack(NamedTuple):
     """A pack of chunks (packs.py) by its name: `size` bytes in all, `raw_size` bytes in its raw layout."""
 
     digest: str

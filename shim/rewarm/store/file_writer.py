@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,7 +167,7 @@ class FileWriter:
             raise files.store_error("write", path, error) from None
         self.packs[digest] = NewPack(path, digest, self._shared_size, status.st_mtime_ns)
         # An empty file with the shared pack's own digest (all small files are empty) must say offset 0, and does.
-        return self._large + [replace(entry, pack=digest) for entry in self._small]
+        return self._large + [entry._replace(pack=digest) for entry in self._small]
 
 
 def create(target: Path) -> int:

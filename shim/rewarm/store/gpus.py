@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rewarm_hooks import gpu_pairs
 
@@ -10,8 +10,7 @@ from . import fields
 from .fields import Bad, Reader
 
 
-@dataclass(frozen=True)
-class GpuDevice:
+class GpuDevice(NamedTuple):
     """A GPU as NVML names it: "GPU-…", its model, its memory in bytes, the minor number of its device node, its compute
     mode."""
 
@@ -26,8 +25,7 @@ class GpuDevice:
         return gpu_pairs.Gpu(self.uuid, self.model, self.memory_bytes, self.minor)
 
 
-@dataclass(frozen=True)
-class Cuda:
+class Cuda(NamedTuple):
     """`processes`: those whose device memory the driver has moved into their own memory, by their number in the
     container; `used_bytes`: what they had of each GPU of `requires.gpus`, in that order; `served_bytes`: how much of
     all that does not go the driver's way, but in pieces (gpu/pieces.py); `served_zeros`: what of it is not stored."""

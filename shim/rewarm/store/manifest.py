@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from blake3 import blake3
 
 from rewarm.annotation import ENGINES
 from rewarm.errors import SnapshotDamaged
 from rewarm.naming import is_name
+from rewarm.plain import plain
 
 from . import fields
 from .carved import HugeMapping, Memory, read_memory
@@ -75,16 +76,14 @@ _CREATED = re.compile(
 _NEXT_STEP = "remove it with `rewarm rm` and capture again"
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """A mount of the container: where, and the type that its config.json gave."""
 
     destination: str
     type: str
 
 
-@dataclass(frozen=True)
-class Requires:
+class Requires(NamedTuple):
     """What the container and the node must be like for the snapshot to run there."""
 
     arch: str
@@ -111,8 +110,7 @@ class Requires:
     """What `image.identity` tells of the image's content, "" if nothing."""
 
 
-@dataclass(frozen=True)
-class Thread:
+class Thread(NamedTuple):
     """A thread by its id in its innermost pid namespace, its CPUs, and its default NUMA policy ("" = none)."""
 
     tid: int
@@ -121,8 +119,7 @@ class Thread:
     nodes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class MemoryPolicy:
+class MemoryPolicy(NamedTuple):
     """The NUMA policy of the addresses [start, end)."""
 
     start: int
@@ -131,8 +128,7 @@ class MemoryPolicy:
     nodes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """What CRIU does not keep of a process; `pid` is that of its innermost pid namespace."""
 
     pid: int
@@ -141,8 +137,7 @@ class Process:
     memory_policies: tuple[MemoryPolicy, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(NamedTuple):
     """One snapshot. `created` is RFC 3339 in UTC (`timestamp()` makes one), `memory_bytes` what CRIU dumped."""
 
     name: str
@@ -153,20 +148,20 @@ class Manifest:
     requires: Requires
     processes: tuple[Process, ...]
     memory_bytes: int
-    files: tuple[FileEntry, ...] = field(default=())
-    packs: tuple[ChunkPack, ...] = field(default=())
-    memory: Memory = field(default=Memory())
-    cuda: Cuda = field(default=Cuda())
-    signals: tuple[Wanted, ...] = field(default=())
-    addresses: tuple[str, ...] = field(default=())
+    files: tuple[FileEntry, ...] = ()
+    packs: tuple[ChunkPack, ...] = ()
+    memory: Memory = Memory()
+    cuda: Cuda = Cuda()
+    signals: tuple[Wanted, ...] = ()
+    addresses: tuple[str, ...] = ()
     """Of the source's network namespace, as `addresses.addresses` tells them."""
-    blank: tuple[str, ...] = field(default=())
+    blank: tuple[str, ...] = ()
     """Names of open files and directories on volumes that may begin empty (volumes.py)."""
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8. The snapshot's id is the digest of these bytes."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(plain(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode()
 
     @property

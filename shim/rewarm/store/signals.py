@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import fields
 from .fields import Bad, Reader
@@ -15,8 +15,7 @@ ALLOWED = frozenset({*NAMES.values(), *range(34, 65)})
 MOST = 256
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A process, by its number in the container, and the number of the signal that it wants."""
 
     pid: int

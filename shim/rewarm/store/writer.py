@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -165,7 +164,7 @@ class SnapshotWriter:
         if chunks.table:
             self._file_writer().add_bytes(CHUNKS, chunks.table)
         entries = tuple(sorted(self._file_writer().finish(), key=lambda entry: entry.name))
-        complete = replace(manifest, files=entries, packs=chunks.packs)
+        complete = manifest._replace(files=entries, packs=chunks.packs)
         packs = [*self._file_writer().packs.values(), *chunks.new]
         data = self._checked_bytes(complete)
         ref = SnapshotRef(self._namespace, self._name, complete.id)
