@@ -87,6 +87,7 @@ static bool back(const struct rw_driver *driver, struct rw_allocation *allocatio
 
 	if (driver->cuMemAddressReserve(&allocation->address, allocation->size, 0, 0, 0) != CUDA_SUCCESS)
 		return false;
+	rw_anchor(driver, allocation->device);
 	while (done < allocation->pieces && back_piece(driver, allocation, done) == CUDA_SUCCESS)
 		done++;
 	if (done == allocation->pieces && driver->cuMemAlloc_v2(&allocation->tag, TAG) == CUDA_SUCCESS) {

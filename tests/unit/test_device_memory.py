@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from support import device_program
-from support.device_program import BROKEN, FLAVOURS, GIB, HANDLES, MIB, SYNCS, USED, Built, Program
+from support.device_program import ANCHORS, BROKEN, FLAVOURS, GIB, HANDLES, MIB, REACHABLE, SYNCS, USED, Built, Program
 
 INVALID_VALUE, OUT_OF_MEMORY, ILLEGAL_ADDRESS, CAPTURE_UNSUPPORTED = 1, 2, 700, 900
 GLOBAL, RELAXED = 0, 2
@@ -48,6 +48,32 @@ def test_large_memory_is_served_and_small_is_not(program: Program) -> None:
     assert program.do("fill", address, 2 * MIB, 7) == 0 and program.do("check", address, 2 * MIB, 7) == 1
     assert program.do("free", small) == 0 and program.do("free", address) == 0
     assert program.counts() == [0, 0, 0, 0]
+
+
+def test_the_driver_keeps_its_block_for_tags(program: Program) -> None:
+    """It would be taken from the GPU, and given back, for each of them."""
+    assert program.do("count", ANCHORS) == 0
+    for _ in range(3):
+        assert program.do("free", program.malloc(4 * MIB)) == 0
+    assert program.do("count", ANCHORS) == 1 and program.counts() == [0, 0, 0, 0]
+    assert program.do("device", 1) == 0
+    assert program.do("free", program.malloc(4 * MIB)) == 0
+    assert program.do("count", ANCHORS) == 2
+    assert program.do("reset") == 0
+    assert program.do("count", ANCHORS) == 1
+    assert program.do("free", program.malloc(4 * MIB)) == 0
+    assert program.do("count", ANCHORS) == 2
+
+
+@pytest.mark.parametrize("path", ["", "infiniband", "infiniband/uverbs3", "gdrdrv", "nvidia-fs0", "another"])
+def test_memory_that_other_devices_reach(built: Built, path: str) -> None:
+    """Only where there are such devices: it takes longer."""
+    make = f'mount -t tmpfs none /dev && mkdir -p "/dev/{path}" && exec "$0"'
+    program = Program(built, around=["unshare", "--mount", "--propagation", "private", "sh", "-c", make])
+    assert program.do("free", program.malloc(GIB + 2 * MIB)) == 0
+    assert program.do("count", REACHABLE) == (0 if path in ("", "another", "infiniband") else 2)
+    program.end()
+    program.close()
 
 
 def test_sizes_are_rounded_up_and_large_ones_made_of_pieces(program: Program) -> None:

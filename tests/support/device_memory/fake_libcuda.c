@@ -19,7 +19,7 @@
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NOT_INITIALIZED };
 enum { INVALID_DEVICE = 101, INVALID_CONTEXT = 201, PEER_ALREADY = 704, PEER_NOT = 705 };
 enum { NOT_FOUND = 500, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900 };
-enum { TINY = 256 }; /* these fit in what the driver has anyway: they count apart */
+enum { TINY = 256 }; /* these fit in what the driver has anyway: they count apart, and what is smaller again */
 enum { NEWER = 99000, DEVICES = 3, GRANULE = 2 << 20, STACK = 16 };
 
 struct memory {
@@ -45,7 +45,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct range *reserved, *mapped, *allocated;
 static struct memory *memories, *spare;
 static struct context *primary[DEVICES];
-static uint64_t used, handles, syncs, tiny;
+static uint64_t used, handles, syncs, tiny, anchors, reachable;
 static bool initialised;
 static struct {
 	int sticky, capturing, broken, fail_map, fail_access, fail_export, fail_release, slow_ms;
@@ -158,8 +158,10 @@ static void count_memory(const struct range *range, int sign)
 {
 	if (range->size > TINY)
 		used += (uint64_t)sign * range->size;
-	else
+	else if (range->size == TINY)
 		tiny += (uint64_t)sign;
+	else
+		anchors += (uint64_t)sign;
 }
 
 /* As measured on a real driver for a capture in the global mode: what may wait breaks it, unless the thread's own mode
@@ -182,7 +184,9 @@ enum {
 	COUNT_SYNCS,
 	COUNT_USED,
 	COUNT_BROKEN,
-	COUNT_TINY
+	COUNT_TINY,
+	COUNT_ANCHORS,
+	COUNT_REACHABLE
 };
 
 API int64_t fake_count(int which)
@@ -196,6 +200,8 @@ API int64_t fake_count(int which)
 	case COUNT_USED: return (int64_t)used;
 	case COUNT_BROKEN: return state.broken;
 	case COUNT_TINY: return (int64_t)tiny;
+	case COUNT_ANCHORS: return (int64_t)anchors;
+	case COUNT_REACHABLE: return (int64_t)reachable; /* ever made for other devices to reach */
 	default: break;
 	}
 	struct range *list = which == COUNT_MAPPED ? mapped : which == COUNT_RESERVED ? reserved : allocated;
@@ -566,8 +572,10 @@ API int cuMemCreate(struct memory **handle, size_t size, const struct kind *kind
 		if (pwrite(file, "dirty", 5, (off_t)(at + GRANULE / 2)) != 5)
 			return OUT_OF_MEMORY;
 	int result = new_memory(handle, file, size, kind->device, kind->handle_types == 1);
-	if (result == OK)
+	if (result == OK) {
 		used += size;
+		reachable += kind->flags[1] != 0;
+	}
 	return result;
 }
 
