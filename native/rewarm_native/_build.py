@@ -84,7 +84,8 @@ struct rw_ring {
 };
 
 int rw_upload_file(const struct rw_lane_calls *calls, int fd, const struct rw_run *runs, size_t count,
-                   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done);
+                   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done,
+                   int *refused);
 int rw_populate(void *start, size_t size);
 size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
 size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);

@@ -34,6 +34,7 @@ class _Lib(Protocol):
         stream: Any,
         ring: Any,
         done: Any,
+        refused: Any,
         /,
     ) -> int: ...
     def rw_populate(self, start: Any, size: int, /) -> int: ...

@@ -244,18 +244,19 @@ class Lane:
         size: int,
         buffers: Sequence[memoryview],
         slot: int,
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, bool]:
         """As `upload` with windows of `size` bytes out of a file, in one call without Python's lock, as long as they
         are in the page cache (preadv2(2), RWF_NOWAIT). `runs` are offsets and counts of windows that lie one after the
         other there, at most what a buffer has room for; `addresses` has one for each window. The pinned buffers are
         taken in turn, that of number `slot` is free, and each has the event of its number.
 
-        How many runs are on their way, and the buffer that is free now. All but the last len(buffers) - 1 have come.
+        How many runs are on their way, the buffer that is free now, and whether the file system cannot say what is in
+        memory. All but the last len(buffers) - 1 runs have come.
         """
         rooms = native_ffi.new("void *[]", [native_ffi.from_buffer(buffer) for buffer in buffers])
         events = native_ffi.new("void *[]", self._events[: len(buffers)])
         ring = native_ffi.new("struct rw_ring *", (rooms, events, len(buffers), slot))
-        done = native_ffi.new("size_t *")
+        done, refused = native_ffi.new("size_t *"), native_ffi.new("int *")
         code = native.rw_upload_file(
             self._calls,
             fd,
@@ -266,9 +267,10 @@ class Lane:
             self._native_stream,
             ring,
             done,
+            refused,
         )
         self._device.check(code, "copy a file to the GPU")
-        return int(done[0]), int(ring.next)
+        return int(done[0]), int(ring.next), bool(refused[0])
 
     def download(self, data: memoryview, address: int, event: int) -> None:
         """Begin to copy from the GPU into pinned `data`; `event` is over when that is done."""

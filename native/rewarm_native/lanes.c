@@ -1,5 +1,6 @@
 #include "native.h"
 
+#include <errno.h>
 #include <sys/uio.h>
 
 /* The driver's functions come as addresses, since nothing here is linked with it (cuda.h, CUDA 12). */
@@ -34,15 +35,18 @@ int rw_download(const struct rw_lane_calls *calls, void *host, uint64_t device, 
 }
 
 int rw_upload_file(const struct rw_lane_calls *calls, int fd, const struct rw_run *runs, size_t count,
-		   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done)
+		   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done, int *refused)
 {
+	*refused = 0;
 	for (*done = 0; *done < count; (*done)++) {
 		const struct rw_run *run = &runs[*done];
 		const struct iovec room = { ring->buffers[ring->next], run->windows * size };
 		const size_t following = (ring->next + 1) % ring->slots;
 
-		/* Less than all, or an error: what is to be done about it is said by who reads it in the usual way. */
-		if (preadv2(fd, &room, 1, (off_t)run->offset, RWF_NOWAIT) != (ssize_t)room.iov_len)
+		/* Less than all, or an error: what is wrong is said by who reads it in the usual way. */
+		ssize_t got = preadv2(fd, &room, 1, (off_t)run->offset, RWF_NOWAIT);
+		*refused = got < 0 && (errno == EOPNOTSUPP || errno == EINVAL);
+		if (got != (ssize_t)room.iov_len)
 			return 0;
 		int error = rw_upload(calls, devices, run->windows, room.iov_base, size, stream, ring->events[ring->next],
 				      ring->events[following]);

@@ -101,9 +101,11 @@ struct rw_ring {
 
 /* Brings runs of a file that are in the page cache to the GPU, window by window of `size` bytes to these addresses, as
  * rw_upload does with the ring's next event. Ends before the first run that is not there as a whole, or cannot be read:
- * *done is how many are on their way, and all but the last slots - 1 have come. Returns the driver's CUresult. */
+ * *done is how many are on their way, and all but the last slots - 1 have come; *refused, whether the file cannot be asked
+ * what of it is there. Returns the driver's CUresult. */
 int rw_upload_file(const struct rw_lane_calls *calls, int fd, const struct rw_run *runs, size_t count,
-		   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done);
+		   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done,
+		   int *refused);
 
 /* Has the kernel find the pages of a mapping of this process now (madvise(2), MADV_POPULATE_WRITE: Linux 5.14). Returns 0
  * or -errno. */

@@ -16,8 +16,8 @@ _NUMBER = r"0|[1-9][0-9]{0,17}"
 _VALUE = rf"(?P<text>{_TEXT}|[1-9][0-9]{{0,17}}[KMGT])|(?P<number>{_NUMBER})|(?P<decimal>(?:{_NUMBER})\.[0-9]{{1,9}})"
 _LIST = rf"\[(?P<list>(?:{_TEXT})(?:, *(?:{_TEXT}))*)?\]"
 _COMMENT = r"(?: +#[ -~]*)?"
-_KEY = rf"(?P<key>[a-z_]{{1,64}}):(?: +(?:{_VALUE}|(?P<all>{_LIST})))? *{_COMMENT}"
-_ITEM = rf"  - +(?P<text>{_TEXT}) *{_COMMENT}"
+_KEY = rf"(?P<key>[a-z_]{{1,64}}):(?: +(?:{_VALUE}|(?P<all>{_LIST})))?{_COMMENT}"
+_ITEM = rf"  - +(?P<text>{_TEXT}){_COMMENT}"
 _NOTHING = r" *(?:#[ -~]*)?"
 _WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
 """YAML 1.1 makes booleans of these, and nothing."""
@@ -40,7 +40,7 @@ def _read(text: str) -> dict[str, Any]:
     nothing, entry, item = map(re.compile, (_NOTHING, _KEY, _ITEM))
     found: dict[str, Any] = {}
     items: list[str] | None = None
-    for line in text.split("\n"):
+    for line in (whole.rstrip(" ") for whole in text.split("\n")):
         if nothing.fullmatch(line):
             continue
         if items is not None and (one := item.fullmatch(line)):

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 enum { SIZE = 64, WINDOWS = 40, MOST = 3, SLOTS = 4 };
@@ -68,7 +69,7 @@ static void check(size_t slots, size_t there)
 	size_t order[WINDOWS], marks[SLOTS] = { 0 }, first = (size_t)rand() % slots, used = 0, done, all = 0;
 	void *buffers[SLOTS], *events[SLOTS];
 	unsigned char *device = calloc(WINDOWS, SIZE);
-	int fd = make_file(there);
+	int fd = make_file(there), refused = 9;
 
 	count = over = 0;
 	for (size_t at = 0; at < WINDOWS; at++)
@@ -95,7 +96,7 @@ static void check(size_t slots, size_t there)
 	}
 	struct rw_ring ring = { buffers, events, slots, first };
 
-	assert(rw_upload_file(&calls, fd, runs, used, devices, SIZE, NULL, &ring, &done) == 0);
+	assert(rw_upload_file(&calls, fd, runs, used, devices, SIZE, NULL, &ring, &done, &refused) == 0 && refused == 0);
 	assert(done == all && ring.next == (first + done) % slots);
 	/* But for what the other buffers have all is there; then that as well. */
 	for (size_t pass = 0; pass < 2; pass++) {
@@ -122,17 +123,25 @@ static void check_failure(void)
 	const struct rw_run runs[] = { { 0, 1 }, { SIZE, 1 } };
 	size_t mark = 0, done = 9;
 	void *buffers[] = { buffer }, *events[] = { &mark };
-	int fd = make_file(2);
+	int fd = make_file(2), refused = 9;
 	struct rw_ring ring = { buffers, events, 1, 0 };
 
 	count = over = uploads = 0;
 	fails_at = 2;
-	assert(rw_upload_file(&calls, fd, runs, 2, devices, SIZE, NULL, &ring, &done) == 700 && done == 1);
+	assert(rw_upload_file(&calls, fd, runs, 2, devices, SIZE, NULL, &ring, &done, &refused) == 700 && done == 1);
 	fails_at = 0;
 	close(fd);
 	done = 9;
-	assert(rw_upload_file(&calls, fd, runs, 2, devices, SIZE, NULL, &ring, &done) == 0 && done == 0);
-	assert(rw_upload_file(&calls, fd, runs, 0, devices, SIZE, NULL, &ring, &done) == 0 && done == 0);
+	assert(rw_upload_file(&calls, fd, runs, 2, devices, SIZE, NULL, &ring, &done, &refused) == 0 && done == 0);
+	assert(rw_upload_file(&calls, fd, runs, 0, devices, SIZE, NULL, &ring, &done, &refused) == 0 && done == 0);
+	assert(refused == 0);
+	/* On Linux 6.18 a file in memory cannot be asked; where it can, nothing is wrong with it. */
+	int memory = memfd_create("windows", MFD_CLOEXEC);
+
+	assert(memory >= 0 && write(memory, buffer, SIZE) == SIZE);
+	assert(rw_upload_file(&calls, memory, runs, 1, devices, SIZE, NULL, &ring, &done, &refused) == 0);
+	assert(done + (size_t)refused == 1);
+	close(memory);
 }
 
 int main(void)

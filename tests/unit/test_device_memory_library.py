@@ -53,9 +53,9 @@ EXPORTED = {
 }
 # Functions of every libc from glibc 2.17 on (libpthread and libdl apart until 2.34), and of musl.
 NEEDED = {
-    "__errno_location", "__stack_chk_fail", "__stack_chk_guard", "access", "calloc", "close", "closedir", "fcntl",
-    "free", "memcpy", "memset", "mmap", "munmap", "opendir", "poll", "prctl", "readdir", "recv", "recvmsg",
-    "sched_yield", "sendmsg", "sigfillset", "sigprocmask", "socketpair", "strlen", "strncmp", "strrchr", "syscall",
+    "__errno_location", "__stack_chk_fail", "__stack_chk_guard", "calloc", "close", "closedir", "fcntl", "free",
+    "memcpy", "memset", "mmap", "munmap", "opendir", "poll", "prctl", "readdir", "recv", "recvmsg", "sched_yield",
+    "sendmsg", "sigfillset", "sigprocmask", "socketpair", "strcmp", "strlen", "strncmp", "strrchr", "strspn", "syscall",
     "write",
 }  # fmt: skip
 WEAK = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,6 +204,13 @@ def test_one_character_more_or_less() -> None:
             [text[:at] + source.choice(letters) + text[at:], text[:at] + text[at + 1 :], text[:at] + text[end:]]
         )
         same(changed)
+
+
+@pytest.mark.parametrize("line", ["a:{}\t", "a: b{}\t", "a: [b]{}\t", "  - a{}\t", "{}\t", "a: b{}#\t", "a: [{}\t"])
+def test_long_lines_take_no_time(line: str) -> None:
+    began = time.process_time()
+    assert lines.read(("a:\n" + line.format(" " * (1 << 19))).encode()) is None
+    assert time.process_time() - began < 1
 
 
 def test_plain_settings_need_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

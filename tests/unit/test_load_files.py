@@ -75,10 +75,10 @@ class Files:
             size: int,
             buffers: Sequence[memoryview],
             slot: int,
-        ) -> tuple[int, int]:
-            done, slot = upload_file(lane, fd, runs, addresses, size, buffers, slot)
+        ) -> tuple[int, int, bool]:
+            done, slot, refused = upload_file(lane, fd, runs, addresses, size, buffers, slot)
             self.straight.append(sum(count for _, count in runs[:done]))
-            return done, slot
+            return done, slot, refused
 
         monkeypatch.setattr(Lane, "upload", one)
         monkeypatch.setattr(Lane, "upload_file", many)
@@ -133,12 +133,52 @@ def test_what_is_not_in_memory_goes_by_buffers(gpus: FakeGpus, tmp_path: Path, m
     assert files.others > 0 and sum(files.straight) + files.others == COUNT
 
 
+def test_what_was_missed_once_is_cold(gpus: FakeGpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking starts the read: a fast device has it there when somebody asks again."""
+    files = Files(tmp_path, monkeypatch)
+    for number in range(COUNT):
+        drop(files.path(number))
+    monkeypatch.setattr(ChunkReader, "_is_warm", lambda *_: True)
+    asked: list[bool] = []
+    read = Source.read
+
+    def noted(source: Source, buffer: memoryview, size: int, offset: int, cold: bool) -> bool:
+        asked.append(cold)
+        return read(source, buffer, size, offset, cold)
+
+    monkeypatch.setattr(Source, "read", noted)
+    assert files.loads(gpus, 1)
+    assert asked and all(asked)
+
+
 def test_files_that_cannot_be_asked(gpus: FakeGpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a file system without RWF_NOWAIT, or of a pack without a descriptor."""
+    """Packs without a descriptor."""
     files = Files(tmp_path, monkeypatch)
     monkeypatch.setattr(Source, "descriptor", -1)
     assert files.loads(gpus, 2)
     assert (sum(files.straight), files.others) == (0, COUNT)
+
+
+def test_a_file_system_that_cannot_say(gpus: FakeGpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once for each file, which is not taken for cold for that."""
+    files = Files(tmp_path, monkeypatch)
+    calls: list[int] = []
+
+    def refused(lane: Lane, fd: int, runs: object, addresses: object, size: int, buffers: object, slot: int) -> Any:
+        calls.append(fd)
+        return 0, slot, True
+
+    monkeypatch.setattr(Lane, "upload_file", refused)
+    colds: list[bool] = []
+    read = Source.read
+
+    def noted(source: Source, buffer: memoryview, size: int, offset: int, cold: bool) -> bool:
+        colds.append(cold)
+        return read(source, buffer, size, offset, cold)
+
+    monkeypatch.setattr(Source, "read", noted)
+    assert files.loads(gpus, 1)
+    assert len(calls) == len(files.packs) and not colds[0] and files.others == COUNT
 
 
 def test_what_is_damaged_in_a_file(gpus: FakeGpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +222,7 @@ def test_a_driver_that_fails_in_the_middle_of_a_file(
     files = Files(tmp_path, monkeypatch)
     upload_file = Lane.upload_file
 
-    def failing(lane: Lane, *arguments: Any) -> tuple[int, int]:
+    def failing(lane: Lane, *arguments: Any) -> tuple[int, int, bool]:
         if files.straight:
             raise CudaError(700, "CUDA_ERROR_ILLEGAL_ADDRESS", "copy a file to the GPU", 0)
         return upload_file(lane, *arguments)

@@ -38,8 +38,9 @@ wants processors too."""
 _MOST_THREADS = 32
 """Of any kind, however many processors there are: each has pinned memory."""
 
-Straight = Callable[[int, Sequence[Run]], tuple[int, memoryview]]
-"""Who takes runs of a file itself, as long as the page cache has them: how many, and the next buffer."""
+Straight = Callable[[int, Sequence[Run]], tuple[int, bool, memoryview]]
+"""Who takes runs of a file itself, as long as the page cache has them: how many, whether the file system can say what
+it has, and the next buffer."""
 
 
 class Stream(Protocol):
@@ -248,10 +249,10 @@ class Load:
         try:
             sender = self._sender(self._buffers[number * SLOTS : (number + 1) * SLOTS], self._arrive)
 
-            def straight(fd: int, runs: Sequence[Run]) -> tuple[int, memoryview]:
-                done = sender.send_file(fd, runs)
+            def straight(fd: int, runs: Sequence[Run]) -> tuple[int, bool, memoryview]:
+                done, able = sender.send_file(fd, runs)
                 self._disclaim(chunk for _, chunks in runs[done:] for chunk in chunks)
-                return done, sender.buffer
+                return done, able, sender.buffer
 
             unverified = self._arrivals is not None
             stream = self._reader.stream(

@@ -67,17 +67,18 @@ class Sender:
         self._slot = following
         self._begun(chunks)
 
-    def send_file(self, fd: int, runs: Sequence[Run]) -> int:
-        """The same with what lies in a file, as long as it is in the page cache: how many of the runs. None has more
-        windows than a buffer."""
+    def send_file(self, fd: int, runs: Sequence[Run]) -> tuple[int, bool]:
+        """The same with what lies in a file, as long as it is in the page cache: how many of the runs, and whether the
+        file system can say what is. None has more windows than a buffer."""
         chunks = [chunk for _, numbers in runs for chunk in numbers]
         addresses = [self._where[chunk][1] for chunk in chunks]
         self._claim(chunks)
         places = [(offset, len(numbers)) for offset, numbers in runs]
-        done, self._slot = self._lanes[0].upload_file(fd, places, addresses, WINDOW, self._buffers, self._slot)
+        lane, slot = self._lanes[0], self._slot
+        done, self._slot, refused = lane.upload_file(fd, places, addresses, WINDOW, self._buffers, slot)
         for _, numbers in runs[:done]:
             self._begun(numbers)
-        return done
+        return done, not refused
 
     def finish(self) -> None:
         """Wait until all is there."""

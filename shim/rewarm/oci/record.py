@@ -195,7 +195,7 @@ def load(path: str) -> Record | None:
         texts = (record.id, record.root, record.bundle, record.namespace, record.snapshot, record.reason)
         if not all(isinstance(one, str) for one in texts):
             raise ValueError("names that are no text")
-        if not isinstance(record.request, dict) or not isinstance(record.ipc, dict):
+        if not isinstance(record.request, Mapping) or not isinstance(record.ipc, Mapping):
             raise ValueError("a request that is none")
     except FileNotFoundError:
         return None

@@ -47,6 +47,13 @@ class Source:
         """Of the file, if it can be read as far as it is in memory (preadv2(2), RWF_NOWAIT); else -1."""
         return self._fd if self._nowait else -1
 
+    def asked(self, able: bool, there: bool) -> bool:
+        """What came of asking by `descriptor`: whether the file system could say, and whether all was in memory. The
+        result is `cold` for the rest of the part, as of `read`: asked again, a fast device would have it by then."""
+        self._nowait = self._nowait and able
+        self.warm = there or not able
+        return able and not there
+
     def at_hand(self, offset: int) -> bool:
         """Whether the byte at `offset` is in memory. Raises OSError."""
         if self._fd < 0:

@@ -27,10 +27,10 @@ Steps = Generator[tuple[Sequence[int], memoryview], memoryview, memoryview]
 
 Run = tuple[int, Sequence[int]]
 """An offset in a file, and the numbers of the chunks of CHUNK bytes that lie there one after the other."""
-Straight = Callable[[int, Sequence[Run]], tuple[int, memoryview]]
+Straight = Callable[[int, Sequence[Run]], tuple[int, bool, memoryview]]
 """Who reads itself what is in memory as it is: called with a descriptor and runs of it, none of which has more bytes
-than the buffer, it takes the first ones, as long as the page cache has them. How many of them, and the buffer for what
-comes next."""
+than the buffer, it takes the first ones, as long as the page cache has them. How many of them, whether the file system
+can say what it has, and the buffer for what comes next."""
 
 _WRONG = "its bytes are not what its digest says"
 _NOTHING: Sequence[int] = ()
@@ -118,12 +118,11 @@ class Stream:
             while at < len(numbers) and not stop.is_set():
                 if self._straight is not None and not cold and source.descriptor >= 0:
                     runs = self._as_they_are(numbers, at, cached, most)
-                    done, buffer = self._straight(source.descriptor, runs) if runs else (0, buffer)
-                    count = sum(len(run) for _, run in runs[:done])
-                    at += count
-                    read += count * CHUNK
-                    if done == len(runs) and runs:
-                        source.warm = True
+                    if runs:
+                        done, able, buffer = self._straight(source.descriptor, runs)
+                        count = sum(len(run) for _, run in runs[:done])
+                        at, read = at + count, read + count * CHUNK
+                        cold = source.asked(able, done == len(runs))
                         continue
                 run = self._next_to_each_other(numbers, at, cached, 1 if cold else most)
                 try:
