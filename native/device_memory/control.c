@@ -158,8 +158,6 @@ static int do_piece(struct rw_message *answer, int received, int *exported)
 		error = rw_unmap(&piece);
 	else
 		error = rw_map(&piece, received);
-	if (answer->op == RW_MAP)
-		rw_ask_again();
 	rw_let_go(piece.allocation);
 	return error;
 }

@@ -1,9 +1,5 @@
 #include "device.h"
 
-#include <dirent.h>
-#include <errno.h>
-#include <string.h>
-
 static struct {
 	void *primary;
 	uint64_t peers;
@@ -21,42 +17,6 @@ struct rw_kind rw_kind_of(uint32_t device)
 		.location = { CU_MEM_LOCATION_TYPE_DEVICE, (int)device },
 		.rdma = __atomic_load_n(&devices[device].rdma, __ATOMIC_RELAXED),
 	};
-}
-
-/* Whether it is of what every container has (OCI runtime specification, "Default Devices"; Kubernetes), or of the GPU's
- * own, but for GPUDirect Storage's. */
-static bool is_usual(const char *name)
-{
-	static const char *const usual[] = {
-		".", "..", "console", "core", "fd", "full", "mqueue", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin",
-		"stdout", "termination-log", "tty", "urandom", "zero", "nvidia-caps", "nvidia-modeset", "nvidia-uvm",
-		"nvidia-uvm-tools", "nvidiactl",
-	};
-	static const char gpu[] = "nvidia";
-
-	for (size_t at = 0; at < sizeof(usual) / sizeof(usual[0]); at++)
-		if (strcmp(name, usual[at]) == 0)
-			return true;
-	return strncmp(name, gpu, strlen(gpu)) == 0 && name[strlen(gpu)] != '\0' &&
-	       name[strlen(gpu) + strspn(name + strlen(gpu), "0123456789")] == '\0';
-}
-
-/* Whether there may be anything that reaches the GPU's memory by itself (InfiniBand, other networks, GDRCopy, cards that
- * take pictures). Memory for that is 13 us slower to map and unmap (measured, driver 580), for nothing in most containers.
- * What is not known counts, and what cannot be looked at. */
-static bool has_others(void)
-{
-	const int saved = errno;
-	DIR *directory = opendir("/dev");
-	bool found = directory == NULL;
-	struct dirent *entry;
-
-	while (!found && (entry = readdir(directory)) != NULL)
-		found = !is_usual(entry->d_name);
-	if (directory != NULL)
-		closedir(directory);
-	errno = saved;
-	return found;
 }
 
 /* Several threads may find the same out at once, which does no harm. What the driver does not tell (yet) is not kept. */
@@ -77,7 +37,7 @@ size_t rw_granularity(const struct rw_driver *driver, uint32_t device)
 	for (size_t at = 0; at < QUESTIONS; at++)
 		if (driver->cuDeviceGetAttribute(&values[at], attributes[at], (int)device) != CUDA_SUCCESS)
 			return 0;
-	__atomic_store_n(&devices[device].rdma, values[RDMA] != 0 && has_others(), __ATOMIC_RELAXED);
+	__atomic_store_n(&devices[device].rdma, values[RDMA] != 0, __ATOMIC_RELAXED);
 	struct rw_kind kind = rw_kind_of(device);
 	/* With the GPU for itself alone, the program would be in the way of rewarm's own context. */
 	if (values[MODE] != CU_COMPUTEMODE_EXCLUSIVE_PROCESS && values[VIRTUAL] != 0 && values[DESCRIPTORS] != 0 &&
@@ -103,12 +63,6 @@ bool rw_is_primary(const struct rw_driver *driver, uint32_t device, const void *
 	if (primary == context)
 		__atomic_store_n(&devices[device].primary, primary, __ATOMIC_RELAXED);
 	return primary == context;
-}
-
-void rw_ask_again(void)
-{
-	for (size_t device = 0; device < RW_DEVICES; device++)
-		__atomic_store_n(&devices[device].asked, false, __ATOMIC_RELAXED);
 }
 
 void rw_anchor(const struct rw_driver *driver, uint32_t device)

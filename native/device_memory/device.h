@@ -14,9 +14,6 @@ struct rw_kind rw_kind_of(uint32_t device);
 /* 0 if the device cannot do what the library needs. */
 size_t rw_granularity(const struct rw_driver *driver, uint32_t device);
 
-/* After a restore: another container may have other devices. */
-void rw_ask_again(void);
-
 /* Never creates a primary context: where none is active, `context` is none. */
 bool rw_is_primary(const struct rw_driver *driver, uint32_t device, const void *context);
 

@@ -16,8 +16,9 @@
  *       cuMemAlloc or cuMemCreate, also by a dlsym of its own; it is asked once, at the first large allocation
  *     - everything after a wish for a legacy IPC handle of such memory, which has none
  *
- * Seen by a program: sizes are rounded up to 2 MiB. cudaFreeAsync of such memory waits for the device. A range that
- * cuPointerGetAttribute gives ends at a GiB from its start. cuDevicePrimaryCtxRelease does not free the memory.
+ * Seen by a program: sizes are rounded up to 2 MiB, and 2 MiB more are taken until the context goes. cudaFreeAsync of such
+ * memory waits for the device. A range that cuPointerGetAttribute gives ends at a GiB from its start.
+ * cuDevicePrimaryCtxRelease does not free the memory.
  */
 #include "device.h"
 #include "real.h"

@@ -34,7 +34,7 @@ MESSAGE = struct.Struct("<IIQiIQQQ16s")
 PIDFD_GETFD = 438
 
 # What the fake driver counts.
-HANDLES, MAPPED, RESERVED, ALLOCATED, SYNCS, USED, BROKEN, TINY, ANCHORS, REACHABLE = range(10)
+HANDLES, MAPPED, RESERVED, ALLOCATED, SYNCS, USED, BROKEN, TINY, ANCHORS = range(9)
 
 
 @dataclass(frozen=True)
@@ -217,12 +217,11 @@ class Control:
 class Program:
     """program.c, which does what it is told."""
 
-    def __init__(self, built: Built, driver: bool = False, around: Sequence[str] = (), **environment: str) -> None:
-        """`around`: the words of a command that becomes the program."""
+    def __init__(self, built: Built, driver: bool = False, **environment: str) -> None:
         self.built = built
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*around, built.directory / ("program-driver" if driver else "program")],
+            [built.directory / ("program-driver" if driver else "program")],
             env=built.environment(**environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,11 +17,8 @@ from support.device_program import (
     FLAVOURS,
     GIB,
     HANDLES,
-    MAP,
     MIB,
-    REACHABLE,
     SYNCS,
-    UNMAP,
     USED,
     Built,
     Program,
@@ -78,48 +74,6 @@ def test_the_driver_keeps_its_block_for_tags(program: Program) -> None:
     assert program.do("count", ANCHORS) == 1
     assert program.do("free", program.malloc(4 * MIB)) == 0
     assert program.do("count", ANCHORS) == 2
-
-
-USUAL = [
-    *("console", "core", "fd", "full", "mqueue", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout"),
-    *("termination-log", "tty", "urandom", "zero", "nvidia-caps", "nvidia-modeset", "nvidia-uvm", "nvidia-uvm-tools"),
-    *("nvidiactl", "nvidia0", "nvidia15"),
-]
-
-
-def with_devices(built: Built, *names: str) -> Program:
-    """A program with these in /dev, and nothing else."""
-    make = "mount -t tmpfs none /dev && " + "".join(f"touch '/dev/{name}' && " for name in names) + 'exec "$0"'
-    return Program(built, around=["unshare", "--mount", "--propagation", "private", "sh", "-c", make])
-
-
-OTHERS = ["infiniband", "gdrdrv", "nvidia-fs0", "cxi0", "nvidia", "nvidia0a", "nvidia-caps-imex-channels", "sda", ".a"]
-
-
-@pytest.mark.parametrize("other", ["", *OTHERS])
-def test_memory_that_other_devices_reach(built: Built, other: str) -> None:
-    """Only where there may be such devices: it takes longer."""
-    program = with_devices(built, *USUAL, *filter(None, [other]))
-    assert program.do("free", program.malloc(GIB + 2 * MIB)) == 0
-    assert program.do("count", REACHABLE) == (2 if other else 0)
-    program.end()
-    program.close()
-
-
-def test_other_devices_of_the_container_it_comes_back_in(built: Built) -> None:
-    program = with_devices(built)
-    address = program.malloc(2 * MIB)
-    control = program.connect()
-    exported = control.export(address, 2 * MIB)
-    assert control.status(UNMAP, address, 2 * MIB) == 0
-    Path(f"/proc/{program.process.pid}/root/dev/cxi0").touch()
-    assert control.status(MAP, address, 2 * MIB, [exported]) == 0
-    os.close(exported)
-    assert program.do("count", REACHABLE) == 0
-    assert program.do("free", program.malloc(2 * MIB)) == 0
-    assert program.do("count", REACHABLE) == 1
-    program.end()
-    program.close()
 
 
 def test_sizes_are_rounded_up_and_large_ones_made_of_pieces(program: Program) -> None:

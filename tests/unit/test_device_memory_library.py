@@ -53,10 +53,9 @@ EXPORTED = {
 }
 # Functions of every libc from glibc 2.17 on (libpthread and libdl apart until 2.34), and of musl.
 NEEDED = {
-    "__errno_location", "__stack_chk_fail", "__stack_chk_guard", "calloc", "close", "closedir", "fcntl", "free",
-    "memcpy", "memset", "mmap", "munmap", "opendir", "poll", "prctl", "readdir", "recv", "recvmsg", "sched_yield",
-    "sendmsg", "sigfillset", "sigprocmask", "socketpair", "strcmp", "strlen", "strncmp", "strrchr", "strspn", "syscall",
-    "write",
+    "__errno_location", "__stack_chk_fail", "__stack_chk_guard", "calloc", "close", "fcntl", "free", "memcpy",
+    "memset", "mmap", "munmap", "poll", "prctl", "recv", "recvmsg", "sched_yield", "sendmsg", "sigfillset",
+    "sigprocmask", "socketpair", "strlen", "strncmp", "strrchr", "syscall", "write",
 }  # fmt: skip
 WEAK = {
     "__register_atfork", "dl_iterate_phdr", "dlclose", "dlerror", "dlopen", "dlsym", "dlvsym", "pthread_atfork",

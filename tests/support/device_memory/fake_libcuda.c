@@ -45,7 +45,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct range *reserved, *mapped, *allocated;
 static struct memory *memories, *spare;
 static struct context *primary[DEVICES];
-static uint64_t used, handles, syncs, tiny, anchors, reachable;
+static uint64_t used, handles, syncs, tiny, anchors;
 static bool initialised;
 static struct {
 	int sticky, capturing, broken, fail_map, fail_access, fail_export, fail_release, slow_ms;
@@ -185,8 +185,7 @@ enum {
 	COUNT_USED,
 	COUNT_BROKEN,
 	COUNT_TINY,
-	COUNT_ANCHORS,
-	COUNT_REACHABLE
+	COUNT_ANCHORS
 };
 
 API int64_t fake_count(int which)
@@ -201,7 +200,6 @@ API int64_t fake_count(int which)
 	case COUNT_BROKEN: return state.broken;
 	case COUNT_TINY: return (int64_t)tiny;
 	case COUNT_ANCHORS: return (int64_t)anchors;
-	case COUNT_REACHABLE: return (int64_t)reachable; /* ever made for other devices to reach */
 	default: break;
 	}
 	struct range *list = which == COUNT_MAPPED ? mapped : which == COUNT_RESERVED ? reserved : allocated;
@@ -572,10 +570,8 @@ API int cuMemCreate(struct memory **handle, size_t size, const struct kind *kind
 		if (pwrite(file, "dirty", 5, (off_t)(at + GRANULE / 2)) != 5)
 			return OUT_OF_MEMORY;
 	int result = new_memory(handle, file, size, kind->device, kind->handle_types == 1);
-	if (result == OK) {
+	if (result == OK)
 		used += size;
-		reachable += kind->flags[1] != 0;
-	}
 	return result;
 }
 
