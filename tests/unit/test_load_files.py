@@ -107,6 +107,19 @@ class Files:
             loaded.abandon()
 
 
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each read in the usual way from now on, whether it was of cold data."""
+    found: list[bool] = []
+    read = Source.read
+
+    def noted(source: Source, buffer: memoryview, size: int, offset: int, cold: bool) -> bool:
+        found.append(cold)
+        return read(source, buffer, size, offset, cold)
+
+    monkeypatch.setattr(Source, "read", noted)
+    return found
+
+
 @pytest.mark.parametrize("threads", [1, 2, 12])
 @pytest.mark.parametrize("compressed", [[], [0], [2, 7], [1, 3, 5, 11], range(COUNT)])
 def test_straight_from_files(
@@ -139,14 +152,7 @@ def test_what_was_missed_once_is_cold(gpus: FakeGpus, tmp_path: Path, monkeypatc
     for number in range(COUNT):
         drop(files.path(number))
     monkeypatch.setattr(ChunkReader, "_is_warm", lambda *_: True)
-    asked: list[bool] = []
-    read = Source.read
-
-    def noted(source: Source, buffer: memoryview, size: int, offset: int, cold: bool) -> bool:
-        asked.append(cold)
-        return read(source, buffer, size, offset, cold)
-
-    monkeypatch.setattr(Source, "read", noted)
+    asked = reads(monkeypatch)
     assert files.loads(gpus, 1)
     assert asked and all(asked)
 
@@ -169,14 +175,7 @@ def test_a_file_system_that_cannot_say(gpus: FakeGpus, tmp_path: Path, monkeypat
         return 0, slot, True
 
     monkeypatch.setattr(Lane, "upload_file", refused)
-    colds: list[bool] = []
-    read = Source.read
-
-    def noted(source: Source, buffer: memoryview, size: int, offset: int, cold: bool) -> bool:
-        colds.append(cold)
-        return read(source, buffer, size, offset, cold)
-
-    monkeypatch.setattr(Source, "read", noted)
+    colds = reads(monkeypatch)
     assert files.loads(gpus, 1)
     assert len(calls) == len(files.packs) and not colds[0] and files.others == COUNT
 
