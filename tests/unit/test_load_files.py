@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -67,16 +68,8 @@ class Files:
             self.others += len(addresses)
             upload(lane, addresses, data, event, after)
 
-        def many(
-            lane: Lane,
-            fd: int,
-            runs: Sequence[tuple[int, int]],
-            addresses: Sequence[int],
-            size: int,
-            buffers: Sequence[memoryview],
-            slot: int,
-        ) -> tuple[int, int, bool]:
-            done, slot, refused = upload_file(lane, fd, runs, addresses, size, buffers, slot)
+        def many(lane: Lane, fd: int, runs: Sequence[tuple[int, int]], *rest: Any) -> tuple[int, int, bool]:
+            done, slot, refused = upload_file(lane, fd, runs, *rest)
             self.straight.append(sum(count for _, count in runs[:done]))
             return done, slot, refused
 
@@ -155,6 +148,21 @@ def test_what_was_missed_once_is_cold(gpus: FakeGpus, tmp_path: Path, monkeypatc
     asked = reads(monkeypatch)
     assert files.loads(gpus, 1)
     assert asked and all(asked)
+
+
+def test_who_has_it_verified_gets_all_by_the_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would look at what goes straight."""
+    files = Files(tmp_path, monkeypatch)
+    found: list[int] = []
+
+    def straight(fd: int, runs: object) -> tuple[int, bool, memoryview]:
+        raise AssertionError("it went past the stream that verifies")
+
+    with ChunkReader(files.store, files.packs, files.chunks, stop=threading.Event(), threads=1) as reader:
+        stream, buffer = reader.stream(straight=straight), memoryview(mmap.mmap(-1, 2 * WINDOW))
+        while (item := stream.next_run(buffer)) is not None:
+            found += item[0]
+    assert sorted(found) == list(range(COUNT))
 
 
 def test_files_that_cannot_be_asked(gpus: FakeGpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

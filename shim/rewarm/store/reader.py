@@ -128,8 +128,8 @@ class ChunkReader:
 
     def stream(self, *, verify: bool = True, straight: Straight | None = None) -> Stream:
         """One thread's share of the work. Without `verify` what it gives may be anything: the caller compares the bytes
-        with their digests before they are used, and has `again` for those that are wrong. `straight`, which is for who
-        does not have it verify, as there."""
+        with their digests before they are used, and has `again` for those that are wrong. `straight`, as there: without
+        `verify` only, or it is not called."""
         return Stream(self, verify=verify, straight=straight)
 
     def again(self, numbers: Sequence[int]) -> Stream:

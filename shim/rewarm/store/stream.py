@@ -54,7 +54,8 @@ class Stream:
     ) -> None:
         self._reader = reader
         self._verify = verify
-        self._straight = straight
+        # Nobody verifies what goes past this stream.
+        self._straight = None if verify else straight
         self._parts = parts
         self._scratch: memoryview | None = None
         self._inflater: Inflater | None = None
