@@ -23,6 +23,7 @@ _SOURCES = (
     "advise.c",
     "awake.c",
     "lanes.c",
+    "pieces.c",
     "memory.c",
     "page_cache.c",
 )
@@ -86,6 +87,11 @@ struct rw_ring {
 int rw_upload_file(const struct rw_lane_calls *calls, int fd, const struct rw_run *runs, size_t count,
                    const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done,
                    int *refused);
+int rw_create_pieces(void *create, const void *properties, const uint64_t *sizes, size_t count, uint64_t *handles,
+                     size_t *done);
+int rw_map_pieces(void *map, uint64_t address, const uint64_t *sizes, const uint64_t *handles, size_t count,
+                  size_t *done);
+int rw_export_pieces(void *export, const uint64_t *handles, size_t count, int type, int *fds, size_t *done);
 int rw_populate(void *start, size_t size);
 size_t rw_nonzero_pages(const void *data, size_t pages, uint8_t *mask);
 size_t rw_equal_pages(const void *one, const void *other, size_t pages, uint8_t *mask);

@@ -7,6 +7,7 @@ docs/decisions/0015). Bound like cuda.py: nothing is loaded before the first obj
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -60,7 +61,7 @@ class Device:
             "record": "cuEventRecord",
             "wait": "cuEventSynchronize",
         }
-        calls = {key: native_ffi.cast("void *", self._address(name)) for key, name in names.items()}
+        calls = {key: self._function(name) for key, name in names.items()}
         self._calls = native_ffi.new("struct rw_lane_calls *", calls)
 
     def enter(self) -> None:
@@ -74,15 +75,23 @@ class Device:
         self._call("cuMemGetInfo_v2", free, total)
         return int(free[0])
 
-    def create(self, size: int) -> int:
-        """New memory that can be exported: its handle. What is in it is not said."""
+    def create(self, sizes: Sequence[int]) -> list[int]:
+        """New memory that can be exported, in one call without Python's lock: a handle for each size, or none at all.
+        What is in it is not said."""
         prop = ffi.new("CUmemAllocationProp *")
         prop.type, prop.requestedHandleTypes = _PINNED, _DESCRIPTOR
         prop.location.type, prop.location.id = _ON_DEVICE, self._ordinal
         prop.allocFlags.gpuDirectRDMACapable = self._rdma
-        handle = ffi.new("CUmemGenericAllocationHandle *")
-        self._call("cuMemCreate", handle, size, prop, 0)
-        return int(handle[0])
+        handles, done = native_ffi.new("uint64_t[]", len(sizes)), native_ffi.new("size_t *")
+        wanted = native_ffi.new("uint64_t[]", sizes)
+        properties = native_ffi.cast("void *", int(ffi.cast("uintptr_t", prop)))
+        code = native.rw_create_pieces(self._function("cuMemCreate"), properties, wanted, len(sizes), handles, done)
+        if code:
+            for handle in handles[0 : done[0]]:
+                with suppress(CudaError):
+                    self.release(handle)
+        self.check(code, "cuMemCreate")
+        return list(handles)
 
     def take(self, fd: int) -> int:
         """The handle of memory that another process has exported; `fd` stays the caller's to close."""
@@ -90,12 +99,17 @@ class Device:
         self._call("cuMemImportFromShareableHandle", handle, ffi.cast("void *", fd), _DESCRIPTOR)
         return int(handle[0])
 
-    def give(self, handle: int) -> int:
-        """A descriptor for memory that `create` made, which keeps it as long as it is open, whatever this process does.
-        An imported one cannot be exported (INVALID_VALUE)."""
-        fd = ffi.new("int *")
-        self._call("cuMemExportToShareableHandle", fd, handle, _DESCRIPTOR, 0)
-        return int(fd[0])
+    def give(self, handles: Sequence[int]) -> list[int]:
+        """A descriptor for each of these that `create` made, which keeps the memory as long as it is open, whatever
+        this process does; or none at all. An imported one cannot be exported (INVALID_VALUE)."""
+        fds, done = native_ffi.new("int[]", len(handles)), native_ffi.new("size_t *")
+        export, given = self._function("cuMemExportToShareableHandle"), native_ffi.new("uint64_t[]", handles)
+        code = native.rw_export_pieces(export, given, len(handles), _DESCRIPTOR, fds, done)
+        if code:
+            for fd in fds[0 : done[0]]:
+                os.close(fd)
+        self.check(code, "cuMemExportToShareableHandle")
+        return list(fds)
 
     def release(self, handle: int) -> None:
         """Let go of a handle; what is mapped stays."""
@@ -105,20 +119,19 @@ class Device:
         """The address at which this process sees memory from now on: handles and sizes, one after the other."""
         found, sizes = ffi.new("CUdeviceptr *"), [size for _, size in parts]
         self._call("cuMemAddressReserve", found, sum(sizes), 0, 0, 0)
-        address = at = int(found[0])
+        address = int(found[0])
         access = ffi.new("CUmemAccessDesc *")
         access.location.type, access.location.id, access.flags = _ON_DEVICE, self._ordinal, _READ_WRITE
-        mapped = 0
+        done = native_ffi.new("size_t *")
+        lengths, handles = native_ffi.new("uint64_t[]", sizes), native_ffi.new("uint64_t[]", [one for one, _ in parts])
         try:
-            for handle, size in parts:
-                self._call("cuMemMap", at, size, 0, handle, 0)
-                mapped += 1
-                at += size
+            code = native.rw_map_pieces(self._function("cuMemMap"), address, lengths, handles, len(parts), done)
+            self.check(code, "cuMemMap")
             # Once for all: it is what takes the time.
             self._call("cuMemSetAccess", address, sum(sizes), access, 1)
         except CudaError:
             with suppress(CudaError):
-                self._unmap(address, sizes[:mapped])
+                self._unmap(address, sizes[: done[0]])
                 self._call("cuMemAddressFree", address, sum(sizes))
             raise
         return address
@@ -190,8 +203,9 @@ class Device:
                 return int(device[0])
         raise LookupError(f"the driver shows {count[0]} GPUs, and not this one")
 
-    def _address(self, name: str) -> int:
-        return int(ffi.cast("uintptr_t", ffi.addressof(self._lib, name)))
+    def _function(self, name: str) -> Any:
+        """A function of the driver, for calls from C."""
+        return native_ffi.cast("void *", int(ffi.cast("uintptr_t", ffi.addressof(self._lib, name))))
 
     def _call(self, name: str, *arguments: object) -> None:
         self.check(int(getattr(self._lib, name)(*arguments)), name)

@@ -107,6 +107,16 @@ int rw_upload_file(const struct rw_lane_calls *calls, int fd, const struct rw_ru
 		   const uint64_t *devices, size_t size, void *stream, struct rw_ring *ring, size_t *done,
 		   int *refused);
 
+/* Memory of the GPU by the driver's virtual memory API, one piece after the other: makes pieces of these sizes with
+ * `properties` (CUmemAllocationProp), maps them one behind the other from `address` on, or makes a descriptor of each, of
+ * handle type `type`. `create`, `map` and `export` are cuMemCreate, cuMemMap and cuMemExportToShareableHandle. They end at
+ * the first that fails: *done is how many are made. Return the driver's CUresult. */
+int rw_create_pieces(void *create, const void *properties, const uint64_t *sizes, size_t count, uint64_t *handles,
+		     size_t *done);
+int rw_map_pieces(void *map, uint64_t address, const uint64_t *sizes, const uint64_t *handles, size_t count,
+		  size_t *done);
+int rw_export_pieces(void *export, const uint64_t *handles, size_t count, int type, int *fds, size_t *done);
+
 /* Has the kernel find the pages of a mapping of this process now (madvise(2), MADV_POPULATE_WRITE: Linux 5.14). Returns 0
  * or -errno. */
 int rw_populate(void *start, size_t size);

@@ -37,7 +37,7 @@ def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Windows
     for name, value in gpus.environment().items():
         monkeypatch.setenv(name, value)
     device = Device(str(gpus.libcuda), fake_gpu.uuid_bytes(GPU))
-    handle = device.create(3 * WINDOW)
+    [handle] = device.create([3 * WINDOW])
     base = device.map([(handle, 3 * WINDOW)])
     device.release(handle)
     data = [random.Random(1).randbytes(WINDOW), bytes(WINDOW), random.Random(2).randbytes(WINDOW)]

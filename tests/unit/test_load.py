@@ -282,6 +282,11 @@ def test_zeros_are_waited_for(begin: Callable[[Chunks], Run], monkeypatch: pytes
     assert begin(Chunks(DATA, range(COUNT))).join()
 
 
+def test_pieces_of_several_calls(begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_BATCH", 2)
+    assert begin(Chunks(DATA, range(COUNT))).join()
+
+
 @pytest.mark.parametrize("nth", range(len(PATTERN)))
 def test_a_piece_that_cannot_be_exported(
     gpus: FakeGpus, begin: Callable[[Chunks], Run], monkeypatch: pytest.MonkeyPatch, nth: int
@@ -290,12 +295,14 @@ def test_a_piece_that_cannot_be_exported(
     original = Device.give
     given: list[int] = []
 
-    def fails(device: Device, handle: int) -> int:
+    def fails(device: Device, handles: Sequence[int]) -> list[int]:
         if len(given) == nth:
             raise CudaError(999, "UNKNOWN", "cuMemExportToShareableHandle", 0)
-        given.append(original(device, handle))
-        return given[-1]
+        some = original(device, handles)
+        given.extend(some)
+        return some
 
+    monkeypatch.setattr(load, "_BATCH", 1)
     monkeypatch.setattr(Device, "give", fails)
     run = begin(Chunks(DATA, range(COUNT)))
     with pytest.raises(GpuError, match="export memory of"):
@@ -312,10 +319,10 @@ def test_more_pieces_than_descriptors_at_first(begin: Callable[[Chunks], Run], m
     """Everything else is open by then."""
     give = Device.give
 
-    def few(device: Device, handle: int) -> int:
+    def few(device: Device, handles: Sequence[int]) -> list[int]:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         assert soft == hard > FEW
-        return give(device, handle)
+        return give(device, handles)
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (FEW, hard))
@@ -441,9 +448,10 @@ def test_given_up_while_a_read_hangs(begin: Callable[[Chunks], Run], monkeypatch
     given: list[int] = []
     give = Device.give
 
-    def noted(device: Device, handle: int) -> int:
-        given.append(give(device, handle))
-        return given[-1]
+    def noted(device: Device, handles: Sequence[int]) -> list[int]:
+        some = give(device, handles)
+        given.extend(some)
+        return some
 
     monkeypatch.setattr(Device, "give", noted)
     run = begin(reader)

@@ -36,11 +36,11 @@ class Program:
         self.mapped: list[tuple[int, int]] = []
         for number, content in enumerate(contents):
             size = len(content) * WINDOW
-            handle = self.device.create(size)
+            [handle] = self.device.create([size])
             address = self.device.map([(handle, size)])
             for at, data in enumerate(content):
                 ctypes.memmove(address + at * WINDOW, data or bytes(WINDOW), WINDOW)
-            self.places.append((7, 0, Span((number + 1) << 32, size), self.device.give(handle)))
+            self.places.append((7, 0, Span((number + 1) << 32, size), self.device.give([handle])[0]))
             self.device.release(handle)
             self.mapped.append((address, size))
 

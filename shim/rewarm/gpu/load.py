@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Protocol
@@ -35,6 +35,8 @@ SLOTS = 2
 _WARM_THREADS = 10
 """At most, where there is little to do but reading from memory: so many keep PCIe busy (docs/decisions/0015), and CRIU
 wants processors too."""
+_BATCH = 256
+"""Pieces that are made in one call, or get their descriptors."""
 _MOST_THREADS = 32
 """Of any kind, however many processors there are: each has pinned memory."""
 
@@ -91,9 +93,10 @@ class Load:
         self._uuids = opening.uuids
         self._at: Layout
         """Made by `_begin`."""
-        self._handles: list[int] = []
+        self._handles: dict[int, int] = {}
+        """By the index of the piece, as all below."""
         self._mapped: list[tuple[Device, int, list[int]]] = []
-        self._exported: list[int] = []
+        self._exported: dict[int, int] = {}
         """A descriptor for each piece."""
         self._sent = bytearray(sum(len(piece.chunks) - piece.chunks.count(ZEROS) for piece in pieces))
         self._verified = bytearray(len(self._sent))
@@ -122,10 +125,10 @@ class Load:
         with self._lock:  # who abandons the load closes them
             if self._stop.is_set():
                 raise GpuError("load device memory of", ", ".join(self._uuids), "the restore has ended")
-            exported, self._exported = self._exported, []
+            exported, self._exported = self._exported, {}
         found: dict[int, list[tuple[Span, int]]] = {}
-        for piece, fd in zip(self._pieces, exported, strict=True):
-            found.setdefault(piece.pid, []).append((piece.span, fd))
+        for at, piece in enumerate(self._pieces):
+            found.setdefault(piece.pid, []).append((piece.span, exported[at]))
         return found
 
     def sizes(self) -> dict[int, int]:
@@ -148,10 +151,10 @@ class Load:
             self._opening.close()
         if begun:
             with self._lock:
-                for fd in self._exported:
+                for fd in self._exported.values():
                     with suppress(OSError):
                         os.close(fd)
-                self._exported = []
+                self._exported = {}
         if not begun or not aside.wait(self._tasks) or self._host is None:
             return  # who hangs has streams and buffers of the contexts
         with self._lock:
@@ -160,10 +163,10 @@ class Load:
                 with suppress(CudaError):
                     device.enter()
                     device.unmap(address, sizes)
-            for handle in self._handles:
+            for handle in self._handles.values():
                 with suppress(CudaError):
                     self._host.devices[0].release(handle)
-            self._mapped, self._handles = [], []
+            self._mapped, self._handles = [], {}
             self._host.close()
 
     def _fail(self, error: Exception, operation: str = "") -> None:
@@ -206,20 +209,25 @@ class Load:
 
     def _make(self, mine: host.Host) -> None:
         """The memory of all pieces."""
-        for piece in self._pieces:
-            if self._stop.is_set():
-                return
-            self._handles.append(mine.devices[piece.gpu].create(piece.size))
         for index, device in enumerate(mine.devices):
             device.enter()
-            here = [
-                (handle, piece.size)
-                for piece, handle in zip(self._pieces, self._handles, strict=True)
-                if piece.gpu == index
-            ]
-            if here:
-                self._at.bases[index] = base = device.map(here)
-                self._mapped.append((device, base, [size for _, size in here]))
+            sizes: list[int] = []
+            for some in self._batches(index):
+                if self._stop.is_set():
+                    return
+                more = [self._pieces[at].size for at in some]
+                self._handles |= zip(some, device.create(more), strict=True)
+                sizes += more
+            if sizes:
+                handles = (self._handles[at] for some in self._batches(index) for at in some)
+                self._at.bases[index] = base = device.map(list(zip(handles, sizes, strict=True)))
+                self._mapped.append((device, base, sizes))
+
+    def _batches(self, gpu: int) -> Iterator[list[int]]:
+        """The indices of the pieces of a GPU, some at a time: whoever gives the restore up waits for those."""
+        found = [at for at, piece in enumerate(self._pieces) if piece.gpu == gpu]
+        for first in range(0, len(found), _BATCH):
+            yield found[first : first + _BATCH]
 
     def _zero(self, mine: host.Host) -> None:
         """All windows that are to be zeros."""
@@ -236,13 +244,14 @@ class Load:
     def _export(self, mine: host.Host) -> None:
         """Descriptors of all pieces, which nobody gets before `join`: 0.15 ms each."""
         descriptors.allow()
-        for piece, handle in zip(self._pieces, self._handles, strict=True):
-            if self._stop.is_set():
-                return
-            try:
-                self._exported.append(mine.devices[piece.gpu].give(handle))
-            except CudaError as error:
-                raise host.failed("export memory of", self._uuids[piece.gpu], error) from None
+        for index, device in enumerate(mine.devices):
+            for some in self._batches(index):
+                if self._stop.is_set():
+                    return
+                try:
+                    self._exported |= zip(some, device.give([self._handles[at] for at in some]), strict=True)
+                except CudaError as error:
+                    raise host.failed("export memory of", self._uuids[index], error) from None
 
     def _run(self, number: int) -> None:
         began = time.monotonic_ns()

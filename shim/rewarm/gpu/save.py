@@ -248,10 +248,8 @@ class Save:
             return 0
         device.enter()
         sizes = [min(_COPY, size - at) for at in range(0, size, _COPY)]
-        handles: list[int] = []
+        handles = device.create(sizes)
         try:
-            for one in sizes:
-                handles.append(device.create(one))
             base = device.map(list(zip(handles, sizes, strict=True)))
         finally:
             for handle in handles:
