@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rewarm.apart import Child
     from rewarm.request import Request
 
+_SWITCH = 0.0005
+"""Seconds after which a thread gives Python's lock up to one that waits for it: tens of threads fetch memory, and what
+the container waits for is one of them. Python's own are ten times that."""
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -169,6 +172,7 @@ def _attempt(
     """The same in the process that may hang."""
     from rewarm import sweep
 
+    sys.setswitchinterval(_SWITCH)
     try:
         for line in sweep.left_overs(settings.state_dir, binary, in_passing=True):
             log.write(invocation, "warning", f"rewarm: a left-over restore could not be undone: {line}")

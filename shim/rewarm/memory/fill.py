@@ -31,6 +31,9 @@ _SHARE = 16
 processes."""
 _FEW = 4
 """Threads, for which reading the tenth of a second before CRIU is started makes a difference."""
+_LEAVE = 4
+"""One thread in so many does not read before there are processes: CRIU and those whom it traces wait for each other a
+hundred times, and for a processor each time."""
 _WAITED = 0.005
 """Seconds for a chunk beyond which it has probably come from storage: from memory it takes one or two thousandths."""
 
@@ -92,8 +95,11 @@ class Fill:
         self._start(count if self._reader.cold else min(count, 1 if self._reader.parallel <= _FEW else 0))
 
     def hurry(self) -> None:
-        """All threads but one, whose core is CRIU's; one at least reads from now on. Raises RestoreError."""
-        self._start(max(len(self._waiting) - 1, 0 if self._tasks else min(1, len(self._waiting))))
+        """All threads but those whose cores are CRIU's and the rest of rewarm's, one of them at least; one at least
+        reads from now on. Raises RestoreError."""
+        count = len(self._waiting) + len(self._tasks)
+        left = max(1, count // _LEAVE)
+        self._start(max(len(self._waiting) - left, 0 if self._tasks else min(1, len(self._waiting))))
 
     def release(self, pids: Mapping[int, int]) -> None:
         """Begin to write: `pids` are the processes' host pids by their numbers in the images; all are stopped.
