@@ -4,12 +4,13 @@ chunks from store or cache, the fill of processes, the load of GPUs."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rewarm import node, processes, slots
+from rewarm import aside, node, processes, slots
+from rewarm.aside import Task
 from rewarm.criu import images
 from rewarm.errors import RestoreError, SnapshotDamaged
 from rewarm.memory import places, plan
@@ -35,8 +36,69 @@ _DEVICE_PART, _ROUNDS = 32 << 20, 8
 restore goes on while threads copy, and waits while one looks for more (Python's lock)."""
 
 
+class DeviceMemory:
+    """What goes to GPUs. Its part of the chunk table is decoded by a thread of its own, while CRIU works: it is long,
+    and nothing needs it before."""
+
+    def __init__(self, opening: Opening, make: Callable[[], Load], stop: threading.Event) -> None:
+        """`opening`: of the GPUs, begun; `stop` is set if `make` fails, as by every failure."""
+        self._opening = opening
+        self._make = make
+        self._stop = stop
+        self._load: Load | None = None
+        self._failure: Exception | None = None
+        self._task = Task(self._begin, "tables")
+        self._begun = False
+
+    def start(self) -> None:
+        """Begin, unless it was begun. Raises RestoreError if no thread can be made."""
+        if not self._begun:
+            self._task.start()
+            self._begun = True
+
+    def load(self) -> Load:
+        """Wait until it has begun. Raises SnapshotDamaged, StoreError, RestoreError, GpuError."""
+        self._task.wait()
+        self.raise_failure()
+        if self._load is None:
+            raise RestoreError("load device memory of", ", ".join(self._opening.uuids), "the restore has ended")
+        return self._load
+
+    def raise_failure(self) -> None:
+        """Raise what has failed so far, if anything has."""
+        if self._failure is not None:
+            raise self._failure
+        if self._load is not None:
+            self._load.raise_failure()
+
+    def abandon(self) -> None:
+        """End its threads, as far as they can be. Who hangs finds `stop` set when he goes on."""
+        if self._begun:
+            aside.wait([self._task])
+        if self._load is not None:
+            self._load.abandon()
+        else:
+            self._opening.close()
+
+    def _begin(self) -> None:
+        try:
+            load = self._make()
+            if self._stop.is_set():
+                return
+            self._load = load  # its threads may fail at once, and who then ends asks here why
+            try:
+                load.start()
+            except RestoreError:
+                self._load = None  # it has no threads, and so does not have the opening either
+                raise
+        except Exception as error:
+            self._failure = error  # raised by `load`
+            self._stop.set()
+
+
 class CarvedMemory:
-    """Made by `load`. `start`, `check`, `hurry`, `release`, `join` in this order, or `abandon` at any time."""
+    """Made by `load`. `start`, `allow_huge_pages`, `hurry`, `check`, `release`, `join` in this order, or `abandon` at
+    any time."""
 
     def __init__(
         self,
@@ -45,43 +107,60 @@ class CarvedMemory:
         where: list[Place],
         reader: ChunkReader,
         fill: Fill,
-        device: Load | None,
+        device: DeviceMemory | None,
     ) -> None:
         self._ref = ref
         self._manifest = manifest
         self._places = where
         self._reader = reader
         self._fill = fill
-        self.device = device
-        """Device memory, which who maps it into the processes joins."""
+        self._device = device
         self._alive: dict[int, int | None] = {}
+        self._checked = False
 
     def start(self) -> None:
         """Start to read. Raises RestoreError if no thread can be made."""
-        if self.device is not None:
-            self.device.start()
         self._fill.start()
+        if self._device is not None and self._reader.cold:
+            self._device.start()  # what waits for storage does not hold up anybody
 
-    def hurry(self) -> None:
-        """Read with all threads, now that nothing is left to prepare. Raises RestoreError."""
-        self._fill.hurry()
-
-    def check(self, directory: Path, limit: int | None) -> None:
-        """Check all against CRIU's images in `directory`, and choose huge pages there; `limit` is the container's
+    def allow_huge_pages(self, directory: Path, limit: int | None) -> None:
+        """Choose huge pages in CRIU's images in `directory`, which CRIU has not yet read; `limit` is the container's
         memory limit in bytes. Raises SnapshotDamaged."""
         memory = self._manifest.memory
+        mappings = [(one.pid, one.start, one.end, one.extra) for one in memory.huge]
         try:
-            plan.check(self._places, directory)
-            mappings = [(one.pid, one.start, one.end, one.extra) for one in memory.huge]
             plan.allow_huge_pages(mappings, self._places, directory, memory.filled + memory.left, limit)
         except (plan.Unfounded, images.ImageError) as error:
             raise SnapshotDamaged("read memory of snapshot", str(self._ref), str(error), _NEXT_STEP) from None
 
+    def hurry(self) -> None:
+        """Read with more threads, and begin with device memory, now that CRIU works. Raises RestoreError."""
+        self._fill.hurry()
+        if self._device is not None:
+            self._device.start()
+
+    def check(self, directory: Path) -> None:
+        """Check all places against CRIU's images in `directory`: what is not the container's own memory there is not
+        written to. Raises SnapshotDamaged."""
+        try:
+            plan.check(self._places, directory)
+        except (plan.Unfounded, images.ImageError) as error:
+            raise SnapshotDamaged("read memory of snapshot", str(self._ref), str(error), _NEXT_STEP) from None
+        self._checked = True
+
     def release(self, init: int) -> None:
         """Begin to write into the stopped processes below `init`, a host pid. Raises RestoreError."""
+        if not self._checked:
+            raise RestoreError("fill memory of", str(self._ref), "its places have not been checked", "report it")
         found = processes.tree(init)
         self._alive = {pid: processes.start_time(pid) for pid in found}
         self._fill.release({processes.namespace_pid(pid): pid for pid in found})
+
+    def device(self) -> Load | None:
+        """Device memory, begun, which who maps it into the processes joins. Raises SnapshotDamaged, StoreError,
+        RestoreError, GpuError."""
+        return None if self._device is None else self._device.load()
 
     def join(self) -> None:
         """Wait until all memory is there and verified.
@@ -92,10 +171,12 @@ class CarvedMemory:
             self._fill.join()
         except RestoreError:
             # A failure of either ends both, and the other one then only misses what did not come.
-            if self.device is not None:
-                self.device.raise_failure()
+            if self._device is not None:
+                self._device.raise_failure()
             raise
         self._reader.close()
+        if self._device is not None:
+            self._device.load()
         for pid, start in self._alive.items():
             if start is not None and processes.start_time(pid) != start:
                 raise RestoreError(
@@ -105,14 +186,14 @@ class CarvedMemory:
     def raise_failure(self) -> None:
         """Raise what has failed so far, if anything has."""
         self._fill.raise_failure()
-        if self.device is not None:
-            self.device.raise_failure()
+        if self._device is not None:
+            self._device.raise_failure()
 
     def abandon(self) -> None:
         """End the threads, as far as they can be."""
         self._fill.abandon()
-        if self.device is not None:
-            self.device.abandon()
+        if self._device is not None:
+            self._device.abandon()
 
     def report(self, trace: Trace) -> None:
         """Note in the trace what was read from where."""
@@ -134,8 +215,8 @@ def load(
     stop: threading.Event,
     gpus: Sequence[str] = (),
 ) -> CarvedMemory | None:
-    """Read the snapshot's tables; None if nothing of its memory was carved or taken. `gpus`: the UUID of the GPU that
-    stands for each of the snapshot's. Raises SnapshotDamaged, StoreError."""
+    """Read the snapshot's tables, and decode that of process memory; None if nothing of its memory was carved or taken.
+    `gpus`: the UUID of the GPU that stands for each of the snapshot's. Raises SnapshotDamaged, StoreError."""
     if manifest.file(chunks.CHUNKS) is None and manifest.file(PLACES) is None and not manifest.memory.filled:
         return None
     with ExitStack() as undo:
@@ -146,13 +227,13 @@ def load(
             opening = Opening(settings.libcuda, gpus, settings.state_dir, trace)
             undo.callback(opening.close)
             opening.start()
-        table = chunks.decode(store.read_file(manifest, chunks.CHUNKS), manifest.packs, str(ref))
-        if not table and not manifest.cuda.served_bytes:
+        whole = store.read_file(manifest, chunks.CHUNKS)
+        if not whole and not manifest.cuda.served_bytes:
             raise SnapshotDamaged("read memory/chunks of", str(ref), "it has no chunks", _NEXT_STEP)
         data = store.read_file(manifest, PLACES) if manifest.file(PLACES) is not None else b""
         # The first chunks are those of device memory.
-        first = max(0, len(table) - places.count(data))
-        device, table = table[:first], table[first:]
+        first = max(0, chunks.count(whole) - places.count(data))
+        table = chunks.decode(whole, manifest.packs, str(ref), first)
         try:
             where = places.decode(data, [chunk.size for chunk in table])
         except places.Bad as bad:
@@ -165,21 +246,28 @@ def load(
         cache = cache_for(settings, store)
         reader = ChunkReader(store, manifest.packs, table, cache=cache, stop=stop, threads=threads)
         fill = Fill(reader, where, stop, trace, ahead=_ahead(settings, filled))
-        load = None
-        if device and opening is None:
-            cause = f"it has {len(device)} chunks that are nowhere"
+        device = None
+        if first and opening is None:
+            cause = f"it has {first} chunks that are nowhere"
             raise SnapshotDamaged("read memory/chunks of", str(ref), cause, _NEXT_STEP)
         if opening is not None:
-            part = max(PART, min(_DEVICE_PART, sum(chunk.size for chunk in device) // (_ROUNDS * threads)))
-            of_device = ChunkReader(
-                store, manifest.packs, device, cache=cache, stop=stop, threads=threads, warm_part=part
-            )
-            load = _device(store, ref, manifest, of_device, opening, trace, stop)
+            begun = opening
+
+            def make() -> Load:
+                # All of it once more: also against each other.
+                table = chunks.decode(whole, manifest.packs, str(ref))[:first] if first else []
+                part = max(PART, min(_DEVICE_PART, sum(chunk.size for chunk in table) // (_ROUNDS * threads)))
+                reader = ChunkReader(
+                    store, manifest.packs, table, cache=cache, stop=stop, threads=threads, warm_part=part
+                )
+                return _load(store, ref, manifest, reader, begun, trace, stop)
+
+            device = DeviceMemory(begun, make, stop)
         undo.pop_all()
-        return CarvedMemory(ref, manifest, where, reader, fill, load)
+        return CarvedMemory(ref, manifest, where, reader, fill, device)
 
 
-def _device(
+def _load(
     store: DirectoryStore,
     ref: SnapshotRef,
     manifest: Manifest,

@@ -99,7 +99,10 @@ def restore(plan: Plan) -> None:
             guard.go()
             if memory is not None:
                 memory.hurry()
+                memory.check(Path(_file(plan, CHECKPOINT)))
             _wait(plan, guard)
+            if memory is not None:
+                memory.raise_failure()
         container = runc.load(plan.invocation.root, plan.invocation.container_id)
         with plan.trace.phase("restore.stop"):
             _wait_stopped(container)
@@ -122,7 +125,7 @@ def restore(plan: Plan) -> None:
         if devices is not None and plan.manifest.cuda.processes:
             with plan.trace.phase("restore.cuda"):
                 # The driver works in the processes: from here on the container runs.
-                load = None if memory is None else memory.device
+                load = None if memory is None else memory.device()
                 stopped = losses.stopped_pids(plan.manifest.processes)
                 aside.run(lambda: devices.resume(container.pid, stopped, load, plan.trace))
                 _check_init(container)
@@ -240,7 +243,7 @@ def _vet(plan: Plan, memory: carved.CarvedMemory | None) -> None:
     except images.ImageError as error:
         raise SnapshotDamaged("read images of snapshot", plan.ref.name, str(error), "capture it again") from error
     if memory is not None:
-        memory.check(checkpoint, spec.memory_limit(plan.spec))
+        memory.allow_huge_pages(checkpoint, spec.memory_limit(plan.spec))
 
 
 def _prepare(plan: Plan, kept: Record, devices: Devices | None) -> tuple[Record, Spec]:

@@ -465,6 +465,24 @@ class TestAlways:
     def test_dense(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.advised(tmp_path, monkeypatch, "[always]", [1, (1 << 512) - 1, 1]) == [1 << 14, 0, 1 << 14]
 
+    @pytest.mark.parametrize("mode", ["[always]", "[madvise]"])
+    def test_a_process_that_is_not_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+        """The error is the same, whatever the node's setting."""
+        where = [places.Place(number, 0, TOP, bytes([1] * places.MASK_BYTES)) for number in (1, 2)]
+        (tmp_path / "thp").mkdir()
+        (tmp_path / "thp/enabled").write_text(mode)
+        monkeypatch.setattr(plan, "_THP", str(tmp_path / "thp"))
+        made.write_mm(tmp_path / "mm-1.img", [Area(TOP, 512)])
+        with pytest.raises(plan.Unfounded, match="place 1 is in process 2, which has no memory"):
+            plan.allow_huge_pages([(2, TOP, TOP + 4096, 0)], where, tmp_path, 0, None)
+
+    def test_many_mappings(self, tmp_path: Path) -> None:
+        areas = [Area(TOP + (at << 30), 512) for at in range(300)]
+        made.write_mm(tmp_path / "mm-1.img", areas)
+        mappings = [(1, area.start, area.end, 0) for area in areas[1:]]
+        plan.allow_huge_pages(mappings, [], tmp_path, 0, None)
+        assert [vma.madv for vma in vmas.load(tmp_path / "mm-1.img")] == [0] + [1 << 14] * 299
+
 
 class TestShared:
     """What is in common with another process is no reason for huge pages: they would end that."""

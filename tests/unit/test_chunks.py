@@ -37,6 +37,17 @@ def test_a_record_is_what_the_format_says() -> None:
     assert RECORD.size == len(encode([chunk])) == 64
 
 
+def test_the_rest_of_a_table() -> None:
+    """Its numbers are those of the whole, and what it has not to look at may be anything."""
+    data = encode(GOOD)
+    assert chunks.count(data) == len(GOOD)
+    assert [decode(data, PACKS, "x", first) for first in range(6)] == [GOOD[first:] for first in range(6)]
+    bad = encode([GOOD[0]._replace(pack=9), *GOOD[1:4], GOOD[4]._replace(size=1)])
+    assert decode(bad[: -RECORD.size], PACKS, "x", 1) == GOOD[1:4]
+    with pytest.raises(SnapshotDamaged, match="chunk 4: field size"):
+        decode(bad, PACKS, "x", 1)
+
+
 def test_round_trip() -> None:
     assert decode(encode(GOOD), PACKS, "x") == GOOD
     assert decode(encode(reversed(GOOD)), PACKS, "x") == GOOD[::-1]

@@ -208,6 +208,13 @@ def test_signals_are_checked(signals: list[dict[str, Any]], said: str) -> None:
     assert said in damage(encode(value))
 
 
+def test_device_memory_is_some_processs() -> None:
+    """What nobody would map is not loaded."""
+    value = document()
+    value["cuda"] = {"processes": [], "used_bytes": [], "served_bytes": 1 << 21, "served_zeros": 0}
+    assert "field cuda.served_bytes is of no process that uses CUDA" in damage(encode(value))
+
+
 def test_processes_that_use_cuda_need_gpus() -> None:
     value = document()
     value["requires"]["gpus"] = []

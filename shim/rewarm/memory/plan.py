@@ -1,4 +1,4 @@
-"""What a restore is going to fill, checked before CRIU runs: places against chunks, and both against CRIU's images."""
+"""What a restore is going to fill, checked before it does: places against CRIU's images, which say what is whose."""
 
 from __future__ import annotations
 
@@ -25,20 +25,26 @@ def check(places: Sequence[Place], directory: Path) -> None:
 
     Raises Unfounded, and images.ImageError for an image that is none.
     """
+    _check_processes(places, directory)
     found: dict[int, list[Vma]] = {}
     starts: dict[int, list[int]] = {}
     for number, place in enumerate(places):
         if place.pid not in found:
-            path = directory / f"mm-{place.pid}.img"
-            if not path.exists():
-                raise Unfounded(f"place {number} is in process {place.pid}, which has no memory")
-            found[place.pid] = vmas.load(path)
+            found[place.pid] = vmas.load(directory / f"mm-{place.pid}.img")
             starts[place.pid] = [vma.start for vma in found[place.pid]]
         first, last = place.span
         at = bisect_right(starts[place.pid], first) - 1
         vma = found[place.pid][at] if at >= 0 else None
         if vma is None or last > vma.end or not vma.is_fillable or place.forced == vma.is_writable:
             raise Unfounded(f"place {number} at {first:#x} of process {place.pid} is no memory that can be filled")
+
+
+def _check_processes(places: Sequence[Place], directory: Path) -> None:
+    there: set[int] = set()
+    for number, place in enumerate(places):
+        if place.pid not in there and not (directory / f"mm-{place.pid}.img").exists():
+            raise Unfounded(f"place {number} is in process {place.pid}, which has no memory")
+        there.add(place.pid)
 
 
 def allow_huge_pages(
@@ -52,8 +58,10 @@ def allow_huge_pages(
 
     Left as it is where the kernel has no huge pages (madvise would fail, and CRIU with it), and for mappings that
     would grow where the container's `needed` bytes come near its memory `limit`. Where the node gives huge pages to
-    all memory, mappings in which `places` are thin are told to have none (MADV_NOHUGEPAGE).
+    all memory, mappings in which `places` are thin are told to have none (MADV_NOHUGEPAGE). Raises Unfounded for a
+    place in a process that has no images, and images.ImageError.
     """
+    _check_processes(places, directory)
     if not os.path.isdir(_THP):
         return
     chosen: dict[int, set[tuple[int, int]]] = {}

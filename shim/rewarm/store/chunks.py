@@ -26,7 +26,8 @@ RAW, ZSTD = 0, 1
 RECORD = struct.Struct("<32sIIQIIQ")
 """digest (BLAKE3-256 of the raw bytes), pack, encoding, offset, stored, size, raw_offset."""
 MAX_TABLE = 64 << 20
-"""Bytes of the longest table: 2 TiB of memory. Python takes three times that to read one."""
+"""Bytes of the longest table: 2 TiB of memory. Python takes three times that to read one, and the part
+of process memory is read twice."""
 
 _NEXT_STEP = "remove the snapshot with `rewarm rm` and capture again"
 
@@ -56,17 +57,22 @@ def encode(chunks: Iterable[Chunk]) -> bytes:
     return b"".join(RECORD.pack(*chunk) for chunk in chunks)
 
 
-def decode(data: bytes, packs: Sequence[ChunkPack], where: str) -> list[Chunk]:
-    """The chunks of a table, each inside its pack and none over a part of another.
+def count(data: bytes) -> int:
+    """How many chunks there are, if the table is what it should be."""
+    return len(data) // RECORD.size
+
+
+def decode(data: bytes, packs: Sequence[ChunkPack], where: str, first: int = 0) -> list[Chunk]:
+    """The chunks of a table from number `first` on, each inside its pack and none over a part of another of these.
 
     `where` names the snapshot in errors. Raises SnapshotDamaged that names the chunk and the field.
     """
     if len(data) % RECORD.size or len(data) > MAX_TABLE:
         raise _damaged(where, f"has {len(data)} bytes, not a multiple of {RECORD.size} up to {MAX_TABLE}")
-    chunks = list(map(Chunk._make, RECORD.iter_unpack(data)))
+    chunks = list(map(Chunk._make, RECORD.iter_unpack(memoryview(data)[first * RECORD.size :])))
     limits = [(pack.size, pack.raw_size) for pack in packs]
     places: dict[tuple[int, int], Chunk] = {}
-    for number, chunk in enumerate(chunks):
+    for number, chunk in enumerate(chunks, first):
         _, pack, encoding, offset, stored, size, raw_offset = chunk
         # All at once, since a table has thousands of records and a restore waits; the error's field is found later.
         if (

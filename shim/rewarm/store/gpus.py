@@ -69,6 +69,8 @@ def read_cuda(reader: Reader, gpus: int) -> Cuda:
     reader.done()
     if cuda.served_zeros > cuda.served_bytes:
         raise Bad(f"field {reader.path('served_zeros')} is more than served_bytes")
+    if cuda.served_bytes and not cuda.processes:
+        raise Bad(f"field {reader.path('served_bytes')} is of no process that uses CUDA")
     if len(set(cuda.processes)) != len(cuda.processes) or 0 in cuda.processes:
         raise Bad(f"field {reader.path('processes')} is no list of different processes")
     if cuda.processes and not gpus:
