@@ -1,5 +1,5 @@
-"""The C that finds and writes pages, and that brings files to a GPU, against models: built with ASan and UBSan, and
-with all warnings as errors."""
+"""The C that finds and writes pages, makes pieces of device memory and brings files there, against models: built with
+ASan and UBSan, and with all warnings as errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("optimised", ["-O1", "-O3"])
-@pytest.mark.parametrize("name", ["memory", "lanes"])
+@pytest.mark.parametrize("name", ["memory", "lanes", "pieces"])
 def test_against_a_model(tmp_path: Path, name: str, optimised: str) -> None:
     native = REPOSITORY / "native" / "rewarm_native"
     program = tmp_path / "check"
