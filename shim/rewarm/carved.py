@@ -86,11 +86,7 @@ class DeviceMemory:
             if self._stop.is_set():
                 return
             self._load = load  # its threads may fail at once, and who then ends asks here why
-            try:
-                load.start()
-            except RestoreError:
-                self._load = None  # it has no threads, and so does not have the opening either
-                raise
+            load.start()
         except Exception as error:
             self._failure = error  # raised by `load`
             self._stop.set()

@@ -214,7 +214,8 @@ def _devices(plan: Plan) -> Devices | None:
 
 
 def _begin_memory(plan: Plan, stop: threading.Event, devices: Devices | None) -> carved.CarvedMemory | None:
-    """Read what is carved, and begin to fetch it: nothing has to wait for CRIU but the writing."""
+    """Read what is carved, and begin to fetch what does not hold up this thread: the rest waits for CRIU's start, and
+    only the writing for its end."""
     gpus = [] if devices is None else devices.targets()
     memory = carved.load(plan.store, plan.ref, plan.manifest, plan.settings, plan.trace, stop, gpus)
     if memory is not None:

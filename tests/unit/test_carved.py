@@ -171,13 +171,17 @@ def test_device_memory_that_cannot_begin_ends_all(failure: Exception | None) -> 
 
 
 def test_a_load_without_a_thread() -> None:
+    """It has the opening, and lets go of it."""
+
     class Crowded(Begun):
         def start(self) -> None:
             raise RestoreError("start thread", "begin", "no more threads")
 
-    device, opening, _ = device_memory(Crowded)
+    load = Crowded()
+    device, opening, stop = device_memory(lambda: load)
     device.start()
     with pytest.raises(RestoreError, match="no more threads"):
         device.load()
+    assert stop.is_set()
     device.abandon()
-    assert opening.calls == ["close"]
+    assert (load.calls, opening.calls) == (["abandon"], [])
